@@ -1,0 +1,59 @@
+"""fastspec: adapt pretrained PyTorch models by their spectral coefficients.
+
+Everything public is reached from here and loaded on first use, so that `import fastspec` stays lean:
+it builds nothing, touches no GPU and writes no file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "SpectralConfig": "fastspec.config",
+    "SpectralLinear": "fastspec.nn",
+    "SpectralConv1D": "fastspec.nn",
+    "TopkSVD": "fastspec.svd",
+    "topk_svd": "fastspec.svd",
+    "spectralize": "fastspec.convert",
+    "merge": "fastspec.convert",
+    "unmerge": "fastspec.convert",
+    "trainable_parameters": "fastspec.convert",
+    "print_trainable_parameters": "fastspec.convert",
+    "save_adapter": "fastspec.adapter",
+    "load_adapter": "fastspec.adapter",
+    "spectral_linear": "fastspec.functional",
+    "backends": "fastspec.availability",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from fastspec.adapter import load_adapter, save_adapter
+    from fastspec.availability import backends
+    from fastspec.config import SpectralConfig
+    from fastspec.convert import (
+        merge,
+        print_trainable_parameters,
+        spectralize,
+        trainable_parameters,
+        unmerge,
+    )
+    from fastspec.functional import spectral_linear
+    from fastspec.nn import SpectralConv1D, SpectralLinear
+    from fastspec.svd import TopkSVD, topk_svd
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        module = importlib.import_module(_PUBLIC[name])
+        value = getattr(module, name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fastspec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,48 @@
+"""The `fastspec` command. Each subcommand lives in a module that is imported only when it is named.
+
+A subcommand's module offers `add_arguments(parser)` and `main(args) -> int` (the exit status).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "glue": ("fastspec.glue.cli", "finetune and score a model on GLUE"),
+    "factorize": ("fastspec.factorize", "write the leading singular triplets of a model to a file"),
+    "backends": ("fastspec.availability", "say which implementations are there, and why any is not"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    import fastspec
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="fastspec",
+        description="Adapt pretrained models by their spectral coefficients.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastspec {fastspec.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    named = next((a for a in args if a in COMMANDS), None)
+    module = None
+    for name, (path, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:])
+        if name == named:
+            module = importlib.import_module(path)
+            module.add_arguments(sub)
+    parsed = parser.parse_args(args)
+    assert module is not None
+    try:
+        return module.main(parsed)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as e:
+        if parsed.__dict__.get("debug"):
+            raise
+        print(f"fastspec {parsed.command}: error: {e}", file=sys.stderr)
+        return 2

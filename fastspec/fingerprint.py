@@ -1,0 +1,28 @@
+"""Fingerprints of base weights: what ties a basis or an adapter to the model it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def tensor_fingerprint(weight: Tensor) -> str:
+    """SHA-256 over dtype, shape and the raw bytes of one weight, as 64 hex digits.
+
+    The bytes are those of the row-major [out, in] layout in the weight's own dtype, so a model cast to
+    another dtype is another base: its spectrum is not the same to the last digit.
+    """
+    t = weight.detach().contiguous().cpu()
+    h = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode())
+    h.update(t.reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def combined_fingerprint(fingerprints: dict[str, str]) -> str:
+    """One fingerprint of many named ones, independent of their order."""
+    h = hashlib.sha256()
+    for name in sorted(fingerprints):
+        h.update(f"{name}={fingerprints[name]}\n".encode())
+    return h.hexdigest()

@@ -1,0 +1,1 @@
+"""Finetune and score pretrained encoders on GLUE."""

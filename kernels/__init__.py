@@ -1,0 +1,1 @@
+"""Triton kernels of fastspec; installed as `fastspec.kernels`."""
