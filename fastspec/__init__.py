@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "SpectralConfig": "fastspec.config",
     "SpectralLinear": "fastspec.nn",
-    "SpectralConv1D": "fastspec.nn",
+    "SpectralConv1D": "fastspec.conv1d",
     "TopkSVD": "fastspec.svd",
     "topk_svd": "fastspec.svd",
     "spectralize": "fastspec.convert",
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fastspec.adapter import load_adapter, save_adapter
     from fastspec.availability import backends
     from fastspec.config import SpectralConfig
+    from fastspec.conv1d import SpectralConv1D
     from fastspec.convert import (
         merge,
         print_trainable_parameters,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from fastspec.functional import spectral_linear
-    from fastspec.nn import SpectralConv1D, SpectralLinear
+    from fastspec.nn import SpectralLinear
     from fastspec.svd import TopkSVD, topk_svd
 
 

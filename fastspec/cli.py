@@ -13,7 +13,10 @@ from collections.abc import Sequence
 COMMANDS = {
     "glue": ("fastspec.glue.cli", "finetune and score a model on GLUE"),
     "factorize": ("fastspec.factorize", "write the leading singular triplets of a model to a file"),
-    "backends": ("fastspec.availability", "say which implementations are there, and why any is not"),
+    "backends": (
+        "fastspec.availability",
+        "say which implementations are there, and why any is not",
+    ),
 }
 
 

@@ -1,0 +1,125 @@
+"""The public function: validate once, cast, plan, call the operator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastspec import ops, reference
+from fastspec.config import CORES
+from fastspec.plan import Plan, make_plan
+
+
+def spectral_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    s: Tensor,
+    vh: Tensor,
+    delta: Tensor,
+    *,
+    core: str = "diag",
+    singular_basis: bool = False,
+    plan: Plan | None = None,
+) -> Tensor:
+    """y = x (W + U C Vh)^T + b  with the core C stored in `delta` (arXiv 2605.07302).
+
+    Args:
+        x: [..., in]; leading dimensions of any number and size.
+        weight: [out, in], frozen.
+        bias: [out] or None.
+        u, s, vh: frozen factors [out, k], [k], [k, in].
+        delta: trained: [k] (core="diag"), [2h + 1, k] (core="band": C[i, i + o] = delta[h + o, i]) or
+            [k, k] (core="dense"); float32 as a rule, also under 16-bit weights.
+        core: "diag", "band" or "dense".
+        singular_basis: promise that `W V = U S` holds to rounding, as `topk_svd` builds it and as long
+            as nothing was cast since. Allows the short-side gradient (design section 2, F3).
+        plan: forces a plan; None takes the cost model's. A plan that is not legal here (a short side
+            without a singular basis) is refused.
+
+    Returns:
+        [..., out], in the dtype of x (of autocast, where that is on).
+
+    Gradients reach x, bias and delta. Where weight or a factor requires one too, the plain formula of
+    `fastspec.reference` runs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or choice does not fit; the message names the argument.
+    """
+    _validate(x, weight, bias, u, s, vh, delta, core)
+    if weight.requires_grad or u.requires_grad or vh.requires_grad:
+        return reference.spectral_linear(x, weight, bias, u, vh, delta, core)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        bias = bias.to(dtype) if bias is not None else None
+    elif x.dtype != weight.dtype:
+        raise TypeError(
+            f"x must have the weight's dtype {weight.dtype}, got {x.dtype}: cast it, or use autocast"
+        )
+    needs_delta = delta.requires_grad and torch.is_grad_enabled()
+    if plan is None:
+        plan = make_plan(
+            math.prod(x.shape[:-1]),
+            *weight.shape[::-1],
+            u.shape[1],
+            core=core,
+            dtype=x.dtype,
+            device=device,
+            needs_dx=x.requires_grad,
+            needs_delta=needs_delta,
+            singular_basis=singular_basis,
+        )
+    elif plan.gradient == "short" and not (singular_basis and core != "band"):
+        raise ValueError(
+            "plan.gradient='short' needs singular_basis=True and a diag or dense core: take 'two_sided'"
+        )
+    gradient = plan.gradient if needs_delta else "none"
+    if needs_delta and gradient == "none":
+        raise ValueError("plan.gradient is 'none' but delta requires a gradient")
+    return ops.spectral_linear(x, bias, weight, u, s, vh, delta, core, plan.forward, gradient)
+
+
+def delta_shape(core: str, k: int, half_width: int = 1) -> tuple[int, ...]:
+    """The shape of the trained storage of a core of order k."""
+    return {"diag": (k,), "band": (2 * half_width + 1, k), "dense": (k, k)}[core]
+
+
+def _validate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    s: Tensor,
+    vh: Tensor,
+    delta: Tensor,
+    core: str,
+) -> None:
+    if core not in CORES:
+        raise ValueError(f"core must be one of {CORES}, got {core!r}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if weight.dim() != 2 or u.dim() != 2 or vh.dim() != 2:
+        raise ValueError("weight, u and vh must be matrices")
+    (out_features, in_features), k = weight.shape, u.shape[1]
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x must be [..., {in_features}] for this weight, got {tuple(x.shape)}")
+    expected = {"u": (out_features, k), "s": (k,), "vh": (k, in_features)}
+    if bias is not None:
+        expected["bias"] = (out_features,)
+    if core != "band":
+        expected["delta"] = delta_shape(core, k)
+    elif delta.dim() != 2 or delta.shape[0] % 2 == 0 or delta.shape[1] != k:
+        raise ValueError(
+            f"delta must be [2 * half_width + 1, {k}] for core='band', got {tuple(delta.shape)}"
+        )
+    given = {"u": u, "s": s, "vh": vh, "bias": bias, "delta": delta}
+    for name, shape in expected.items():
+        tensor = given[name]
+        assert tensor is not None
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")

@@ -1,0 +1,471 @@
+"""`SpectralLinear`: the drop-in for `nn.Linear` whose spectral coefficients are trained."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastspec import reference
+from fastspec.config import Basis, Core, Path, Select, check_select
+from fastspec.fingerprint import tensor_fingerprint
+from fastspec.functional import delta_shape, spectral_linear
+from fastspec.plan import Plan, make_plan
+from fastspec.svd import topk_svd
+
+
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """Which orthonormal directions of one matrix a layer adapts.
+
+    Args:
+        rank: how many.
+        select: "leading", "trailing" or the range (start, stop), `stop - start == rank`.
+        basis: "svd" or "random".
+        tol: relative residual asked of the singular triplets.
+        seed: of the start block, and of the random basis together with the weight's own bytes.
+    """
+
+    rank: int
+    select: Select = "leading"
+    basis: Basis = "svd"
+    tol: float = 1e-5
+    seed: int = 0
+
+    def triplets(self, short_side: int) -> tuple[int, int]:
+        """(start, stop) among the singular triplets of a matrix with that short side."""
+        check_select(self.select)
+        start, stop = 0, self.rank
+        if self.select == "trailing":
+            start, stop = short_side - self.rank, short_side
+        elif self.select != "leading":
+            start, stop = self.select  # type: ignore[misc]
+        if not (0 <= start < stop <= short_side) or stop - start != self.rank:
+            raise ValueError(
+                f"rank {self.rank} with select={self.select!r} asks for triplets {start} to {stop}, "
+                f"but the matrix has min(in, out) = {short_side} of them"
+            )
+        return start, stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """Frozen factors of one matrix [out, in]: u [out, k], s [k], vh [k, in]."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+
+def factorize(
+    weights: list[Tensor],
+    directions: list[Directions],
+    names: list[str] | None = None,
+    progress: bool | None = False,
+) -> list[Factors]:
+    """Factors of many matrices [out, in]; those of one shape are factorised as one stack.
+
+    Raises:
+        ValueError: a rank or range does not fit, or values are not finite; the message names the matrix.
+    """
+    names = names or [f"weights[{i}]" for i in range(len(weights))]
+    ranges = []
+    for w, d, name in zip(weights, directions, names, strict=True):
+        try:
+            ranges.append(d.triplets(min(w.shape)))
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+    out: list[Factors | None] = [None] * len(weights)
+    groups: dict[tuple[float, int], list[int]] = {}
+    for i, d in enumerate(directions):
+        if d.basis == "random":
+            out[i] = _random_factors(weights[i], d, names[i])
+        else:
+            groups.setdefault((d.tol, d.seed), []).append(i)
+    for (tol, seed), members in groups.items():
+        svds = topk_svd(
+            [weights[i].detach() for i in members],
+            [ranges[i][1] for i in members],
+            tol=tol,
+            seed=seed,
+            names=[names[i] for i in members],
+            progress=progress,
+        )
+        for i, svd in zip(members, svds, strict=True):
+            start, stop = ranges[i]
+            out[i] = Factors(
+                svd.u[:, start:stop].contiguous(),
+                svd.s[start:stop].contiguous(),
+                svd.vh[start:stop].contiguous(),
+            )
+    return out  # type: ignore[return-value]
+
+
+def _random_factors(weight: Tensor, d: Directions, name: str) -> Factors:
+    """A random orthonormal basis of the weight's sides; s_i = u_i^T W v_i, which is no singular value."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    w = weight.detach().to(wide)
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError(f"{name}: the weight holds values that are not finite (NaN or infinity)")
+    digest = hashlib.sha256(f"{d.seed}{tensor_fingerprint(weight)}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    sides = [
+        torch.linalg.qr(torch.randn(m, d.rank, generator=generator, dtype=torch.float64))[0]
+        for m in w.shape
+    ]
+    u, v = (q.to(device=w.device, dtype=wide) for q in sides)
+    s = torch.einsum("ok,oi,ik->k", u, w, v)
+    return Factors(u.to(weight.dtype), s, v.mT.contiguous().to(weight.dtype))
+
+
+class SpectralLayer(nn.Module):
+    """What adapted layers share, whatever the layout of their stored weight.
+
+    A subclass says by `_matrix` how its `weight` is seen as W [out, in] and by `_plain` what the
+    unadapted layer computes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    u: Tensor  # [out, k]
+    s: Tensor  # [k]
+    vh: Tensor  # [k, in]
+    delta: Tensor
+    base_weight: Tensor | None
+
+    @staticmethod
+    def _matrix(weight: Tensor) -> Tensor:
+        """The stored weight as a view [out, in]."""
+        raise NotImplementedError
+
+    def _plain(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def adopt(cls, plain: nn.Module, **options: Any) -> Any:
+        """An adapted layer that owns the plain one's tensors, hooks and attributes (nothing is copied)."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update({k: copy.copy(v) for k, v in plain.__dict__.items()})
+        layer._attach(**options)
+        return layer
+
+    def _attach(
+        self,
+        directions: Directions,
+        core: Core,
+        half_width: int,
+        path: Path,
+        train_bias: bool,
+        factors: Factors | None,
+    ) -> None:
+        """Make an initialised plain layer an adapted one: factors, coefficients, what is trained."""
+        self.directions = directions
+        self.core: Core = core
+        self.half_width = half_width
+        self.path: Path = path
+        self.forced_plan: Plan | None = None
+        matrix = self._matrix(self.weight)
+        k = directions.rank
+        directions.triplets(min(matrix.shape))
+        wide = torch.promote_types(matrix.dtype, torch.float32)
+        if factors is None and matrix.device.type == "meta":
+            # the weight will be loaded later, and the factors made then
+            factors = Factors(
+                matrix.new_empty(matrix.shape[0], k),
+                matrix.new_empty(k, dtype=wide),
+                matrix.new_empty(k, matrix.shape[1]),
+            )
+        if factors is None:
+            factors = factorize([matrix], [directions], ["weight"])[0]
+        self.register_buffer("u", factors.u, persistent=False)
+        self.register_buffer("s", factors.s, persistent=False)
+        self.register_buffer("vh", factors.vh, persistent=False)
+        shape = delta_shape(core, k, half_width)
+        self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=matrix.device))
+        self.register_parameter("base_weight", None)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(train_bias)
+        # a cast rounds the factors: W V = U S then no longer holds to rounding (design F3)
+        self._basis_dtype = matrix.dtype if directions.basis == "svd" else None
+
+    @property
+    def rank(self) -> int:
+        return self.directions.rank
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds W + U C Vh at the moment (see `merge`)."""
+        return self.base_weight is not None
+
+    @property
+    def singular_basis(self) -> bool:
+        """Whether `W V = U S` still holds to rounding."""
+        return self._basis_dtype in (torch.float32, torch.float64)
+
+    def refactorize(self) -> None:
+        """Make the factors again from the weight as it is now. The coefficients stay as they are."""
+        if self.merged:
+            self.unmerge()
+        factors = factorize([self._matrix(self.weight)], [self.directions], ["weight"])[0]
+        self.u, self.s, self.vh = factors.u, factors.s, factors.vh
+        self._basis_dtype = self.weight.dtype if self.directions.basis == "svd" else None
+
+    def plan(self, n: int, *, needs_dx: bool = True) -> Plan:
+        """The plan of a training step over `n` rows (tokens); `needs_dx=False` for a first layer."""
+        if self.forced_plan is not None:
+            return self.forced_plan
+        out_features, in_features = self._matrix(self.weight).shape
+        return make_plan(
+            n,
+            in_features,
+            out_features,
+            self.rank,
+            core=self.core,
+            dtype=self.weight.dtype,
+            device=self.weight.device.type,
+            needs_dx=needs_dx,
+            needs_delta=self.delta.requires_grad,
+            singular_basis=self.singular_basis,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self._plain(x)
+        w = self._matrix(self.weight)
+        if self.path == "reference":
+            return reference.spectral_linear(
+                x, w, self.bias, self.u, self.vh, self.delta, self.core
+            )
+        return spectral_linear(
+            x,
+            w,
+            self.bias,
+            self.u,
+            self.s,
+            self.vh,
+            self.delta,
+            core=self.core,
+            singular_basis=self.singular_basis,
+            plan=self.forced_plan,
+        )
+
+    def effective_weight(self) -> Tensor:
+        """W + U C Vh in the stored layout and dtype, computed in float32 at least.
+
+        Raises:
+            ValueError: the result is not finite.
+        """
+        base = self.weight if self.base_weight is None else self.base_weight
+        wide = torch.promote_types(base.dtype, torch.float32)
+        w = reference.effective_weight(
+            self._matrix(base.detach()).to(wide),
+            self.u.to(wide),
+            self.vh.to(wide),
+            self.delta.detach().to(wide),
+            self.core,
+        )
+        if not bool(torch.isfinite(w).all()):
+            raise ValueError(
+                "the merged weight is not finite: the coefficients (`delta`) hold NaN, infinity or "
+                "values beyond the range of float32"
+            )
+        out = torch.empty_like(base)
+        self._matrix(out).copy_(w)
+        return out
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Let `weight` hold W + U C Vh, so that a call costs what the plain layer costs.
+
+        The base weight is kept in `base_weight`, so that `unmerge` is exact; while merged, changes of
+        `delta` have no effect and nothing is trained. A state dict always holds the base weight.
+
+        Raises:
+            ValueError: the merged weight is not finite; the layer stays unmerged.
+        """
+        if self.merged:
+            return
+        merged = nn.Parameter(self.effective_weight(), requires_grad=False)
+        self.base_weight, self.weight = self.weight, merged  # type: ignore[assignment]
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self.merged:
+            self.weight, self.base_weight = self.base_weight, None  # type: ignore[assignment]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        delta, s = self.delta.data, self.s
+        grad = None if self.delta.grad is None else self.delta.grad.data
+        super()._apply(fn, recurse)
+        if self.delta.dtype != torch.float32:
+            # coefficients stay float32 whatever the weight is cast to (design section 1)
+            self.delta.data = delta.to(self.delta.device)
+            if grad is not None:
+                self.delta.grad = grad.to(self.delta.device)
+        if self.s.dtype.itemsize < 4:
+            self.s = s.to(self.s.device)
+        if self.u.dtype != self._basis_dtype:
+            self._basis_dtype = None
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        base = destination.pop(prefix + "base_weight", None)
+        if base is not None:
+            destination[prefix + "weight"] = base
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.unmerge()
+        given = state_dict.get(prefix + "weight")
+        same = given is None or (
+            self.weight.device.type != "meta"
+            and given.shape == self.weight.shape
+            and torch.equal(given.to(self.weight), self.weight)
+        )
+        plain = given is not None and prefix + "delta" not in state_dict
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if plain:
+            # a plain layer's state is the pretrained layer: no shift
+            missing_keys.remove(prefix + "delta")
+            if self.delta.device.type == "meta":
+                zeros = torch.zeros(self.delta.shape, device=self.weight.device)
+                self.delta = nn.Parameter(zeros, requires_grad=self.delta.requires_grad)
+            with torch.no_grad():
+                self.delta.zero_()
+        if not same and self.weight.device.type != "meta":
+            self.refactorize()
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self._matrix(self.weight).shape
+        core = f"band({self.half_width})" if self.core == "band" else self.core
+        parts = [
+            f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}",
+            f"rank={self.rank}, core={core}, basis={self.directions.basis}",
+        ]
+        if self.directions.select != "leading":
+            parts.append(f"select={self.directions.select}")
+        dtype = str(self.weight.dtype).removeprefix("torch.")
+        parts.append(f"dtype={dtype}")
+        if self.merged:
+            parts.append("merged")
+        elif self.path == "reference":
+            parts.append("path=reference")
+        else:
+            parts.append(f"plan={self.plan(2048)} at 2048 rows")
+        return ", ".join(parts)
+
+
+class SpectralLinear(SpectralLayer, nn.Linear):
+    """`nn.Linear` with y = x (W + U C Vh)^T + b: W, U, Vh frozen, the k x k core C trained.
+
+    `weight` [out, in] and `bias` [out] keep their names and values; `delta`, the storage of C in
+    float32, starts at zero, so the layer starts as the pretrained one bit for bit. The factors `u`
+    [out, k], `s` [k] and `vh` [k, in] are buffers outside the state dict: they are made from the weight.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for `nn.Linear`.
+        rank: directions kept, k <= min(in, out).
+        core: "diag" (delta [k]), "band" (delta [2 half_width + 1, k]) or "dense" (delta [k, k]).
+        half_width: diagonals on each side of the main one, for core="band".
+        select: "leading", "trailing" or a range (start, stop) of singular triplets.
+        basis: "svd", or "random": a random orthonormal basis, the control.
+        train_bias: whether the bias is trained too.
+        tol: relative residual asked of the singular triplets.
+        seed: of the factorisation.
+        path: "fast" or "reference".
+
+    Source: arXiv 2605.07302; the band is SVFT's (arXiv 2405.19597), the dense core LoRA-XS's
+    (arXiv 2405.17604).
+
+    Raises:
+        ValueError: rank or range beyond min(in, out), or a weight that is not finite.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int = 32,
+        core: Core = "diag",
+        half_width: int = 1,
+        select: Select = "leading",
+        basis: Basis = "svd",
+        train_bias: bool = False,
+        tol: float = 1e-5,
+        seed: int = 0,
+        path: Path = "fast",
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        rank = rank if isinstance(select, str) else select[1] - select[0]
+        directions = Directions(rank, select, basis, tol, seed)
+        self._attach(directions, core, half_width, path, train_bias, None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int = 32,
+        *,
+        core: Core = "diag",
+        half_width: int = 1,
+        select: Select = "leading",
+        basis: Basis = "svd",
+        train_bias: bool = False,
+        tol: float = 1e-5,
+        seed: int = 0,
+        path: Path = "fast",
+        factors: Factors | None = None,
+    ) -> SpectralLinear:
+        """Adapt an `nn.Linear`: its own weight and bias tensors are adopted, not copied.
+
+        `factors` takes factors made elsewhere; without it the weight is factorised now. The other
+        arguments are those of the class.
+        """
+        rank = rank if isinstance(select, str) else select[1] - select[0]
+        return cls.adopt(
+            linear,
+            directions=Directions(rank, select, basis, tol, seed),
+            core=core,
+            half_width=half_width,
+            path=path,
+            train_bias=train_bias,
+            factors=factors,
+        )
+
+    def to_linear(self) -> nn.Linear:
+        """A plain `nn.Linear` that computes the same: the merged weight and the bias, copied."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(self.effective_weight())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear.train(self.training)
+
+    @staticmethod
+    def _matrix(weight: Tensor) -> Tensor:
+        return weight
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
