@@ -123,10 +123,14 @@ def make_plan(
         gradients.append("short")
     # In 16 bits a merged weight rounds the coefficients away: the correction is added instead.
     forwards: tuple[Forward, ...] = ("merged", "factored") if wide else ("factored",)
-    return min(
-        (Plan(f, g) for f in forwards for g in gradients),
-        key=lambda p: total(p.forward, p.gradient),
-    )
+    best, least = None, 0.0
+    for f in forwards:
+        for gr in gradients:
+            cost = total(f, gr)
+            if best is None or cost < least:
+                best, least = (f, gr), cost
+    assert best is not None
+    return Plan(*best)
 
 
 def short_side_is_legal(

