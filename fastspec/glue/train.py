@@ -1,0 +1,244 @@
+"""One run, from a configuration to a result file; started again after a kill, it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastspec.glue import data, methods
+from fastspec.glue import model as models
+from fastspec.glue.config import GlueConfig
+from fastspec.glue.data import Source, Split
+from fastspec.glue.record import RESULT, environment, read_json, write_json
+from fastspec.glue.tasks import TASKS, predictions
+
+CONFIG = "config.json"
+ADAPTER = "adapter"
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A model ready to train and what it was made from."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: Source
+    heads: list[str]
+    name: str
+    fingerprint: str
+
+
+def prepare(config: GlueConfig) -> Prepared:
+    """Find the rows, load the model with a head drawn from the seed, apply the method."""
+    task = TASKS[config.task]
+    name = models.resolve(config.model)
+    models.go_offline_if(Path(name).is_dir() and data.is_local(task, config.data))
+    from transformers import set_seed
+
+    source = data.load(task, config.data)
+    set_seed(config.seed)
+    tokenizer = models.load_tokenizer(name)
+    model = models.load_classifier(name, source.task)
+    fingerprint = models.body_fingerprint(model)
+    heads = methods.head_modules(model)
+    model = methods.apply(model, config)
+    return Prepared(model, tokenizer, source, heads, name, fingerprint)
+
+
+def tokenise(tokenizer: Any, split: Split, max_length: int) -> Any:
+    """A `datasets.Dataset`: the tokenizer's columns, "length" in tokens, "labels" if there are any."""
+    from datasets import Dataset
+
+    columns = dict(
+        tokenizer(
+            *map(list, zip(*split.texts, strict=True)), truncation=True, max_length=max_length
+        )
+    )
+    columns["length"] = [len(ids) for ids in columns["input_ids"]]
+    if split.labels is not None:
+        columns["labels"] = split.labels
+    return Dataset.from_dict(columns)
+
+
+def run(
+    config: GlueConfig,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Finetune, score and record one configuration; returns what `result.json` holds.
+
+    A finished run of the same configuration in `output` is returned as it is, an unfinished one is
+    continued from its last whole checkpoint, with the numbers of an uninterrupted run.
+
+    Raises:
+        ValueError: `output` holds a run of another configuration.
+        DivergedError: the loss became NaN or infinite.
+        DataError, FileNotFoundError: see `fastspec.glue.data.load`.
+    """
+    folder = Path(output) if output else Path("runs") / config.folder_name()
+    done = _claim(folder, config, overwrite)
+    if done is not None:
+        if progress:
+            print(f"{folder / RESULT} is there already (--overwrite runs it again)")
+        return done
+    prepared = prepare(config)
+    source = prepared.source
+    train = source.train.head(config.max_train_rows)
+    counts = methods.count_parameters(prepared.model, prepared.heads)
+    if progress:
+        print(f"data: {source.describe()}")
+        if source.task is not TASKS[config.task]:
+            print(f"      in place of {config.task}: no folder was named and the hub gave nothing")
+        share = 100 * counts["adapter"] / counts["total"]
+        print(
+            f"{config.label()}: trains {counts['adapter']:,} parameters ({share:.3f} %) "
+            f"and a head of {counts['head']:,}, out of {counts['total']:,}"
+        )
+    trainer = _trainer(config, prepared, train, folder, progress)
+    from transformers import set_seed
+
+    from fastspec.glue.trainer import last_checkpoint
+
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None and progress:
+        print(f"resuming from {checkpoint}")
+    # building the methods has drawn different amounts of random numbers; dropout starts alike
+    set_seed(config.seed)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _predict_unlabelled(trainer, prepared, config, folder)
+    size = methods.save(prepared.model, config, folder / ADAPTER)
+    result = _result(config, prepared, train, counts, trainer, folder)
+    result["adapter"] = {"folder": str(folder / ADAPTER), "bytes": size}
+    result["resumed_from"] = checkpoint.name if checkpoint else None
+    write_json(folder / RESULT, result)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    return result
+
+
+def _claim(folder: Path, config: GlueConfig, overwrite: bool) -> dict[str, Any] | None:
+    """Make `folder` this configuration's; the finished result if it is there already."""
+    fields = config.to_dict()
+    if overwrite and (folder / CONFIG).exists():
+        for path in [*folder.glob("checkpoint-*"), folder / "epochs", folder / ADAPTER]:
+            shutil.rmtree(path, ignore_errors=True)
+        for name in (RESULT, CONFIG):
+            (folder / name).unlink(missing_ok=True)
+    if (folder / CONFIG).exists():
+        there = read_json(folder / CONFIG)
+        differing = [k for k in fields if there.get(k) != fields[k]]
+        if differing:
+            what = ", ".join(f"{k} {there.get(k)!r} (asked: {fields[k]!r})" for k in differing)
+            raise ValueError(
+                f"{folder} holds a run with {what}; name another --output or pass --overwrite"
+            )
+        if (folder / RESULT).exists():
+            return read_json(folder / RESULT)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--output {folder} is not empty and holds no run; name another folder")
+    write_json(folder / CONFIG, fields)
+    return None
+
+
+def _trainer(config: GlueConfig, prepared: Prepared, train: Split, folder: Path, progress: bool):
+    from transformers import DataCollatorWithPadding, TrainingArguments
+
+    from fastspec.glue.trainer import Checkpoints, GlueTrainer, Progress
+
+    steps_per_epoch = math.ceil(len(train) / config.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=2 * config.batch_size,
+        train_sampling_strategy="group_by_length",
+        warmup_steps=math.ceil(config.warmup * steps_per_epoch * config.epochs),
+        lr_scheduler_type="linear",
+        eval_strategy="epoch",
+        save_strategy="no",  # Checkpoints decides
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,  # Progress shows the bars
+        label_names=["labels"],
+        seed=config.seed,
+    )
+    source = prepared.source
+    callbacks: list[Any] = [Checkpoints(config.save_steps, steps_per_epoch)]
+    if progress:
+        callbacks.append(Progress(f"{config.task} {config.label()}"))
+    return GlueTrainer(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=tokenise(prepared.tokenizer, train, config.max_length),
+        data_collator=DataCollatorWithPadding(prepared.tokenizer),
+        processing_class=prepared.tokenizer,
+        callbacks=callbacks,
+        glue=config,
+        task=source.task,
+        heads=prepared.heads,
+        dev={n: tokenise(prepared.tokenizer, s, config.max_length) for n, s in source.dev.items()},
+        dev_labels={n: s.labels or [] for n, s in source.dev.items()},
+    )
+
+
+def _predict_unlabelled(trainer, prepared: Prepared, config: GlueConfig, folder: Path) -> None:
+    """Write `predictions-<split>.tsv` (index, prediction: the leaderboard's form)."""
+    task = prepared.source.task
+    for name, split in prepared.source.test.items():
+        rows = tokenise(prepared.tokenizer, split, config.max_length)
+        values = predictions(task, trainer.logits(rows).numpy())
+        named = [task.labels[int(v)] if task.labels else v for v in values]
+        lines = ["index\tprediction", *(f"{i}\t{v}" for i, v in enumerate(named))]
+        (folder / f"predictions-{name}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _result(
+    config: GlueConfig,
+    prepared: Prepared,
+    train: Split,
+    counts: dict[str, int],
+    trainer,
+    folder: Path,
+) -> dict[str, Any]:
+    from fastspec.glue.trainer import read_epochs
+
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    epochs = read_epochs(folder, config.epochs)
+    last = epochs[-1]
+    best = max(epochs, key=lambda e: e["metrics"]["score"])  # the first of equals
+    task = prepared.source.task
+    low, high = task.value_range
+    source = prepared.source.to_dict()
+    source["rows"]["trained on"] = len(train)
+    return {
+        "config": config.to_dict(),
+        "label": config.label(),
+        "rates": methods.rates(config),
+        "rate_source": "given" if config.lr else methods.default_rate(config).source,
+        "data": source,
+        "model": {
+            "name": prepared.name,
+            "fingerprint": prepared.fingerprint,
+            "heads": prepared.heads,
+        },
+        "parameters": counts,
+        **environment(),
+        "losses": [entry["loss"] for entry in steps],
+        "step_ms": statistics.median(entry["step_ms"] for entry in steps),
+        "epochs": [{"epoch": e["epoch"], **e["metrics"]} for e in epochs],
+        "last": {"epoch": last["epoch"], **last["metrics"]},
+        "best": {"epoch": best["epoch"], **best["metrics"]},
+        "predictions": {"last": last["predictions"], "best": best["predictions"]},
+        "regression_tolerance": 1e-3 * (high - low) if task.regression else 0.0,
+    }
