@@ -69,9 +69,11 @@ class SpectralConfig:
         _check_choice("path", self.path, ("fast", "reference"))
         if not isinstance(self.half_width, int) or self.half_width < 1:
             raise ValueError(f"half_width must be an integer >= 1, got {self.half_width!r}")
-        if not isinstance(self.select, str):
-            # JSON has no tuples: a list read back from an adapter's config is taken as one
-            object.__setattr__(self, "select", tuple(self.select))
+        # lists, as JSON has them, become tuples, so that equal configs compare equal
+        for name in ("select", "target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and value is not None:
+                object.__setattr__(self, name, tuple(value))
         check_select(self.select)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fastspec.config import Rank, SpectralConfig, resolve_rank
@@ -318,13 +317,11 @@ def _matcher(pattern: str | Sequence[str]) -> Callable[[str], bool]:
 
 
 def _heads(model: nn.Module, config: SpectralConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the modules trained whole, and of pretrained output layers that stay frozen and plain."""
-    kept_out: tuple[str, ...] = ()
+    """Names of the modules trained whole, and of all output layers, which are never adapted."""
+    kept_out: list[str] = []
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
-        kept_out = tuple(n for n, m in model.named_modules() if m is output)
-    if config.modules_to_save is not None:
-        return _named_heads(model, config.modules_to_save), kept_out
+        kept_out += [n for n, m in model.named_modules() if m is output]
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and prefix in model._modules:
         children = {n for n in model._modules if n != prefix}
@@ -338,10 +335,13 @@ def _heads(model: nn.Module, config: SpectralConfig) -> tuple[tuple[str, ...], t
         if output is not None and any(m is output for m in child.modules()):
             continue  # a language model's output layer is pretrained, not a new head
         heads.append(name)
-    return tuple(heads), kept_out
+    kept_out += heads
+    if config.modules_to_save is not None:
+        heads = _named_heads(model, config.modules_to_save)
+    return tuple(heads), tuple(kept_out)
 
 
-def _named_heads(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
+def _named_heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     found: list[str] = []
     for pattern in wanted:
         names = [n for n, _ in model.named_modules() if n == pattern or n.endswith("." + pattern)]
@@ -349,4 +349,4 @@ def _named_heads(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"modules_to_save names {pattern!r}, which the model does not have")
         found += [n for n in names if n not in found]
     # a module inside another that is saved whole is saved with it
-    return tuple(n for n in found if not any(n.startswith(o + ".") for o in found))
+    return [n for n in found if not any(n.startswith(o + ".") for o in found)]

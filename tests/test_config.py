@@ -1,0 +1,57 @@
+"""`SpectralConfig` refuses what makes no sense, and survives JSON."""
+
+import json
+
+import pytest
+
+from fastspec import SpectralConfig
+from fastspec.config import resolve_rank
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "rank must be at least 1, got 0"),
+        ({"rank": 1.5}, ValueError, r"rank as a fraction must lie in \(0, 1\]"),
+        ({"rank": "all"}, TypeError, "rank must be an int, a float or 'full', got 'all'"),
+        ({"rank": True}, TypeError, "rank must be"),
+        ({"rank": {"up": -1}}, ValueError, r"rank\['up'\] must be at least 1"),
+        ({"rank": {"(": 1}}, ValueError, "not a regular expression"),
+        ({"core": "full"}, ValueError, "core must be one of 'diag', 'band', 'dense'"),
+        ({"basis": "qr"}, ValueError, "basis must be one of"),
+        ({"path": "slow"}, ValueError, "path must be one of"),
+        ({"half_width": 0}, ValueError, "half_width must be an integer >= 1"),
+        ({"select": "middle"}, ValueError, "select must be"),
+        ({"select": (4, 4)}, ValueError, "0 <= start < stop"),
+        ({"target_modules": "("}, ValueError, "target_modules: .*not a regular expression"),
+        ({"tol": 0.0}, ValueError, "tol must lie in"),
+    ],
+)
+def test_refusals(options, error, message):
+    with pytest.raises(error, match=message):
+        SpectralConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank": {"up": "full", "default": 0.5}, "core": "band", "half_width": 3},
+        {
+            "select": (2, 9),
+            "target_modules": ["up"],
+            "modules_to_save": ["head"],
+            "exclude_modules": "x.*",
+        },
+    ],
+)
+def test_json_round_trip(options):
+    config = SpectralConfig(**options)
+    assert SpectralConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_resolve_rank():
+    assert resolve_rank("full", 384) == 384
+    assert resolve_rank(0.5, 384) == 192
+    assert resolve_rank(0.001, 384) == 1
+    assert resolve_rank(32, 384) == 32

@@ -1,0 +1,304 @@
+"""`spectralize` on whole models: what is adapted, what is trained, what is refused."""
+
+import copy
+
+import pytest
+import torch
+from support import assert_close, minilm
+from torch import nn
+
+import fastspec
+from fastspec import SpectralConfig, SpectralLinear, spectralize
+from fastspec.convert import spectral_layers
+
+
+class Block(nn.Module):
+    def __init__(self, d=16):
+        super().__init__()
+        self.up, self.norm, self.down = (
+            nn.Linear(d, 4 * d),
+            nn.LayerNorm(4 * d),
+            nn.Linear(4 * d, d),
+        )
+
+    def forward(self, x):
+        return x + self.down(self.norm(self.up(x)).relu())
+
+
+class Net(nn.Module):
+    def __init__(self, d=16):
+        super().__init__()
+        self.embed = nn.Embedding(11, d)
+        self.blocks = nn.ModuleList([Block(d), Block(d)])
+        self.head = nn.Linear(d, 3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+IDS = torch.arange(22).reshape(2, 11) % 11
+
+
+def names(model):
+    return [n for n, _ in spectral_layers(model)]
+
+
+def test_default_adapts_every_linear_but_the_head(net):
+    y = net(IDS)
+    assert spectralize(net, SpectralConfig(rank=4)) is net
+    assert names(net) == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    assert torch.equal(net(IDS), y)
+    trained = [n for n, p in net.named_parameters() if p.requires_grad]
+    assert trained == [f"{n}.delta" for n in names(net)] + ["head.weight", "head.bias"]
+    assert net.spectral.modules_to_save == ("head",)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"target_modules": ["up"]}, ["blocks.0.up", "blocks.1.up"]),
+        ({"target_modules": ["blocks.0.up", "down"]}, ["blocks.0.up", "blocks.0.down", "blocks.1.down"]),
+        ({"target_modules": r"blocks\.1\..*"}, ["blocks.1.up", "blocks.1.down"]),
+        ({"exclude_modules": ["up"]}, ["blocks.0.down", "blocks.1.down"]),
+        ({"exclude_modules": r".*\.1\..*"}, ["blocks.0.up", "blocks.0.down"]),
+        ({"rank": {r"\.0\.up": 3, "default": 2}}, ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]),
+        ({"rank": {r"\.0\.": 3}}, ["blocks.0.up", "blocks.0.down"]),
+    ],
+)  # fmt: skip
+def test_targets(net, config, expected):
+    spectralize(net, SpectralConfig(**{"rank": 4, **config}))
+    assert names(net) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "k"), [(5, 5), (0.25, 4), (0.01, 1), (1.0, 16), ("full", 16), ({"up": 3, "default": "full"}, 3)]
+)  # fmt: skip
+def test_ranks(net, rank, k):
+    spectralize(net, SpectralConfig(rank=rank))
+    assert net.blocks[0].up.rank == k
+
+
+def test_select_range_sets_the_rank(net):
+    spectralize(net, SpectralConfig(select=(2, 9)))
+    assert net.blocks[0].up.rank == 7
+    assert_close(net.blocks[0].up.s, torch.linalg.svdvals(net.blocks[0].up.weight.detach())[2:9])
+
+
+def test_biases_and_norms(net):
+    spectralize(net, SpectralConfig(rank=2, train_bias=True, train_layernorm=True))
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert {"blocks.0.up.bias", "blocks.1.norm.weight", "blocks.1.norm.bias"} <= trained
+    assert "embed.weight" not in trained
+    assert "blocks.0.up.weight" not in trained
+
+
+def test_modules_to_save_overrides_the_heads(net):
+    spectralize(net, SpectralConfig(rank=2, modules_to_save=["blocks.1.down"]))
+    assert net.blocks[1].down.weight.requires_grad
+    assert type(net.blocks[1].down) is nn.Linear
+    assert not any(p.requires_grad for p in net.head.parameters())
+    assert type(net.head) is nn.Linear, "a head stays plain even where it is not trained"
+
+
+def test_tied_weights_share_one_factorisation(net):
+    net.blocks[1].up.weight = net.blocks[0].up.weight
+    spectralize(net, SpectralConfig(rank=4))
+    a, b = net.blocks[0].up, net.blocks[1].up
+    assert a.weight is b.weight
+    assert a.u is b.u
+    assert a.vh is b.vh
+    assert a.delta is not b.delta
+    y, base = net(IDS), a.weight.clone()
+    a.delta.data.fill_(0.3)
+    fastspec.merge(net)
+    assert torch.equal(b.weight, base), "merging one layer must not move the other"
+    fastspec.unmerge(net)
+    assert a.weight is b.weight
+    a.delta.data.zero_()
+    assert torch.equal(net(IDS), y)
+
+
+def test_a_module_used_twice_stays_one_module(net):
+    net.blocks[1].up = net.blocks[0].up
+    spectralize(net, SpectralConfig(rank=4))
+    assert net.blocks[0].up is net.blocks[1].up
+    assert isinstance(net.blocks[1].up, SpectralLinear)
+
+
+def test_counts_and_printing(net, capsys):
+    total = sum(p.numel() for p in net.parameters())
+    spectralize(net, SpectralConfig(rank=4))
+    counts = fastspec.trainable_parameters(net)
+    assert counts == {"adapter": 16, "head": 16 * 3 + 3, "total": total + 16}
+    fastspec.merge(net)
+    assert fastspec.trainable_parameters(net) == counts
+    fastspec.print_trainable_parameters(net)
+    out = capsys.readouterr().out
+    assert "16" in out
+    assert f"{100 * 16 / (total + 16):.4f} %" in out
+    assert f"{total + 16:,}" in out
+
+
+def test_merge_of_a_model_is_all_or_nothing(net):
+    spectralize(net, SpectralConfig(rank=4))
+    net.blocks[1].down.delta.data[0] = float("inf")
+    with pytest.raises(ValueError, match=r"blocks\.1\.down: .*not finite"):
+        fastspec.merge(net)
+    assert not any(layer.merged for _, layer in spectral_layers(net))
+
+
+def broken(change):
+    torch.manual_seed(0)
+    net = Net()
+    change(net)
+    return net
+
+
+def set_nan(net):
+    net.blocks[1].up.weight.data[3, 3] = float("nan")
+
+
+def to_meta(net):
+    net.blocks[1].up.to("meta")
+
+
+def to_int8(net):
+    w = torch.zeros(64, 16, dtype=torch.int8)
+    net.blocks[1].up.weight = nn.Parameter(w, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "error", "message"),
+    [
+        (set_nan, {"rank": 2}, ValueError, r"blocks\.1\.up.*(finite|NaN)"),
+        (set_nan, {"rank": 2, "basis": "random"}, ValueError, r"blocks\.1\.up.*finite"),
+        (to_meta, {"rank": 2}, ValueError, r"blocks\.1\.up: .*meta device"),
+        (to_int8, {"rank": 2}, TypeError, r"blocks\.1\.up: .*quantised.*int8"),
+        (None, {"rank": 17}, ValueError, r"blocks\.0\.up: rank 17 is above min\(in, out\) = 16"),
+        (None, {"select": (10, 18)}, ValueError, r"blocks\.0\.up: .*18.*16"),
+        (
+            None,
+            {"target_modules": ["query"]},
+            ValueError,
+            r"matches no linear layer.*blocks\.0\.up",
+        ),
+        (None, {"modules_to_save": ["pooler"]}, ValueError, "pooler"),
+    ],
+)
+def test_refusals_leave_the_model_unchanged(change, config, error, message):
+    net = broken(change or (lambda net: None))
+    before = repr(net)
+    flags = [p.requires_grad for p in net.parameters()]
+    with pytest.raises(error, match=message):
+        spectralize(net, SpectralConfig(**config))
+    assert repr(net) == before
+    assert [p.requires_grad for p in net.parameters()] == flags
+    assert not hasattr(net, "spectral")
+
+
+def test_twice_is_refused(net):
+    spectralize(net, SpectralConfig(rank=2))
+    u = net.blocks[0].up.u
+    with pytest.raises(ValueError, match=r"adapted already.*blocks\.0\.up"):
+        spectralize(net, SpectralConfig(rank=4))
+    assert net.blocks[0].up.u is u
+
+
+def test_a_single_linear_is_pointed_to_from_linear():
+    with pytest.raises(TypeError, match="from_linear"):
+        spectralize(nn.Linear(4, 4))
+
+
+def test_a_subclass_with_its_own_forward_is_named(net):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net.blocks[0].up = Scaled(16, 64)
+    with pytest.raises(TypeError, match=r"blocks\.0\.up: Scaled.*exclude_modules"):
+        spectralize(net, SpectralConfig(rank=2))
+    spectralize(net, SpectralConfig(rank=2, exclude_modules=["blocks.0.up"]))
+
+
+def test_torch_transformer_layers_see_the_coefficients_in_inference_too():
+    """Torch's fused inference path would read the weights past the layer's forward."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x = torch.randn(2, 5, 16)
+    spectralize(model, SpectralConfig(rank=4))
+    assert names(model) == [
+        "layers.0.linear1",
+        "layers.0.linear2",
+        "layers.1.linear1",
+        "layers.1.linear2",
+    ]
+    for _, layer in spectral_layers(model):
+        layer.delta.data.fill_(0.5)
+    y = model(x)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    with torch.no_grad():
+        assert_close(model(x), y)
+        assert_close(model(x, src_key_padding_mask=mask), y)
+    with pytest.raises(ValueError, match=r"out_proj: nn.MultiheadAttention"):
+        spectralize(copy.deepcopy(Attention()), SpectralConfig(rank=2, target_modules=["out_proj"]))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2)
+
+
+def test_progress_is_silent_for_small_models(net, capsys):
+    spectralize(net, SpectralConfig(rank=2))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+class TestHuggingFace:
+    def test_minilm(self):
+        model = minilm(num_labels=3)
+        ids = torch.randint(0, 30000, (3, 11), generator=torch.Generator().manual_seed(0))
+        y = model(ids).logits
+        spectralize(model, SpectralConfig(rank=32))
+        assert torch.equal(model(ids).logits, y)
+        assert model.spectral.modules_to_save == ("classifier",)
+        assert len(names(model)) == 6 * 6 + 1
+        assert fastspec.trainable_parameters(model)["adapter"] == 37 * 32
+
+    def test_gpt2_conv1d_and_tied_output_layer(self):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            vocab_size=50,
+            n_positions=16,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config).eval()
+        ids = torch.arange(12).reshape(2, 6)
+        y = model(ids).logits
+        spectralize(model, SpectralConfig(rank=8))
+        assert torch.equal(model(ids).logits, y)
+        assert model.spectral.modules_to_save == ()
+        assert len(names(model)) == 8
+        assert type(model.transformer.h[0].attn.c_attn) is fastspec.SpectralConv1D
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert type(model.lm_head) is nn.Linear
+        model(ids, labels=ids).loss.backward()
+        assert all(layer.delta.grad.abs().sum() > 0 for _, layer in spectral_layers(model))
