@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 import fastspec
 from fastspec.config import SpectralConfig
-from fastspec.convert import find_targets, is_norm, spectral_layers, spectralize
+from fastspec.convert import (
+    Adaptation,
+    adaptation,
+    find_targets,
+    is_norm,
+    spectral_layers,
+    spectralize,
+)
 from fastspec.files import write_atomically, write_json
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.functional import delta_shape
@@ -46,7 +53,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: the model is not a spectralized one, or a value to save is not finite.
     """
-    config = _config_of(model)
+    adapted = _adaptation_of(model)
     tensors = {name: t.detach().cpu().contiguous() for name, t in _adapter_tensors(model).items()}
     bad = next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
     if bad is not None:
@@ -62,8 +69,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
             "base_fingerprint": _base_fingerprint(model, set(tensors)),
             "tensors_sha256": hashlib.sha256(data).hexdigest(),
-            "modules_to_save": list(model.spectral.modules_to_save),
-            "spectral": config.to_dict(),
+            "modules_to_save": list(adapted.modules_to_save),
+            "spectral": adapted.config.to_dict(),
         },
     )
     return folder
@@ -89,7 +96,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     config: SpectralConfig = meta["spectral"]
     adapted = next(spectral_layers(model), None) is not None
     if adapted:
-        _check_same_config(_config_of(model), config, folder)
+        _check_same_config(_adaptation_of(model).config, config, folder)
         expected = {name: t.shape for name, t in _adapter_tensors(model).items()}
     else:
         expected = _expected_shapes(model, config, meta["modules_to_save"], folder)
@@ -103,7 +110,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if not adapted:
         # the heads as they were found at saving time, whatever this model's own would be
         spectralize(model, dataclasses.replace(config, modules_to_save=meta["modules_to_save"]))
-        model.spectral = dataclasses.replace(model.spectral, config=config)
+        model.spectral = Adaptation(config, tuple(meta["modules_to_save"]))  # type: ignore[assignment]
     targets = _adapter_tensors(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -111,16 +118,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def _config_of(model: nn.Module) -> SpectralConfig:
-    adaptation = getattr(model, "spectral", None)
-    if adaptation is None:
+def _adaptation_of(model: nn.Module) -> Adaptation:
+    found = adaptation(model)
+    if found is None:
         raise ValueError("the model has no adapter: call fastspec.spectralize(model, config) first")
-    return adaptation.config
+    return found
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name to tensor (the model's own) of everything an adapter holds."""
-    config = _config_of(model)
+    adapted = _adaptation_of(model)
+    config = adapted.config
     tensors: dict[str, Tensor] = {}
     for name, layer in spectral_layers(model):
         tensors[f"{name}.delta"] = layer.delta
@@ -130,7 +138,7 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, module in model.named_modules():
             if is_norm(module):
                 tensors |= {f"{name}.{n}": p for n, p in module.named_parameters(recurse=False)}
-    for head in model.spectral.modules_to_save:
+    for head in adapted.modules_to_save:
         state = model.get_submodule(head).state_dict(keep_vars=True)
         tensors |= {f"{head}.{n}": t for n, t in state.items()}
     return tensors
@@ -150,8 +158,9 @@ def _expected_shapes(
     for t in targets:
         shape = delta_shape(config.core, t.directions.rank, config.half_width)
         shapes[f"{t.name}.delta"] = torch.Size(shape)
-        if config.train_bias and t.module.bias is not None:
-            shapes[f"{t.name}.bias"] = t.module.bias.shape
+        bias: Any = t.module.bias
+        if config.train_bias and bias is not None:
+            shapes[f"{t.name}.bias"] = bias.shape
     if config.train_layernorm:
         for name, module in model.named_modules():
             if is_norm(module):

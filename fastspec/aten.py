@@ -146,6 +146,7 @@ def forward(
     if factored or (saves_p and not (short and out_features < in_features)):
         p = x2 @ vh.to(dtype).mT
     if factored:
+        assert p is not None
         y = F.linear(x, weight.to(dtype), bias)
         z = apply_core(p, delta, core, transpose=True)
         y.view(-1, out_features).addmm_(z, u.to(dtype).mT)

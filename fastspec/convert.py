@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,7 +34,8 @@ class Target:
     @property
     def matrix(self) -> Tensor:
         """The weight as [out, in]."""
-        weight = self.module.weight.detach()
+        weight: Any = self.module.weight
+        weight = weight.detach()
         return weight if isinstance(self.module, nn.Linear) else weight.mT
 
 
@@ -167,6 +169,12 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
     return targets, heads
 
 
+def adaptation(model: nn.Module) -> Adaptation | None:
+    """What `spectralize` noted on the model; None for a plain one."""
+    found: Any = getattr(model, "spectral", None)
+    return found
+
+
 def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
     """Names and modules of the adapted layers."""
     for name, module in model.named_modules():
@@ -176,8 +184,8 @@ def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
 
 def trainable_parameters(model: nn.Module) -> dict[str, int]:
     """Counts of numbers: trainable in the adapter, trainable in the heads, total of all parameters."""
-    adaptation = getattr(model, "spectral", None)
-    heads = adaptation.modules_to_save if adaptation is not None else ()
+    adapted = adaptation(model)
+    heads = adapted.modules_to_save if adapted is not None else ()
     counts = {"adapter": 0, "head": 0, "total": 0}
     for name, p in model.named_parameters():
         if name.endswith("base_weight"):
@@ -268,7 +276,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _check_layer(name: str, module: nn.Module) -> None:
-    weight = module.weight
+    weight: Any = module.weight
     kind = type(weight.data if isinstance(weight, nn.Parameter) else weight)
     if not weight.is_floating_point() or kind is not Tensor:
         raise TypeError(

@@ -65,7 +65,8 @@ def spectral_linear(
     if plan is None:
         plan = make_plan(
             math.prod(x.shape[:-1]),
-            *weight.shape[::-1],
+            weight.shape[1],
+            weight.shape[0],
             u.shape[1],
             core=core,
             dtype=x.dtype,

@@ -96,6 +96,7 @@ def factorize(
             names=[names[i] for i in members],
             progress=progress,
         )
+        assert isinstance(svds, list)
         for i, svd in zip(members, svds, strict=True):
             start, stop = ranges[i]
             out[i] = Factors(
@@ -130,8 +131,8 @@ class SpectralLayer(nn.Module):
     unadapted layer computes.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any  # Tensor
+    bias: Any  # Tensor | None
     u: Tensor  # [out, k]
     s: Tensor  # [k]
     vh: Tensor  # [k, in]

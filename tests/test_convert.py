@@ -70,7 +70,7 @@ def test_default_adapts_every_linear_but_the_head(net):
         ({"target_modules": r"blocks\.1\..*"}, ["blocks.1.up", "blocks.1.down"]),
         ({"exclude_modules": ["up"]}, ["blocks.0.down", "blocks.1.down"]),
         ({"exclude_modules": r".*\.1\..*"}, ["blocks.0.up", "blocks.0.down"]),
-        ({"rank": {r"\.0\.up": 3, "default": 2}}, ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]),
+        ({"rank": {"up": 3, "down": 2}}, ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]),
         ({"rank": {r"\.0\.": 3}}, ["blocks.0.up", "blocks.0.down"]),
     ],
 )  # fmt: skip

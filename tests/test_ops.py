@@ -134,10 +134,10 @@ def test_the_short_side_is_really_taken(monkeypatch):
 def test_needs_input_grad_is_honoured(core, shape, monkeypatch):
     p = singular_problem(*shape, 5, core=core)
     for plan in legal_plans(core, *shape, torch.float32, needs_dx=False):
-        y, dx, ddelta, _ = run(p, core, plan, needs_dx=False)
+        _, dx, ddelta, _ = run(p, core, plan, needs_dx=False)
         assert dx is None
         assert_close(ddelta, exact(p, core)[2])
-    y, dx, ddelta, _ = run(p, core, Plan("merged", "none"), needs_delta=False)
+    _, dx, ddelta, _ = run(p, core, Plan("merged", "none"), needs_delta=False)
     assert ddelta is None
     assert_close(dx, exact(p, core)[1])
 
