@@ -1,0 +1,260 @@
+"""Projections onto the basis, and the coefficient gradient from them, without the layer's big product.
+
+    q = g U,   d delta_i = sum_n q[n, i] p[n, i]   (diag)      dC = q^T p   (dense; band: its diagonals)
+
+One kernel: a row tile times a chunk of the rank, over one part of the depth. The gradient is linear in
+q, so parts of the depth are simply more partials and a thin projection still fills a device. Partials
+are summed in a second, fixed order; no atomics, so a second run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from fastspec.kernels import tiles
+from fastspec.reference import core_storage
+
+MAX_RANK = 256
+MAX_FUSED_RANK = 64  # columns of float32 projection that fit in registers beside an output tile's
+
+# ----------------------------------------------------------------------------------------- kernels
+
+
+# fmt: off
+@triton.jit
+def reduce_gradient(
+    q,                # [BLOCK_M, BLOCK_R] float32, the projection of the incoming gradient
+    p_ptr,            # [N, K] contiguous, saved by the forward
+    grad_ptr,         # float32; diag [slots, K], dense [slots, K, K], task [N, K]
+    slot, row0, row_ok, rank0, rank_ok, K,
+    CORE: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """This row tile's share of the coefficient gradient, stored in its own slot."""
+    ranks = rank0 + tl.arange(0, q.shape[1])
+    cell = row0 * K + tl.arange(0, q.shape[0])[:, None] * K + ranks[None, :]
+    ok = row_ok[:, None] & rank_ok[None, :]
+    p = tl.load(p_ptr + cell, mask=ok, other=0.0)
+    if CORE == "diag":
+        share = tl.sum(q * p.to(tl.float32), axis=0)
+        tl.store(grad_ptr + slot * K + ranks, share, mask=rank_ok)
+    elif CORE == "task":
+        tl.store(grad_ptr + cell, q * p.to(tl.float32), mask=ok)
+    else:
+        share = tl.dot(tl.trans(q.to(p.dtype)), p, input_precision=PRECISION)
+        place = ranks[:, None] * K + ranks[None, :]
+        tl.store(grad_ptr + slot * K * K + place, share, mask=rank_ok[:, None] & rank_ok[None, :])
+
+
+@triton.jit
+def project_kernel(
+    a_ptr,            # [N, D]: g or x
+    v_ptr,            # [D, K]: U or Vh^T
+    p_ptr,            # [N, K] contiguous; GRAD only
+    out_ptr,          # STORE: the projection [N, K]; GRAD: as in `reduce_gradient`
+    N, D, K, steps,   # steps: BLOCK_D steps of the depth that one program walks
+    stride_an, stride_ad, stride_vd, stride_vk,
+    CORE: tl.constexpr,  # "store", or the gradient's "diag", "task", "dense"
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    row_tile = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row0 = row_tile * BLOCK_M
+    rank0 = tl.program_id(2) * BLOCK_R
+    rows = row0 + tl.arange(0, BLOCK_M)
+    ranks = rank0 + tl.arange(0, BLOCK_R)
+    row_ok = rows < N
+    rank_ok = ranks < K
+    start = part * steps * BLOCK_D
+    stop = min(D, start + steps * BLOCK_D)
+    depth = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+    a_ptrs = a_ptr + rows[:, None] * stride_an + depth[None, :] * stride_ad
+    v_ptrs = v_ptr + depth[:, None] * stride_vd + ranks[None, :].to(tl.int64) * stride_vk
+    step = tl.full([], BLOCK_D, tl.int64)
+    q = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for d in range(start, stop, BLOCK_D):
+        d_ok = tl.arange(0, BLOCK_D) < stop - d
+        a = tl.load(a_ptrs, mask=row_ok[:, None] & d_ok[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=d_ok[:, None] & rank_ok[None, :], other=0.0)
+        q = tl.dot(a, v, q, input_precision=PRECISION)
+        a_ptrs += step * stride_ad
+        v_ptrs += step * stride_vd
+    if CORE == "store":
+        ok = row_ok[:, None] & rank_ok[None, :]
+        tl.store(out_ptr + rows[:, None] * K + ranks[None, :], q.to(a_ptr.dtype.element_ty), mask=ok)
+    else:
+        slot = row_tile * tl.num_programs(1) + part
+        reduce_gradient(q, p_ptr, out_ptr, slot, row0, row_ok, rank0, rank_ok, K, CORE, PRECISION)
+
+
+@triton.jit
+def sum_by_task_kernel(
+    shares_ptr,       # [N, K] float32
+    order_ptr,        # [N] int64, rows sorted by task
+    bounds_ptr,       # [T + 1] int64: task t has order[bounds[t]:bounds[t + 1]]
+    grad_ptr,         # [T, K] float32
+    K,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    task = tl.program_id(0).to(tl.int64)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank_ok = ranks < K
+    first = tl.load(bounds_ptr + task)
+    last = tl.load(bounds_ptr + task + 1)
+    total = tl.zeros([BLOCK_R], dtype=tl.float32)
+    for n in range(first, last, BLOCK_M):
+        places = n + tl.arange(0, BLOCK_M)
+        row_ok = places < last
+        rows = tl.load(order_ptr + places, mask=row_ok, other=0)
+        ok = row_ok[:, None] & rank_ok[None, :]
+        share = tl.load(shares_ptr + rows[:, None] * K + ranks[None, :], mask=ok, other=0.0)
+        total += tl.sum(share, axis=0)
+    tl.store(grad_ptr + task * K + ranks, total, mask=rank_ok)
+# fmt: on
+
+
+# --------------------------------------------------------------------------------------- launchers
+
+
+def rank_tile(k: int) -> int:
+    """Columns of the rank tile: a power of two, 16 being the matrix units' least."""
+    return min(MAX_FUSED_RANK, max(16, triton.next_power_of_2(k)))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products stay float32 unless PyTorch's own matrix products may use TF32."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def project(a: Tensor, v: Tensor, tile: tiles.Tile | None = None) -> Tensor:
+    """The projection of rows onto a basis.
+
+    Args:
+        a: [N, d], any strides.
+        v: [d, k], any strides.
+        tile: sizes to use instead of the table's; `block_n` is the rank tile.
+
+    Returns:
+        a v: [N, k], in the dtype of `a`, summed in float32.
+    """
+    n, k = a.shape[0], v.shape[1]
+    out = torch.empty(n, k, dtype=a.dtype, device=a.device)
+    if n == 0:
+        return out
+    _launch(a, v, out, out, "store", 1, tile or _project_tile(a, k))
+    return out
+
+
+def sigma_grad(
+    g: Tensor,  # [N, out]
+    u: Tensor,  # [out, k]
+    p: Tensor,  # [N, k]
+    core: str = "diag",
+    *,
+    task: Tensor | None = None,  # [N]
+    n_tasks: int | None = None,
+    half_width: int = 1,
+    tile: tiles.Tile | None = None,
+) -> Tensor:
+    """The gradient of the core's storage, from dL/dy and the saved projection.
+
+    Args:
+        g: dL/dy [N, out], any strides.
+        u: left basis [out, k].
+        p: x Vh^T [N, k], contiguous, as the forward returned it.
+        core: "diag", "band" or "dense".
+        task: the task of each row [N], with core="diag" only; `n_tasks` is then the table's length.
+        half_width: of a band core.
+        tile: sizes to use instead of the table's; `block_n` is the rank tile.
+
+    Returns:
+        float32, in the shape of the storage: [k], [n_tasks, k], [2 * half_width + 1, k] or [k, k].
+
+    Raises:
+        ValueError: task given for a core other than "diag", or without n_tasks.
+    """
+    if task is not None and (core != "diag" or n_tasks is None):
+        raise ValueError(f"task goes with core='diag' and n_tasks, got core={core!r}, {n_tasks=}")
+    n, k = p.shape
+    kernel_core = "task" if task is not None else "diag" if core == "diag" else "dense"
+    if kernel_core == "dense" and k > MAX_FUSED_RANK:
+        return core_storage(project(g, u, tile).float().mT @ p.float(), core, half_width)
+    tile = tile or _project_tile(g, k)
+    parts = 1 if kernel_core == "task" else _depth_parts(g, tile)
+    grad = gradient_slots(kernel_core, triton.cdiv(n, tile.block_m) * parts, n, k, g.device)
+    if n:
+        _launch(g, u, p, grad, kernel_core, parts, tile)
+    return finish_gradient(grad, core, task, n_tasks, half_width)
+
+
+def gradient_slots(core: str, slots: int, n: int, k: int, device: torch.device) -> Tensor:
+    """Room for the shares that `reduce_gradient` stores, by the kernel's name of the core."""
+    shape = {"diag": (slots, k), "dense": (slots, k, k), "task": (n, k)}[core]
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def finish_gradient(
+    shares: Tensor, core: str, task: Tensor | None, n_tasks: int | None, half_width: int
+) -> Tensor:
+    """The second, ordered step: shares summed over their slots, or over the rows of each task."""
+    if task is not None:
+        assert n_tasks is not None
+        return sum_by_task(shares, task, n_tasks)
+    return core_storage(shares.sum(0), core, half_width) if core == "band" else shares.sum(0)
+
+
+def sum_by_task(shares: Tensor, task: Tensor, n_tasks: int) -> Tensor:
+    """Rows of `shares` [N, k] summed by task: float32 [n_tasks, k].
+
+    A stable sort puts each task's rows together in their own order, and one program adds them up: the
+    same order on every run. Rows whose task is outside [0, n_tasks) belong to nobody.
+    """
+    k = shares.shape[1]
+    grad = torch.empty(n_tasks, k, dtype=torch.float32, device=shares.device)
+    if n_tasks == 0:
+        return grad
+    ordered, order = torch.sort(task.to(torch.int64), stable=True)
+    names = torch.arange(n_tasks + 1, device=task.device)
+    bounds = torch.searchsorted(ordered, names)
+    block_r = min(32, rank_tile(k))  # narrow: tasks times chunks are all the parallelism there is
+    grid = (n_tasks, triton.cdiv(k, block_r))
+    wrap_triton(sum_by_task_kernel)[grid](
+        shares, order, bounds, grad, k, BLOCK_M=64, BLOCK_R=block_r, num_warps=4
+    )
+    return grad
+
+
+def _project_tile(a: Tensor, k: int) -> tiles.Tile:
+    """Memory-bound: 32 rows a program for many programs, deep steps for long runs of A."""
+    block_r = min(64, rank_tile(k))
+    tile = tiles.Tile(32, block_r, 256 // a.element_size(), 4, 4)
+    limit = tiles.chip(tiles.capability(a.device)).block_shared
+    return tiles.fit_stages(tile, a.element_size(), 0, limit)
+
+
+def _depth_parts(a: Tensor, tile: tiles.Tile) -> int:
+    """Parts of the depth, so that every multiprocessor has about two programs in flight."""
+    row_tiles = max(1, triton.cdiv(a.shape[0], tile.block_m))
+    wanted = triton.cdiv(2 * tiles.multiprocessors(a.device), row_tiles)
+    return max(1, min(wanted, triton.cdiv(a.shape[1], 4 * tile.block_k)))
+
+
+def _launch(
+    a: Tensor, v: Tensor, p: Tensor, out: Tensor, core: str, parts: int, tile: tiles.Tile
+) -> None:
+    (n, d), k = a.shape, v.shape[1]
+    # the dense gradient is a product of whole rows of q and p: one rank tile holds all of k
+    block_r = rank_tile(k) if core == "dense" else tile.block_n
+    steps = triton.cdiv(triton.cdiv(d, tile.block_k), parts)
+    grid = (triton.cdiv(n, tile.block_m), parts, triton.cdiv(k, block_r))
+    wrap_triton(project_kernel)[grid](
+        a, v, p, out, n, d, k, steps, *a.stride(), *v.stride(),
+        CORE=core, PRECISION=dot_precision(a.dtype),
+        BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_D=tile.block_k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,275 @@
+"""The tile program under the interpreter: every variant, awkward sizes, every access checked."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import mmap
+
+import pytest
+import torch
+from kernel_sanitizer import sanitized
+from support import TOLERANCE, assert_close, relative_error
+from torch import Tensor
+
+from fastspec import reference
+from fastspec.kernels import spectral_linear as kernels
+from fastspec.kernels.tiles import Tile
+
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)  # Python names it since 3.11
+TILE = Tile(32, 32, 32, 4, 2)
+CORES = ("diag", "task", "band", "dense")
+
+# (n, in, out, k): one of everything, both orientations, sizes that divide nothing, full rank, several
+# row tiles and column tiles, a rank above what registers hold (in chunks), one row (decoding)
+SIZES = [
+    (1, 1, 1, 1),
+    (33, 63, 17, 16),
+    (70, 17, 95, 17),
+    (64, 64, 64, 64),
+    (100, 40, 70, 3),
+    (1, 130, 33, 33),
+    (37, 100, 90, 70),
+    (5, 200, 150, 129),
+]
+
+
+def problem(n: int, d: int, out: int, k: int, core: str, dtype=torch.float32, seed=0) -> dict:
+    """Random operands (any basis will do here), named as in the launchers."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    shape = {"diag": (k,), "task": (5, k), "band": (3, k), "dense": (k, k)}[core]
+    return {
+        "x": normal(n, d).to(dtype),
+        "g": normal(n, out).to(dtype),
+        "w": (normal(out, d) / d**0.5).to(dtype),
+        "bias": normal(out).to(dtype),
+        "u": (normal(out, k) / out**0.5).to(dtype),
+        "vh": (normal(k, d) / d**0.5).to(dtype),
+        "delta": normal(*shape).float(),
+        "task": torch.randint(0, 5, (n,), generator=gen) if core == "task" else None,
+    }
+
+
+def exact(t: dict, core: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, p, dx, d delta) in float64, a row at a time where rows carry tasks."""
+    d = {key: v.double() if v is not None and v.is_floating_point() else v for key, v in t.items()}
+    p = d["x"] @ d["vh"].mT
+    rest = (d["w"], d["u"], d["vh"])
+    if core != "task":
+        y = reference.spectral_linear(d["x"], rest[0], d["bias"], *rest[1:], d["delta"], core)
+        dx, grad = reference.spectral_linear_backward(d["g"], d["x"], *rest, d["delta"], core)
+        return y, p, dx, grad
+    y, dx = torch.zeros_like(d["g"]), torch.zeros_like(d["x"])
+    grad = torch.zeros_like(d["delta"])
+    for task, delta in enumerate(d["delta"]):
+        own = d["task"] == task
+        if own.any():
+            x, g = d["x"][own], d["g"][own]
+            y[own] = reference.spectral_linear(x, rest[0], d["bias"], *rest[1:], delta)
+            dx[own], grad[task] = reference.spectral_linear_backward(g, x, *rest, delta)
+    return y, p, dx, grad
+
+
+def run(t: dict, core: str, tile: Tile | None = TILE, needs_dx=True, needs_delta=True, bias=True):
+    """(y, p, dx, d delta) of the kernels, every operand in its own poisoned surroundings."""
+    name = "diag" if core == "task" else core
+    with sanitized() as watch:
+        o = {key: watch.guard(v) if v is not None else None for key, v in t.items()}
+        factors = (o["u"], o["vh"], o["delta"], name, o["task"])
+        y, p = kernels.spectral_linear_fwd(
+            o["x"], o["w"], o["bias"] if bias else None, *factors, tile=tile
+        )
+        dx, grad = kernels.spectral_linear_bwd(
+            o["g"], p, o["w"], *factors, needs_dx=needs_dx, needs_delta=needs_delta, tile=tile
+        )
+    return y, p, dx, grad
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_matches_reference(size, core):
+    t = problem(*size, core)
+    for got, want in zip(run(t, core), exact(t, core), strict=True):
+        assert_close(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("core", CORES)
+def test_16_bit(core, dtype):
+    t = problem(45, 80, 56, 24, core, dtype)
+    for got, want in zip(run(t, core), exact(t, core), strict=True):
+        assert_close(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [3, 40])
+def test_default_tile(n, dtype):
+    t = problem(n, 72, 150, 20, "diag", dtype)
+    for got, want in zip(run(t, "diag", tile=None), exact(t, "diag"), strict=True):
+        assert_close(got, want, dtype)
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize(
+    ("needs_dx", "needs_delta"), [(True, False), (False, True), (False, False)]
+)
+@pytest.mark.parametrize("k", [9, 66])
+def test_computes_only_what_is_needed(core, needs_dx, needs_delta, k):
+    t = problem(40, 70, 80, k, core)
+    y, _, dx, grad = run(t, core, needs_dx=needs_dx, needs_delta=needs_delta, bias=False)
+    want = exact({**t, "bias": torch.zeros_like(t["bias"])}, core)
+    assert_close(y, want[0])
+    assert (dx is None) == (not needs_dx)
+    assert (grad is None) == (not needs_delta)
+    if needs_dx:
+        assert_close(dx, want[2])
+    if needs_delta:
+        assert_close(grad, want[3])
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("k", [9, 66])
+def test_no_rows(core, k):
+    y, p, dx, grad = run(problem(0, 70, 80, k, core), core)
+    assert y.shape == (0, 80)
+    assert p.shape == (0, k)
+    assert dx.shape == (0, 70)
+    assert grad.numel() > 0
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("k", [20, 70])
+def test_any_strides(k):
+    """A transposed weight (GPT-2), a transposed and a strided input, transposed factors."""
+    t = problem(37, 48, 56, k, "diag")
+    want = exact(t, "diag")
+    strided = {
+        "x": t["x"].mT.contiguous().mT,
+        "g": torch.stack([t["g"], t["g"]], dim=-1)[..., 0],
+        "w": t["w"].mT.contiguous().mT,
+        "bias": torch.stack([t["bias"], t["bias"]], dim=-1)[..., 0],
+        "u": t["u"].mT.contiguous().mT,
+        "vh": t["vh"].mT.contiguous().mT,
+        "delta": torch.stack([t["delta"], t["delta"]], dim=-1)[..., 0],
+    }
+    assert not any(v.is_contiguous() for v in strided.values())
+    with sanitized():
+        factors = (strided["u"], strided["vh"], strided["delta"])
+        y, p = kernels.spectral_linear_fwd(
+            strided["x"], strided["w"], strided["bias"], *factors, tile=TILE
+        )
+        dx, grad = kernels.spectral_linear_bwd(strided["g"], p, strided["w"], *factors, tile=TILE)
+    for got, exact_result in zip((y, p, dx, grad), want, strict=True):
+        assert_close(got, exact_result)
+
+
+def test_tiles_wider_than_32_bits():
+    """Rows 2^26 elements apart: offsets inside one tile pass 2^31, in memory that is never touched."""
+    n, d, apart = 36, 40, 2**26
+    memory = mmap.mmap(
+        -1, 4 * n * apart, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    )
+    t = problem(n, d, 24, 8, "diag")
+    x = torch.frombuffer(memory, dtype=torch.float32).as_strided((n, d), (apart, 1))
+    x.copy_(t["x"])
+    wide = Tile(64, 32, 32, 4, 2)
+    assert kernels._spans_2_31(wide, 8, x)
+    assert not kernels._spans_2_31(wide, 8, t["x"])
+    with sanitized():
+        y, p = kernels.spectral_linear_fwd(
+            x, t["w"], t["bias"], t["u"], t["vh"], t["delta"], tile=wide
+        )
+    want = exact(t, "diag")
+    assert_close(y, want[0])
+    assert_close(p, want[1])
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_second_run_has_the_same_bits(core):
+    t = problem(70, 50, 60, 20, core, torch.bfloat16)
+    for first, second in zip(run(t, core), run(t, core), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_zero_coefficients_change_nothing():
+    """At delta = 0 the adapted layer is the frozen one bit for bit (design section 1)."""
+    t = problem(40, 50, 60, 20, "diag", torch.bfloat16)
+    y = run({**t, "delta": torch.zeros(20)}, "diag")[0]
+    nothing = {**t, "u": torch.zeros_like(t["u"]), "vh": torch.zeros_like(t["vh"])}
+    assert torch.equal(y, run(nothing, "diag")[0])
+
+
+def test_tasks_outside_the_table():
+    """Their rows are NaN, nobody else's is, and no coefficient hears of them."""
+    t = problem(40, 50, 60, 20, "task")
+    want = exact(t, "task")
+    t["task"][[3, 17]] = torch.tensor([5, -1])
+    y, _, dx, grad = run(t, "task")
+    bad = torch.zeros(40, dtype=torch.bool)
+    bad[[3, 17]] = True
+    assert torch.equal(y.isnan().all(1), bad)
+    assert torch.equal(dx.isnan().all(1), bad)
+    assert_close(y[~bad], want[0][~bad])
+    assert_close(dx[~bad], want[2][~bad])
+    assert grad.isfinite().all()
+
+
+def test_errors_name_the_argument():
+    t = problem(4, 300, 300, 257, "diag")
+    with pytest.raises(ValueError, match=r"u must have at most 256 columns \(k\), got 257"):
+        kernels.spectral_linear_fwd(t["x"], t["w"], None, t["u"], t["vh"], t["delta"])
+    t = problem(4, 30, 30, 5, "dense")
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        kernels.spectral_linear_fwd(t["x"].double(), t["w"], None, t["u"], t["vh"], t["delta"])
+    with pytest.raises(ValueError, match="task goes with core='diag', got core='dense'"):
+        kernels.spectral_linear_fwd(
+            t["x"], t["w"], None, t["u"], t["vh"], t["delta"], "dense", torch.zeros(4).long()
+        )
+
+
+def broken(kernel, old: str, new: str):
+    """The kernel with a piece of its source replaced, interpreted like the original."""
+    source = inspect.getsource(kernel.fn)
+    assert old in source
+    scope = dict(vars(kernels))
+    # the interpreter reads a kernel's source from its file; a registered pseudo-file serves as well
+    name = f"<broken {kernel.__name__}>"
+    code = source.replace(old, new)
+    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+    exec(compile(code, name, "exec"), scope)
+    return scope[kernel.fn.__name__]
+
+
+ROW_OK = "row_ok = tl.arange(0, BLOCK_M) < "
+COL_OK = "col_ok = tl.arange(0, BLOCK_N) < "
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "error"),
+    [
+        ("fwd", "mask=p_ok", "mask=row_ok[:, None]", "store at"),
+        ("fwd", "mask=row_ok[:, None] & col_ok[None, :])", "mask=row_ok[:, None])", "store at"),
+        ("fwd", ROW_OK + "N - row0", ROW_OK + "BLOCK_M", "load at"),
+        ("bwd", COL_OK + "IN - col0", COL_OK + "IN", "load at"),
+    ],
+)
+def test_broken_masks_are_caught(name, old, new, error, monkeypatch):
+    attribute = f"spectral_linear_{name}_kernel"
+    monkeypatch.setattr(kernels, attribute, broken(getattr(kernels, attribute), old, new))
+    with pytest.raises(Exception, match=f"OutOfBounds.*{error}"):
+        run(problem(45, 70, 50, 20, "diag"), "diag")
+
+
+def test_a_dropped_scale_is_caught(monkeypatch):
+    """Without its coefficients the correction is wrong by far more than the tolerance."""
+    monkeypatch.setattr(kernels, "scale", broken(kernels.scale, "proj * delta[None, :]", "proj"))
+    attribute = "spectral_linear_fwd_kernel"
+    kernel = broken(getattr(kernels, attribute), "scaled = scale", "scaled = scale")
+    monkeypatch.setattr(kernels, attribute, kernel)
+    t = problem(45, 70, 50, 20, "diag")
+    y, want = run(t, "diag")[0], exact(t, "diag")[0]
+    assert relative_error(y, want) > 100 * TOLERANCE[torch.float32]
