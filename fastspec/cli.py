@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "glue": ("fastspec.glue.cli", "finetune and score a model on GLUE"),
+    "demo": ("fastspec.glue.demo", "finetune MiniLM in minutes: a table and a picture"),
     "factorize": ("fastspec.factorize", "write the leading singular triplets of a model to a file"),
     "backends": (
         "fastspec.availability",

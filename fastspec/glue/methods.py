@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,12 @@ def _low_rank(model: nn.Module, config: GlueConfig, heads: list[str]) -> nn.Modu
         target_modules=body_linears(model, heads),
         modules_to_save=heads,
     )
-    return get_peft_model(model, peft_config)
+    with warnings.catch_warnings():
+        # about a property PEFT asks for; nothing a user could act on
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        return get_peft_model(model, peft_config)
 
 
 def body_linears(model: nn.Module, heads: Iterable[str]) -> list[str]:

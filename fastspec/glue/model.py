@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,29 +61,36 @@ def load_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No notices from transformers below errors, no bars but our own."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
 def load_classifier(name: str, task: Task) -> nn.Module:
     """The pretrained body in float32 with a fresh head, drawn from torch's global generator."""
     import torch
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
     labels = task.labels or ("value",)
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report the fresh head as missing weights
-    logging.disable_progress_bar()
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=task.num_labels,
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-            problem_type="regression" if task.regression else "single_label_classification",
-            local_files_only=os.path.isdir(name),
-            dtype=torch.float32,
-        )
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
+    return AutoModelForSequenceClassification.from_pretrained(
+        name,
+        num_labels=task.num_labels,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        problem_type="regression" if task.regression else "single_label_classification",
+        local_files_only=os.path.isdir(name),
+        dtype=torch.float32,
+    )
 
 
 def body_fingerprint(model: nn.Module) -> str:

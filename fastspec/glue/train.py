@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastspec.glue import data, methods
@@ -39,15 +40,16 @@ def prepare(config: GlueConfig) -> Prepared:
     task = TASKS[config.task]
     name = models.resolve(config.model)
     models.go_offline_if(Path(name).is_dir() and data.is_local(task, config.data))
+    source = data.load(task, config.data)
     from transformers import set_seed
 
-    source = data.load(task, config.data)
     set_seed(config.seed)
-    tokenizer = models.load_tokenizer(name)
-    model = models.load_classifier(name, source.task)
-    fingerprint = models.body_fingerprint(model)
-    heads = methods.head_modules(model)
-    model = methods.apply(model, config)
+    with models.quiet():
+        tokenizer = models.load_tokenizer(name)
+        model = models.load_classifier(name, source.task)
+        fingerprint = models.body_fingerprint(model)
+        heads = methods.head_modules(model)
+        model = methods.apply(model, config)
     return Prepared(model, tokenizer, source, heads, name, fingerprint)
 
 
@@ -112,8 +114,9 @@ def run(
         print(f"resuming from {checkpoint}")
     # building the methods has drawn different amounts of random numbers; dropout starts alike
     set_seed(config.seed)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _predict_unlabelled(trainer, prepared, config, folder)
+    with models.quiet():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _predict_unlabelled(trainer, prepared, config, folder)
     size = methods.save(prepared.model, config, folder / ADAPTER)
     result = _result(config, prepared, train, counts, trainer, folder)
     result["adapter"] = {"folder": str(folder / ADAPTER), "bytes": size}
@@ -171,6 +174,7 @@ def _trainer(config: GlueConfig, prepared: Prepared, train: Split, folder: Path,
         report_to="none",
         disable_tqdm=True,  # Progress shows the bars
         label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=config.seed,
     )
     source = prepared.source
