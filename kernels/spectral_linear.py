@@ -278,22 +278,22 @@ def spectral_linear_fwd(
     Raises:
         ValueError: k above `MAX_RANK`, a dtype without a kernel, or task with another core.
     """
-    kernel_core, delta = _prepare(x, u, delta, core, task)
+    name, delta = kernel_core(x, u, delta, core, task)
     (n, d), (out, k) = x.shape, u.shape
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     if k <= MAX_FUSED_RANK:
         given, p = x, torch.empty(n, k, dtype=x.dtype, device=x.device)
     else:
         p = project(x, vh.mT)
-        given, kernel_core = _apply_core(p, delta, kernel_core, task, forward=True), "given"
+        given, name = _apply_core(p, delta, name, task, forward=True), "given"
     if n == 0:
         return y, p
-    block_r, tile, grid, tiles_each = _plan(x, n, out, k, tile)
+    block_r, tile, grid, tiles_each = plan(x, n, out, k, tile)
     wrap_triton(spectral_linear_fwd_kernel)[grid](
-        x, w, _or(bias, x), u, vh, delta, _or(task, x), given, y, p,
+        x, w, absent(bias, x), u, vh, delta, absent(task, x), given, y, p,
         n, d, out, k, len(delta), tiles_each,
         *x.stride(), *w.stride(), *u.stride(), *vh.stride(),
-        CORE=kernel_core, BIAS=bias is not None, PRECISION=dot_precision(x.dtype),
+        CORE=name, BIAS=bias is not None, PRECISION=dot_precision(x.dtype),
         WIDE=_spans_2_31(tile, k, x, w, u, vh, y),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -321,7 +321,7 @@ def spectral_linear_bwd(
     and comes back as None; without dx only `sigma_grad` runs. Raises the same errors.
     """
     half_width = delta.shape[0] // 2
-    kernel_core, table = _prepare(g, u, delta, core, task)
+    name, table = kernel_core(g, u, delta, core, task)
     (n, out), (k, d) = g.shape, vh.shape
     grad = None
     n_tasks = len(delta) if task is not None else None
@@ -331,19 +331,19 @@ def spectral_linear_bwd(
     if not needs_dx:
         return None, grad
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
-    block_r, tile, grid, tiles_each = _plan(g, n, d, k, tile)
+    block_r, tile, grid, tiles_each = plan(g, n, d, k, tile)
     in_kernel = needs_delta and fused
-    shares = gradient_slots(kernel_core, grid[0], n, k, g.device) if in_kernel else dx
+    shares = gradient_slots(name, grid[0], n, k, g.device) if in_kernel else dx
     given = g
     if not fused:
-        given = _apply_core(project(g, u), table, kernel_core, task, forward=False)
-        kernel_core = "given"
+        given = _apply_core(project(g, u), table, name, task, forward=False)
+        name = "given"
     if n:
         wrap_triton(spectral_linear_bwd_kernel)[grid](
-            g, p, w, u, vh, table, _or(task, g), given, dx, shares,
+            g, p, w, u, vh, table, absent(task, g), given, dx, shares,
             n, d, out, k, len(table), tiles_each,
             *g.stride(), *w.stride(), *u.stride(), *vh.stride(),
-            CORE=kernel_core, GRAD=in_kernel, PRECISION=dot_precision(g.dtype),
+            CORE=name, GRAD=in_kernel, PRECISION=dot_precision(g.dtype),
             WIDE=_spans_2_31(tile, k, g, w, u, vh, dx),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -353,7 +353,7 @@ def spectral_linear_bwd(
     return dx, grad
 
 
-def _prepare(
+def kernel_core(
     a: Tensor, u: Tensor, delta: Tensor, core: str, task: Tensor | None
 ) -> tuple[str, Tensor]:
     """The kernel's name of the core, and its storage as the kernel reads it."""
@@ -371,16 +371,16 @@ def _prepare(
 
 
 def _apply_core(
-    proj: Tensor, delta: Tensor, kernel_core: str, task: Tensor | None, forward: bool
+    proj: Tensor, delta: Tensor, name: str, task: Tensor | None, forward: bool
 ) -> Tensor:
     """core(A V) [N, k] for ranks that registers do not hold: thin beside the layer's own product."""
-    if kernel_core == "dense":
+    if name == "dense":
         c = delta.to(proj.dtype)
         return proj @ (c.mT if forward else c)
     return (proj * (delta if task is None else delta[task])).to(proj.dtype)
 
 
-def _plan(
+def plan(
     a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None
 ) -> tuple[int, tiles.Tile, tuple[int, int], int]:
     """The rank tile, the tile, the grid and the output tiles that each program walks."""
@@ -398,6 +398,6 @@ def _spans_2_31(tile: tiles.Tile, k: int, *operands: Tensor) -> bool:
     return any(side * sum(t.stride()) >= 2**31 for t in operands)
 
 
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+def absent(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
     """Absent operands pass some valid pointer, which the kernel's constants keep it from reading."""
     return stand_in if tensor is None else tensor.contiguous()

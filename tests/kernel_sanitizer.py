@@ -29,6 +29,7 @@ class Sanitizer:
     def __init__(self) -> None:
         self.elements = np.empty(0, dtype=np.uint64)
         self.guarded: list[tuple[Tensor, Tensor]] = []
+        self.reachable: list[Tensor] = []  # through addresses that a kernel reads from memory
 
     def allow(self, tensors: list[Tensor]) -> None:
         """Allow these tensors' elements, one address each, whatever their strides; nothing else."""
@@ -90,7 +91,8 @@ def sanitized() -> Iterator[Sanitizer]:
 
     def watched_launch(self, *args, **kwargs):
         operands = [getattr(a, "base", a) for a in (*args, *kwargs.values())]
-        watch.allow([a for a in operands if isinstance(a, Tensor)])
+        outputs = [inner for _, inner in watch.guarded] if watch.reachable else []
+        watch.allow([a for a in (*operands, *watch.reachable, *outputs) if isinstance(a, Tensor)])
         return launch(self, *args, **kwargs)
 
     def checked_load(self, ptrs, mask, other, cache_policy, is_volatile):

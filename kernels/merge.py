@@ -1,0 +1,129 @@
+"""W_eff = W + U C Vh for many layers of one shape in one launch.
+
+One layer is well served by `addmm`; a model has dozens of equal ones, and launching each costs more
+than writing it. The kernel finds the layers through tables of addresses, so nothing is stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastspec.kernels.sigma_grad import dot_precision
+from fastspec.reference import core_matrix
+
+# ----------------------------------------------------------------------------------------- kernels
+
+
+# fmt: off
+@triton.jit
+def merge_kernel(
+    w_table,          # [L] int64 addresses of [OUT, IN]
+    u_table,          # of [OUT, K]
+    vh_table,         # of [K, IN]
+    delta_table,      # of [K] float32; SCALED only
+    out_table,        # of [OUT, IN] contiguous
+    OUT, IN, K,
+    stride_wo, stride_wi, stride_uo, stride_uk, stride_vk, stride_vi,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    layer = tl.program_id(2)
+    address: tl.constexpr = tl.pointer_type(DTYPE)
+    w_ptr = tl.load(w_table + layer).to(address)
+    u_ptr = tl.load(u_table + layer).to(address)
+    vh_ptr = tl.load(vh_table + layer).to(address)
+    out_ptr = tl.load(out_table + layer).to(address)
+    delta_ptr = tl.load(delta_table + layer).to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        w_ptr = tl.multiple_of(w_ptr, 16)
+        u_ptr = tl.multiple_of(u_ptr, 16)
+        vh_ptr = tl.multiple_of(vh_ptr, 16)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+    rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = (rows < OUT)[:, None]
+    col_ok = (cols < IN)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for r in range(0, K, BLOCK_R):
+        ranks = (r + tl.arange(0, BLOCK_R)).to(tl.int64)
+        rank_ok = ranks < K
+        u_ptrs = u_ptr + rows[:, None] * stride_uo + ranks[None, :] * stride_uk
+        vh_ptrs = vh_ptr + ranks[:, None] * stride_vk + cols[None, :] * stride_vi
+        u = tl.load(u_ptrs, mask=row_ok & rank_ok[None, :], other=0.0)
+        vh = tl.load(vh_ptrs, mask=rank_ok[:, None] & col_ok, other=0.0)
+        if SCALED:
+            delta = tl.load(delta_ptr + ranks, mask=rank_ok, other=0.0)
+            u = (u.to(tl.float32) * delta[None, :]).to(DTYPE)
+        acc = tl.dot(u, vh, acc, input_precision=PRECISION)
+    w_ptrs = w_ptr + rows[:, None] * stride_wo + cols[None, :] * stride_wi
+    w = tl.load(w_ptrs, mask=row_ok & col_ok, other=0.0)
+    merged = (w.to(tl.float32) + acc).to(DTYPE)
+    tl.store(out_ptr + rows[:, None] * IN + cols[None, :], merged, mask=row_ok & col_ok)
+# fmt: on
+
+
+# --------------------------------------------------------------------------------------- launchers
+
+ELEMENT = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+BLOCK_M, BLOCK_N, BLOCK_R = 64, 128, 32
+
+
+def merge(
+    weights: Sequence[Tensor],  # each [out, in]
+    us: Sequence[Tensor],  # [out, k]
+    vhs: Sequence[Tensor],  # [k, in]
+    deltas: Sequence[Tensor],
+    core: str = "diag",
+) -> list[Tensor]:  # each [out, in]
+    """The effective weights of layers that share shapes, strides, dtype and device.
+
+    Args:
+        weights, us, vhs: float32, bfloat16 or float16; any strides, the same for every layer.
+        deltas: float32 storage of each core: [k], [2h + 1, k] or [k, k].
+        core: "diag", "band" or "dense"; for the last two U C is formed first, in float32.
+
+    Returns:
+        One new contiguous tensor a layer, rounded once from float32.
+
+    Raises:
+        ValueError: layers differ in shape, strides, dtype or device, or the dtype has no kernel.
+    """
+    if not weights:
+        return []
+    if weights[0].dtype not in ELEMENT:
+        raise ValueError(f"weights must be float32, bfloat16 or float16, got {weights[0].dtype}")
+    if core != "diag":
+        lefts = [torch.empty(u.shape, dtype=u.dtype, device=u.device) for u in us]
+        for left, u, delta in zip(lefts, us, deltas, strict=True):
+            left.copy_(u.float() @ core_matrix(delta.float(), core))  # U C, rounded once
+        us = deltas = lefts  # as deltas only an address, which the kernel leaves alone
+    outs = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in weights]
+    deltas = [d.contiguous() for d in deltas]
+    operands = {"weights": weights, "us": us, "vhs": vhs, "deltas": deltas, "outs": outs}
+    for name, tensors in operands.items():
+        kinds = {(t.shape, t.stride(), t.dtype, t.device) for t in tensors}
+        if len(kinds) != 1 or len(tensors) != len(weights):
+            raise ValueError(
+                f"{name}: every layer must have one, alike, got {len(tensors)}: {kinds}"
+            )
+    w, u, vh = weights[0], us[0], vhs[0]
+    (out, d), k = w.shape, u.shape[1]
+    addresses = torch.tensor([[t.data_ptr() for t in ts] for ts in operands.values()])
+    grid = (triton.cdiv(d, BLOCK_N), triton.cdiv(out, BLOCK_M), len(weights))
+    if w.numel():
+        merge_kernel[grid](
+            *addresses.to(w.device), out, d, k, *w.stride(), *u.stride(), *vh.stride(),
+            DTYPE=ELEMENT[w.dtype], SCALED=core == "diag", ALIGNED=not (addresses % 16).any().item(),
+            PRECISION=dot_precision(w.dtype), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
+            num_warps=8, num_stages=2,
+        )  # fmt: skip
+    return outs

@@ -1,0 +1,50 @@
+"""Operands for the kernel tests, and the exact results by `fastspec.reference` in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastspec import reference
+
+CORES = ("diag", "task", "band", "dense")
+
+
+def problem(n: int, d: int, out: int, k: int, core: str, dtype=torch.float32, seed=0) -> dict:
+    """Random operands (any basis will do here), named as in the launchers."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    shape = {"diag": (k,), "task": (5, k), "band": (3, k), "dense": (k, k)}[core]
+    return {
+        "x": normal(n, d).to(dtype),
+        "g": normal(n, out).to(dtype),
+        "w": (normal(out, d) / d**0.5).to(dtype),
+        "bias": normal(out).to(dtype),
+        "u": (normal(out, k) / out**0.5).to(dtype),
+        "vh": (normal(k, d) / d**0.5).to(dtype),
+        "delta": normal(*shape).float(),
+        "task": torch.randint(0, 5, (n,), generator=gen) if core == "task" else None,
+    }
+
+
+def exact(t: dict, core: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, p, dx, d delta) in float64, a row at a time where rows carry tasks."""
+    d = {key: v.double() if v is not None and v.is_floating_point() else v for key, v in t.items()}
+    p = d["x"] @ d["vh"].mT
+    rest = (d["w"], d["u"], d["vh"])
+    if core != "task":
+        y = reference.spectral_linear(d["x"], rest[0], d["bias"], *rest[1:], d["delta"], core)
+        dx, grad = reference.spectral_linear_backward(d["g"], d["x"], *rest, d["delta"], core)
+        return y, p, dx, grad
+    y, dx = torch.zeros_like(d["g"]), torch.zeros_like(d["x"])
+    grad = torch.zeros_like(d["delta"])
+    for task, delta in enumerate(d["delta"]):
+        own = d["task"] == task
+        if own.any():
+            x, g = d["x"][own], d["g"][own]
+            y[own] = reference.spectral_linear(x, rest[0], d["bias"], *rest[1:], delta)
+            dx[own], grad[task] = reference.spectral_linear_backward(g, x, *rest, delta)
+    return y, p, dx, grad

@@ -1,0 +1,125 @@
+"""Projection, coefficient gradient, merge and the descriptor variant under the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_problems import CORES, exact, problem
+from kernel_sanitizer import sanitized
+from support import assert_close, relative_error
+
+from fastspec import reference
+from fastspec.kernels import hopper, tiles
+from fastspec.kernels.merge import merge
+from fastspec.kernels.sigma_grad import project, sigma_grad
+from fastspec.kernels.tiles import Tile
+
+SIZES = [(1, 1, 1, 1), (70, 33, 95, 17), (150, 40, 300, 64), (37, 20, 90, 130)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sigma_grad(size, core, dtype, monkeypatch):
+    # as many multiprocessors as split the depth into parts, whatever the rows
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: 16)
+    t = problem(*size, core, dtype)
+    _, p, _, want = exact(t, core)
+    with sanitized() as watch:
+        g, u, p = watch.guard(t["g"]), watch.guard(t["u"]), p.to(dtype).contiguous()
+        name, n_tasks = ("diag", 5) if core == "task" else (core, None)
+        grad = sigma_grad(g, u, p, name, task=t["task"], n_tasks=n_tasks)
+    assert grad.dtype == torch.float32
+    assert_close(grad, want, dtype)
+
+
+def test_project_takes_any_strides():
+    t = problem(50, 70, 30, 20, "diag")
+    with sanitized():
+        p = project(t["x"].mT.contiguous().mT, t["vh"].mT)
+    assert_close(p, t["x"].double() @ t["vh"].double().mT)
+
+
+def test_task_needs_a_table():
+    t = problem(4, 8, 8, 3, "diag")
+    with pytest.raises(ValueError, match="task goes with core='diag' and n_tasks"):
+        sigma_grad(t["g"], t["u"], t["x"][:, :3].contiguous(), task=torch.zeros(4).long())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("core", ["diag", "band", "dense"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_merge(core, dtype, transposed):
+    layers = [problem(1, 131, 70, 35, core, dtype, seed) for seed in range(3)]
+    with sanitized() as watch:
+        parts = [[watch.guard(t[key]) for t in layers] for key in ("w", "u", "vh")]
+        if transposed:
+            parts[0] = [w.mT.contiguous().mT for w in parts[0]]
+        deltas = [t["delta"] for t in layers]
+        watch.reachable = [t for group in (*parts, deltas) for t in group]
+        merged = merge(*parts, deltas, core)
+    for t, got in zip(layers, merged, strict=True):
+        w, u, vh, delta = (t[key].double() for key in ("w", "u", "vh", "delta"))
+        assert_close(got, reference.effective_weight(w, u, vh, delta, core))
+
+
+def test_merge_wants_equal_layers():
+    a, b = problem(1, 8, 8, 3, "diag"), problem(1, 9, 8, 3, "diag")
+    operands = ([t[key] for t in (a, b)] for key in ("w", "u", "vh", "delta"))
+    with pytest.raises(ValueError, match="weights: every layer must have one, alike"):
+        merge(*operands)
+    assert merge([], [], [], []) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("size", [(1, 8, 8, 8), (45, 72, 104, 24), (70, 136, 40, 40)], ids=str)
+def test_descriptors(size, core, dtype):
+    t = problem(*size, core, dtype)
+    name, tile = "diag" if core == "task" else core, Tile(32, 32, 32, 4, 2)
+    with sanitized():
+        factors = (t["u"], t["vh"], t["delta"], name, t["task"])
+        y, p = hopper.spectral_linear_fwd(t["x"], t["w"], t["bias"], *factors, tile=tile)
+        dx, grad = hopper.spectral_linear_bwd(t["g"], p, t["w"], *factors, tile=tile)
+        again, none = hopper.spectral_linear_bwd(
+            t["g"], p, t["w"], *factors, needs_delta=False, tile=tile
+        )
+    for got, want in zip((y, p, dx, grad), exact(t, core), strict=True):
+        assert_close(got, want, dtype)
+    assert torch.equal(again, dx)
+    assert none is None
+
+
+def test_descriptors_refuse_what_the_copy_engine_cannot_address():
+    t = problem(8, 16, 16, 8, "diag")
+    assert hopper.fits(t["x"], t["w"])
+    assert not hopper.fits(t["x"].mT)
+    assert not hopper.fits(t["x"][:, 1:])
+    assert not hopper.fits(t["x"][:0])
+    with pytest.raises(ValueError, match="rows on 16 bytes"):
+        hopper.spectral_linear_fwd(
+            t["x"], t["w"].mT, None, t["u"], t["vh"], t["delta"], tile=Tile(32, 32, 32, 4, 2)
+        )
+
+
+def test_tf32_only_where_pytorch_allows_it():
+    """The interpreter computes in full precision either way; what reaches the kernel is checked."""
+    from fastspec.kernels.sigma_grad import dot_precision
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert dot_precision(torch.float32) == "ieee"
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert dot_precision(torch.float32) == "tf32"
+        assert dot_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_dropped_coefficient_is_caught():
+    t = problem(40, 30, 60, 20, "diag")
+    _, p, _, want = exact(t, "diag")
+    with sanitized():
+        grad = sigma_grad(t["g"], t["u"] * 1.001, p.float().contiguous())
+    assert relative_error(grad, want) > 10 * 2e-5
