@@ -1,0 +1,91 @@
+"""The demo on a tiny model, and the step times it prints."""
+
+import pytest
+import torch
+from glue_support import make_model, make_task
+
+from fastspec.cli import main
+from fastspec.glue import methods
+from fastspec.glue.config import GlueConfig
+from fastspec.glue.demo import running_mean
+from fastspec.glue.model import load_classifier
+from fastspec.glue.tasks import TASKS
+from fastspec.glue.timing import FLOOR, freeze_to_floor, step_times
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small only lose by being shared between threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    make_model(folder / "model")
+    make_task(folder / "glue", TASKS["rte"], train=40, dev=12)
+    return folder
+
+
+def test_the_demo_prints_a_table_and_draws(place, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.delenv("FASTSPEC_GLUE_DIR", raising=False)
+    arguments = ["demo", "--model", str(place / "model"), "--data", str(place / "glue")]
+    assert main([*arguments, "--epochs", "1", "--output", str(place / "out")]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
+    for label in ("spectral, fast path", "spectral, reference path", "LoRA r8"):
+        assert rows[label][-1] == "kB"
+        assert float(rows[label][-3]) > 0
+    assert rows["spectral, fast path"][3:5] == rows["spectral, reference path"][3:5]
+    assert "dev predictions of the last epoch that differ: 0 of 12" in out
+    picture = place / "out" / "losses.png"
+    assert str(picture) in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_takes_the_embedded_task_without_a_folder(place, monkeypatch):
+    import argparse
+
+    from fastspec.glue.demo import add_arguments, configurations
+
+    monkeypatch.delenv("FASTSPEC_GLUE_DIR", raising=False)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert {c.task for c in configurations(parser.parse_args([])).values()} == {"swap"}
+    monkeypatch.setenv("FASTSPEC_GLUE_DIR", str(place / "glue"))
+    configs = configurations(parser.parse_args([]))
+    assert {c.task for c in configs.values()} == {"rte"}
+    assert {c.path for c in configs.values() if c.method == "spectral"} == {"fast", "reference"}
+    assert len({(c.seed, c.max_train_rows, c.epochs, c.batch_size) for c in configs.values()}) == 1
+
+
+def test_step_times_cover_every_method_and_the_floor(place):
+    common = {"task": "rte", "data": str(place / "glue"), "model": str(place / "model"), "rank": 4}
+    configs = {"ours": GlueConfig(**common), "all": GlueConfig(method="full", **common)}
+    times = step_times(configs, rounds=3, warmup=1)
+    assert list(times) == [FLOOR, "ours", "all"]
+    assert times[FLOOR].ratio == 1.0
+    assert all(t.milliseconds > 0 and t.ratio > 0 for t in times.values())
+
+
+def test_the_floor_sends_gradients_through_every_layer(place):
+    model = load_classifier(str(place / "model"), TASKS["rte"])
+    ids = torch.tensor([[2, 5, 6, 7, 3]])
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    heads = methods.head_modules(model)
+    floor = freeze_to_floor(model)
+    output = floor(ids, labels=torch.tensor([1]))
+    assert torch.equal(output.logits, expected)
+    output.loss.backward()
+    trained = {n: p for n, p in floor.named_parameters() if p.requires_grad}
+    assert {n for n in trained if not n.startswith(tuple(heads))} == {"input_shift.shift"}
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
+
+
+def test_running_mean():
+    assert running_mean([2.0, 4.0, 6.0, 8.0], 2) == [2.0, 3.0, 5.0, 7.0]
