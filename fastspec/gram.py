@@ -37,15 +37,36 @@ def factorize(w: Tensor, k: int) -> Triplets:
     """The k leading triplets by eigenvectors of W^T W, accumulated in float64."""
     wide = w.double()
     _, vectors = torch.linalg.eigh(wide.mT @ wide)
-    return finish(wide, vectors[..., -k:].flip(-1), w.dtype)
+    right = vectors[..., -k:].flip(-1)
+    return _triplets(wide, right, wide @ right, w.dtype)
 
 
-def finish(w: Tensor, right: Tensor, dtype: torch.dtype) -> Triplets:
-    """Triplets in `dtype` from right vectors that diagonalise V^T W^T W V: u_i = W v_i / s_i.
+def rayleigh_ritz(w: Tensor, right: Tensor) -> Triplets:
+    """The best triplets within the span of `right [L, n, k]`, whose columns are nearly orthonormal.
 
-    `w [L, m, n]` and `right [L, n, k]` are float64.
+    The k x k problems are solved in float64, so that the left vectors stay orthogonal however far
+    s_1 is above s_k; from 16 times on the products with W are float64 too, because float32 would
+    leave s_1 / s_k times its own rounding in them.
     """
-    image = w @ right  # [L, m, k]
+    image = w @ right
+    s = torch.linalg.vector_norm(image, dim=-2)
+    wide = w
+    if w.dtype == torch.float32 and bool((16 * s.amin(dim=-1) < s.amax(dim=-1)).any()):
+        wide, right = w.double(), right.double()
+        image = wide @ right
+    # V <- V C with C^T (V^T V) C = 1 and C^T (V^T W^T W V) C diagonal
+    metric = torch.linalg.cholesky(right.double().mT @ right.double())
+    energy = image.double().mT @ image.double()
+    half = torch.linalg.solve_triangular(metric, energy, upper=False)
+    _, c = torch.linalg.eigh(torch.linalg.solve_triangular(metric, half.mT, upper=False))
+    c = torch.linalg.solve_triangular(metric.mT, c.flip(-1), upper=True)
+    if wide is w:
+        c = c.to(w.dtype)
+    return _triplets(wide, right @ c, image @ c, w.dtype)
+
+
+def _triplets(w: Tensor, right: Tensor, image: Tensor, dtype: torch.dtype) -> Triplets:
+    """u_i = W v_i / s_i from `image = W V` with orthogonal columns."""
     s = torch.linalg.vector_norm(image, dim=-2)  # [L, k]
     s, order = s.sort(dim=-1, descending=True, stable=True)
     right = right.gather(-1, order[:, None, :].expand_as(right))
@@ -54,7 +75,10 @@ def finish(w: Tensor, right: Tensor, dtype: torch.dtype) -> Triplets:
     left = image / torch.where(small, torch.ones_like(s), s)[:, None, :]
     for i in small.any(dim=-1).nonzero()[:, 0].tolist():
         kept = int((~small[i]).sum())
-        left[i], s[i], right[i] = _complete(w[i], left[i], s[i], right[i], kept)
+        completed = _complete(
+            w[i].double(), left[i].double(), s[i].double(), right[i].double(), kept
+        )
+        left[i], s[i], right[i] = (t.to(w.dtype) for t in completed)
     left, s, right = left.to(dtype), s.to(dtype), right.to(dtype)
     return Triplets(left, s, right, residual(w, left, s, right))
 

@@ -2,7 +2,10 @@
 
 The public function checks its input once, groups matrices by shape, cuts each group into chunks
 that respect the workspace bound, turns every matrix so that its short side comes last, and hands
-the chunk to `gram.factorize` (design section 4).
+the chunk to the cheaper of two methods (design section 4):
+
+    gram.py      eigenvectors of the float64 Gram matrix, and what makes triplets of a subspace
+    krylov.py    the leading subspace by block Krylov iteration
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastspec import gram
+from fastspec import gram, krylov
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -115,13 +118,24 @@ def topk_svd(
     for i, (w, count) in enumerate(zip(matrices, counts, strict=True)):
         groups.setdefault((tuple(w.shape), w.dtype, w.device, count), []).append(i)
     stacks: list[tuple[list[int], TopkSVD]] = []
-    with torch.no_grad(), _full_precision(), _progress(progress, len(matrices)) as advance:
+    devices = {w.device.type for w in matrices}
+    with torch.no_grad(), _full_precision(devices), _progress(progress, len(matrices)) as advance:
         for (shape, _, _, count), members in groups.items():
             size = gram.chunk_size(shape, count, matrices[members[0]].dtype, workspace)
             for start in range(0, len(members), size):
                 chunk = members[start : start + size]
+                if isinstance(weights, Tensor) and weights.dim() == 3:
+                    stack = weights[chunk[0] : chunk[-1] + 1]
+                else:
+                    stack = torch.stack([matrices[i] for i in chunk])
                 found = _factorize_chunk(
-                    [matrices[i] for i in chunk], [labels[i] for i in chunk], count, tol, dtype
+                    stack,
+                    [labels[i] for i in chunk],
+                    count,
+                    tol,
+                    dtype,
+                    max_steps,
+                    seed,
                 )
                 stacks.append((chunk, found))
                 advance(len(chunk))
@@ -139,19 +153,28 @@ def topk_svd(
 
 
 def _factorize_chunk(
-    matrices: list[Tensor], labels: list[str], k: int, tol: float, dtype: torch.dtype | None
+    weights: Tensor,  # [L, m, n]
+    labels: list[str],
+    k: int,
+    tol: float,
+    dtype: torch.dtype | None,
+    max_steps: int | None,
+    seed: int,
 ) -> TopkSVD:
-    """Triplets of equal-shaped matrices, as one stack."""
-    source = matrices[0].dtype
+    source = weights.dtype
     compute = source if source == torch.float64 else torch.float32
-    turned = matrices[0].shape[0] < matrices[0].shape[1]
-    w = torch.stack([(a.mT if turned else a).to(compute) for a in matrices])  # [L, long, short]
-    _check_finite(w, labels)
-    scale = w.abs().amax(dim=(1, 2), keepdim=True)
-    # a power of two, so that scaling rounds nothing, and the Gram matrix cannot over- or underflow
-    scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
-    w = w / scale
-    triplets = gram.factorize(w, k)
+    turned = weights.shape[1] < weights.shape[2]
+    w = weights.to(compute)
+    w = w.mT if turned else w  # [L, long, short]
+    largest = torch.linalg.vector_norm(w, float("inf"), dim=(1, 2), keepdim=True)
+    _check_finite(largest, labels)
+    # a power of two, so that scaling rounds nothing; done where W^T W could over- or underflow
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    if not bool(((largest > 2.0**-20) & (largest < 2.0**20)).all()):
+        w = w / scale
+    else:
+        scale = torch.ones_like(scale)
+    triplets = _leading_triplets(w, k, tol, max_steps, seed)
     u, vh = (triplets.right, triplets.left.mT) if turned else (triplets.left, triplets.right.mT)
     sign = _signs(vh)
     out = dtype or source
@@ -162,6 +185,25 @@ def _factorize_chunk(
         residual=triplets.residual.to(compute),
         converged=triplets.residual <= tol,
     )
+
+
+def _leading_triplets(
+    w: Tensor, k: int, tol: float, max_steps: int | None, seed: int
+) -> gram.Triplets:
+    """Triplets of a stack [L, m, n], m >= n, by the cheaper method."""
+    if not krylov.worthwhile(k, w.shape[-1]):
+        return gram.factorize(w, k)
+    floor = gram.floor_of(w.dtype)
+    right = krylov.leading_subspace(w, k, tol, floor, max_steps, seed)
+    found = gram.rayleigh_ritz(w, right)
+    late = ~(found.residual <= tol)
+    if max_steps is None and w.dtype == torch.float32 and bool(late.any()):
+        # s_1 / s_k is so large that rounding W^T W v to float32 costs more than tol
+        wide = w[late].double()
+        right = krylov.leading_subspace(wide, k, tol, floor, None, seed)
+        for field, improved in zip(found, gram.rayleigh_ritz(wide, right), strict=True):
+            field[late] = improved.to(field.dtype)
+    return found
 
 
 def _signs(vh: Tensor) -> Tensor:  # [L, k, n] -> [L, k]
@@ -244,8 +286,8 @@ def _check_options(
         raise ValueError(f"workspace must be a positive number of bytes, got {workspace!r}")
 
 
-def _check_finite(w: Tensor, labels: list[str]) -> None:
-    bad = ~torch.isfinite(w).flatten(1).all(dim=1)
+def _check_finite(largest: Tensor, labels: list[str]) -> None:
+    bad = ~torch.isfinite(largest).flatten()
     if bad.any():
         which = [label for label, b in zip(labels, bad.tolist(), strict=True) if b]
         more = f" and {len(which) - 1} more" if len(which) > 1 else ""
@@ -272,12 +314,15 @@ def _warn_unconverged(
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """TF32 and bf16 products would stall the iteration at 1e-3."""
+def _full_precision(devices: set[str]) -> Iterator[None]:
+    """No autocast, TF32 or bf16 products: they would stall the iteration at 1e-3."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -1,0 +1,231 @@
+"""The leading right subspace of a stack of matrices by block Krylov iteration on W^T W.
+
+Randomised SVD (a few power steps) does not find singular vectors of transformer weights, whose
+spectra decay slowly; keeping every block of the iteration as a basis does (design section 4;
+Musco and Musco, arXiv 1504.05477; block Lanczos with full reorthogonalisation, Golub and Van Loan,
+section 10.3). Narrow blocks need the fewest basis vectors, because they leave more steps for the same
+number; the price is that a value with more copies than the block is wide shows only that many of them,
+which `_crowded` recognises.
+
+Basis vectors are rows here: the basis [L, p, n] grows by contiguous blocks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Values within this many tolerances of one another may be copies of one value: Ritz vectors that mix
+# values further apart would not have passed for converged.
+_COPIES = 30
+
+_GRAM_SHORT = 1024
+
+
+def block_width(k: int, short: int) -> int:
+    """Columns multiplied at once. Wider costs more basis vectors, narrower more passes over W."""
+    return min(short, 8 if k <= 64 else 16)
+
+
+def worthwhile(k: int, short: int) -> bool:
+    """Whether iterating beats the eigenvectors of the whole Gram matrix.
+
+    Slowly decaying spectra need about 3.5 k + 80 basis vectors; measured, the eigenvectors cost the
+    same when that is somewhat over half the short side.
+    """
+    return 3.5 * k + 80 <= 0.55 * short
+
+
+def leading_subspace(
+    w: Tensor,  # [L, m, n], m >= n
+    k: int,
+    tol: float,
+    floor: float,
+    max_steps: int | None,
+    seed: int,
+    width: int | None = None,
+) -> Tensor:  # [L, n, k]
+    """Right vectors whose estimated residuals meet `tol`, or the best found within `max_steps`."""
+    short = w.shape[-1]
+    width = width or block_width(k, short)
+    right = w.new_empty(w.shape[0], short, k)
+    crowded_rows: list[Tensor] = []
+    active = torch.arange(w.shape[0], device=w.device)
+    run = _Iteration(w, width, seed)
+    check = 3 * k + 10 * width
+    # (basis size, log10 of the error over the one allowed); before the first check, a guess
+    last = (float(k + width), -math.log10(tol))
+    steps = 0
+    while active.numel():
+        run.step()
+        steps += 1
+        final = run.size == short or steps == max_steps
+        if run.size < min(check, short) and not final:
+            continue
+        if run.size < k:  # the step limit came before there were k vectors
+            run.pad(k)
+        values, vectors, error = run.ritz(k)
+        share = run.share_of_tolerance(values, error, tol, floor)  # [A], 1 when just converged
+        done = share <= 1 if not final else torch.ones_like(share, dtype=torch.bool)
+        if done.any():
+            crowded = (
+                done & _crowded(values, width, tol) & (run.size < short) & (steps != max_steps)
+            )
+            right[active[done]] = run.basis[done, : run.size].mT @ vectors[done]
+            crowded_rows.append(active[crowded])
+            active = active[~done]
+            run.keep(~done)
+        if active.numel():
+            here = (float(run.size), math.log10(float(share[~done].median())))
+            slope = (last[1] - here[1]) / (here[0] - last[0])
+            ahead = here[1] / slope if slope > 0 else math.inf
+            # a check costs about as much as two steps, a long extrapolation is not to be trusted
+            check = run.size + int(min(max(ahead, 2 * width), 0.3 * run.size))
+            last = here
+    for rows in crowded_rows:
+        if rows.numel():
+            right[rows] = leading_subspace(w[rows], k, tol, floor, max_steps, seed, 2 * width)
+    return right
+
+
+def _crowded(values: Tensor, width: int, tol: float) -> Tensor:  # [A, k] descending -> [A]
+    """Whether `width` values in a row coincide: then there may be further copies not seen.
+
+    A start block of b vectors reaches at most b copies of a multiple singular value.
+    """
+    if values.shape[-1] < width:
+        return torch.zeros(values.shape[0], dtype=torch.bool, device=values.device)
+    spread = values[:, : values.shape[-1] - width + 1] - values[:, width - 1 :]
+    return (spread <= _COPIES * tol * values[:, :1]).any(dim=-1)
+
+
+class _Iteration:
+    """One block Krylov run over a stack: basis Q [A, p, n], T = Q W^T W Q^T [A, p, p], next block."""
+
+    def __init__(self, w: Tensor, width: int, seed: int) -> None:
+        self.w = w
+        # One product with the Gram matrix replaces two with W. Forming it runs at full speed, which
+        # narrow products do not: it pays when the basis grows past a sixth of the short side or so.
+        self.gram = w.mT @ w if w.shape[-1] <= _GRAM_SHORT else None
+        self.width = width
+        self.size = 0
+        self.generator = torch.Generator().manual_seed(seed)
+        count, _, short = w.shape
+        start = self._random(width).expand(count, -1, -1)
+        self.next = torch.linalg.qr(start.mT)[0].mT  # [A, b, n]
+        self.coupling = w.new_zeros(count, width, width)
+        self.basis = w.new_empty(count, 0, short)
+        self.t = w.new_zeros(count, 0, 0)
+
+    def step(self) -> None:
+        """Take the next block into the basis, and make the one after it."""
+        before, block = self.size, self.next
+        self._append(block)
+        p, b, c = self.size, block.shape[1], min(before, self.width)
+        q, t = self.basis[:, :p], self.t
+        t[:, before - c : before, before:p] = self.coupling[:, :c, :]
+        t[:, before:p, before - c : before] = self.coupling[:, :c, :].mT
+        image = self._squared(block)
+        # T is block tridiagonal: what W^T W q has along older blocks is rounding, removed below
+        h = image @ q[:, before - c :].mT  # [A, b, c + b]
+        t[:, before:p, before:p] = h[:, :, c:]
+        room = min(b, q.shape[-1] - p)
+        if room:
+            rest = image - h @ q[:, before - c :]
+            self.next = self._orthonormal(rest)[:, :room]
+            self.coupling = rest @ self.next.mT  # [A, b, room]
+
+    def ritz(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """k leading eigenpairs of T and the norms of W^T W v - value v  ([A, k], [A, p, k], [A, k])."""
+        p, b = self.size, self.coupling.shape[1]
+        values, vectors = torch.linalg.eigh(self.t[:, :p, :p])
+        values, vectors = values[:, -k:].flip(-1), vectors[:, :, -k:].flip(-1)
+        if p == self.w.shape[-1]:
+            return values, vectors, torch.zeros_like(values)
+        error = torch.linalg.vector_norm(self.coupling.mT @ vectors[:, p - b :], dim=-2)
+        return values, vectors, error
+
+    @staticmethod
+    def share_of_tolerance(values: Tensor, error: Tensor, tol: float, floor: float) -> Tensor:
+        """Largest error over the one allowed, per matrix.
+
+        The residual relative to s_i is error / s_i^2; what rounding leaves in T cannot be improved
+        on, so it counts as converged here and the measured residual decides.
+        """
+        first = values[:, :1].clamp_min(torch.finfo(values.dtype).tiny)
+        allowed = 0.5 * tol * torch.maximum(values, floor**2 * first)
+        allowed = torch.maximum(allowed, 4 * torch.finfo(values.dtype).eps * first)
+        return (error / allowed).amax(dim=-1).clamp_min(1e-30)
+
+    def keep(self, rows: Tensor) -> None:
+        """Only the matrices under the mask `rows [A]` go on."""
+        self.w, self.basis, self.t = self.w[rows], self.basis[rows], self.t[rows]
+        if self.gram is not None:
+            self.gram = self.gram[rows]
+        self.next, self.coupling = self.next[rows], self.coupling[rows]
+
+    def pad(self, size: int) -> None:
+        """Steps until the basis holds `size` vectors, whatever the step limit."""
+        while self.size < size:
+            self.step()
+
+    def _squared(self, block: Tensor) -> Tensor:  # [A, b, n] -> [A, b, n]
+        if self.gram is not None:
+            return block @ self.gram
+        return (block @ self.w.mT) @ self.w
+
+    def _append(self, block: Tensor) -> None:
+        needed = self.size + block.shape[1]
+        count, capacity, short = self.basis.shape
+        if needed > capacity:
+            grown = min(short, max(2 * capacity, 16 * self.width, needed))
+            basis = self.w.new_empty(count, grown, short)
+            t = self.w.new_zeros(count, grown, grown)
+            basis[:, : self.size] = self.basis[:, : self.size]
+            t[:, : self.size, : self.size] = self.t[:, : self.size, : self.size]
+            self.basis, self.t = basis, t
+        self.basis[:, self.size : needed] = block
+        self.size = needed
+
+    def _orthonormal(self, rest: Tensor) -> Tensor:
+        """An orthonormal block spanning `rest [A, b, n]`, orthogonal to the basis too.
+
+        `rest` is free of the last two blocks already; here it is freed of the whole basis and twice
+        normalised by Cholesky (CholeskyQR2). Where that breaks down, the block has lost rank: the
+        subspace is invariant, and random vectors take the empty places.
+        """
+        q = self.basis[:, : self.size]
+        eps = torch.finfo(rest.dtype).eps
+        block = rest - (rest @ q.mT) @ q
+        broken = torch.zeros(rest.shape[0], dtype=torch.bool, device=rest.device)
+        scale = self.t.diagonal(dim1=1, dim2=2).amax(dim=-1)
+        for again in (False, True):
+            factor, info = torch.linalg.cholesky_ex(block @ block.mT)
+            pivots = factor.diagonal(dim1=1, dim2=2)
+            low, high = pivots.aminmax(dim=-1)
+            # below sqrt(eps) of the largest pivot, a Cholesky factor is made of rounding errors
+            broken |= (info > 0) | ~(low > 8 * eps**0.5 * high)
+            if not again:
+                broken |= ~(low > 64 * eps * scale)
+            block = torch.linalg.solve_triangular(factor, block, upper=False)
+        for i in broken.nonzero()[:, 0].tolist():
+            block[i] = self._repaired(rest[i], q[i], 64 * eps * float(scale[i]))
+        return block
+
+    def _repaired(self, rest: Tensor, q: Tensor, negligible: float) -> Tensor:  # [b, n] -> [b, n]
+        _, values, rows = torch.linalg.svd(rest, full_matrices=False)
+        fresh = torch.nn.functional.normalize(self._random(rest.shape[0]), dim=-1)
+        block = torch.where((values > negligible)[:, None], rows, fresh)
+        for _ in range(3):
+            block = block - (block @ q.mT) @ q
+            block = torch.linalg.qr(block.mT)[0].mT
+        return block
+
+    def _random(self, rows: int) -> Tensor:
+        # drawn on the CPU, so that a device changes nothing
+        noise = torch.randn(
+            rows, self.w.shape[-1], generator=self.generator, dtype=self.w.dtype, device="cpu"
+        )
+        return noise.to(self.w.device)
