@@ -5,39 +5,13 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+# fmt: off
 WORDS = [
-    "a",
-    "the",
-    "man",
-    "woman",
-    "dog",
-    "cat",
-    "child",
-    "bird",
-    "runs",
-    "walks",
-    "sees",
-    "hears",
-    "likes",
-    "fears",
-    "big",
-    "small",
-    "red",
-    "old",
-    "quickly",
-    "slowly",
-    "not",
-    "never",
-    "always",
-    "here",
-    "there",
-    "and",
-    "but",
-    "house",
-    "tree",
-    "river",
-    "stone",
+    "a", "the", "man", "woman", "dog", "cat", "child", "bird", "runs", "walks", "sees", "hears",
+    "likes", "fears", "big", "small", "red", "old", "quickly", "slowly", "not", "never", "always",
+    "here", "there", "and", "but", "house", "tree", "river", "stone",
 ]
+# fmt: on
 
 
 def make_model(folder: Path, layers: int = 2) -> Path:

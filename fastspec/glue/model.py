@@ -95,5 +95,5 @@ def load_classifier(name: str, task: Task) -> nn.Module:
 
 def body_fingerprint(model: nn.Module) -> str:
     """Fingerprint of the pretrained body's parameters (the head is drawn anew in every run)."""
-    body = getattr(model, model.base_model_prefix)
+    body = model.get_submodule(str(model.base_model_prefix))
     return combined_fingerprint({n: tensor_fingerprint(p) for n, p in body.named_parameters()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import sysconfig
@@ -21,12 +22,11 @@ def sentences() -> list[str]:
 
 
 def _texts() -> Iterator[str]:
-    try:
+    with contextlib.suppress(ImportError):  # some distributions package it apart
         from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    for name in sorted(topics):
-        yield topics[name]
+
+        for name in sorted(topics):
+            yield topics[name]
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
         if not _SKIP & set(path.relative_to(library).parts):

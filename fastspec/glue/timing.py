@@ -28,11 +28,14 @@ class StepTime:
 
 
 class InputShift(nn.Module):
-    """Adds one trainable number to the embeddings, so that dx flows through every layer above."""
+    """Adds a trainable vector to the embeddings, so that dx flows through every layer above.
 
-    def __init__(self) -> None:
+    A vector, because a LayerNorm over the embeddings takes a shift common to all of them out again.
+    """
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(()))
+        self.shift = nn.Parameter(torch.zeros(width))
 
     def forward(self, embedded: Tensor) -> Tensor:
         return embedded + self.shift
@@ -43,9 +46,9 @@ def freeze_to_floor(model: nn.Module) -> nn.Module:
     heads = methods.head_modules(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(name.startswith(f"{h}.") for h in heads))
-    shift = InputShift()
-    model.add_module("input_shift", shift)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    shift = InputShift(embeddings.weight.shape[-1])
+    model.add_module("input_shift", shift)
     embeddings.register_forward_hook(lambda module, args, output: shift(output))
     return model
 

@@ -182,9 +182,10 @@ def _trainer(config: GlueConfig, prepared: Prepared, train: Split, folder: Path,
     if progress:
         callbacks.append(Progress(f"{config.task} {config.label()}"))
     return GlueTrainer(
-        model=prepared.model,
+        prepared.model,
+        folder,
         args=arguments,
-        train_dataset=tokenise(prepared.tokenizer, train, config.max_length),
+        train=tokenise(prepared.tokenizer, train, config.max_length),
         data_collator=DataCollatorWithPadding(prepared.tokenizer),
         processing_class=prepared.tokenizer,
         callbacks=callbacks,

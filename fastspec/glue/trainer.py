@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -151,41 +152,48 @@ class GlueTrainer(Trainer):
     """Trains one configuration and scores every dev split after each epoch.
 
     Args:
+        network: the model, trainable parameters chosen.
+        folder: where checkpoints and scores go.
         glue: the run's configuration.
         task: the task of the rows.
         heads: module names of the head.
+        train: tokenised training rows.
         dev: tokenised dev splits, in file order.
         dev_labels: their labels.
     """
 
     def __init__(
         self,
-        *args: Any,
+        network: nn.Module,
+        folder: Path,
+        *,
         glue: GlueConfig,
         task: Task,
         heads: list[str],
+        train: Dataset,
         dev: dict[str, Dataset],
         dev_labels: dict[str, list],
         **kwargs: Any,
     ) -> None:
         self.glue, self.task, self.heads = glue, task, heads
+        self.network, self.folder = network, folder
+        self.lengths = list(train["length"])
         self.dev, self.dev_labels = dev, dev_labels
         self.clock = StepClock()
-        super().__init__(*args, eval_dataset=dev, **kwargs)
+        super().__init__(model=network, train_dataset=train, eval_dataset=dev, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(self.clock)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = methods.parameter_groups(model or self.model, self.heads, self.glue)
+            groups = methods.parameter_groups(self.network, self.heads, self.glue)
             self.optimizer = torch.optim.AdamW(groups)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochLengthSampler:
-        # `train_dataset` has lost its lengths: Trainer drops what the model's forward doesn't take
-        lengths = list(self.train_dataset["length"])
-        return EpochLengthSampler(self.args.train_batch_size, lengths, self.args.seed)
+        # not read from `train_dataset`: Trainer drops the columns that forward doesn't take
+        return EpochLengthSampler(self.args.train_batch_size, self.lengths, self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
         return SequentialSampler(eval_dataset)
@@ -208,7 +216,7 @@ class GlueTrainer(Trainer):
         metrics = score_task(self.task, predicted, self.dev_labels)
         epoch = round(self.state.epoch or 0)
         write_json(
-            epoch_file(Path(self.args.output_dir), epoch),
+            epoch_file(self.folder, epoch),
             {"epoch": epoch, "metrics": metrics, "predictions": predicted},
         )
         logged = {f"eval_{name}": value for name, value in metrics.items()}
@@ -232,16 +240,16 @@ class GlueTrainer(Trainer):
         """A checkpoint holds what training changes; the frozen rest comes from the model again."""
         from safetensors.torch import save_file
 
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = methods.trained_state(self.model)
+        state = methods.trained_state(self.network)
         save_file({k: v.contiguous().cpu() for k, v in state.items()}, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         from safetensors.torch import load_file
 
         state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        methods.load_trained_state(model or self.model, state)
+        methods.load_trained_state(self.network, state)
 
 
 def epoch_file(folder: Path, epoch: int) -> Path:
