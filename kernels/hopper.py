@@ -17,13 +17,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastspec.kernels import tiles
 from fastspec.kernels.sigma_grad import (
-    MAX_FUSED_RANK,
     dot_precision,
     finish_gradient,
     gradient_slots,
     reduce_gradient,
 )
-from fastspec.kernels.spectral_linear import absent, kernel_core, plan, scale
+from fastspec.kernels.spectral_linear import absent, fuses, kernel_core, plan, scale
 
 # ----------------------------------------------------------------------------------------- kernels
 
@@ -151,7 +150,7 @@ def spectral_linear_fwd(
     *,
     tile: tiles.Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # [N, out], [N, k]
-    """As `spectral_linear.spectral_linear_fwd`, for k up to 64 and operands that pass `fits`."""
+    """As `spectral_linear.spectral_linear_fwd`, where `fuses` and `fits` hold."""
     name, table = kernel_core(x, u, delta, core, task)
     (n, d), (out, k) = x.shape, u.shape
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
@@ -183,7 +182,7 @@ def spectral_linear_bwd(
     needs_delta: bool = True,
     tile: tiles.Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # [N, in], the shape of delta
-    """As `spectral_linear.spectral_linear_bwd` with dx wanted, for k up to 64 and operands that `fits`."""
+    """As `spectral_linear.spectral_linear_bwd` with dx wanted, where `fuses` and `fits` hold."""
     name, table = kernel_core(g, u, delta, core, task)
     (n, out), (k, d) = g.shape, vh.shape
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
@@ -206,10 +205,15 @@ def spectral_linear_bwd(
 
 
 def _check(*operands: Tensor) -> None:
-    if not fits(*operands) or operands[2].shape[1] > MAX_FUSED_RANK:
+    if not fits(*operands):
         raise ValueError(
-            f"the copy engine needs row-major operands with rows on 16 bytes and k <= {MAX_FUSED_RANK}, "
+            "the copy engine needs row-major operands with rows on 16 bytes, "
             f"got {[(tuple(t.shape), t.stride()) for t in operands]}; use the plain kernels"
+        )
+    if not fuses(operands[0], operands[2].shape[1]):
+        raise ValueError(
+            f"k must be at most {tiles.FUSED_RANK} for these kernels, got {operands[2].shape[1]} in "
+            f"{operands[0].dtype}; use the plain ones"
         )
 
 

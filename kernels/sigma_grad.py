@@ -19,7 +19,7 @@ from fastspec.kernels import tiles
 from fastspec.reference import core_storage
 
 MAX_RANK = 256
-MAX_FUSED_RANK = 64  # columns of float32 projection that fit in registers beside an output tile's
+RANK_TILE = 64  # columns of a rank tile at most; more come in chunks
 
 # ----------------------------------------------------------------------------------------- kernels
 
@@ -122,13 +122,12 @@ def sum_by_task_kernel(
 
 def rank_tile(k: int) -> int:
     """Columns of the rank tile: a power of two, 16 being the matrix units' least."""
-    return min(MAX_FUSED_RANK, max(16, triton.next_power_of_2(k)))
+    return min(RANK_TILE, max(16, triton.next_power_of_2(k)))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products stay float32 unless PyTorch's own matrix products may use TF32."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    """Triton's name for the arithmetic of `tiles.kind`."""
+    return "tf32" if tiles.kind(dtype) == "tf32" else "ieee"
 
 
 def project(a: Tensor, v: Tensor, tile: tiles.Tile | None = None) -> Tensor:
@@ -146,7 +145,7 @@ def project(a: Tensor, v: Tensor, tile: tiles.Tile | None = None) -> Tensor:
     out = torch.empty(n, k, dtype=a.dtype, device=a.device)
     if n == 0:
         return out
-    _launch(a, v, out, out, "store", 1, tile or _project_tile(a, k))
+    _launch(a, v, out, out, "store", 1, tile or _tile(a, k))
     return out
 
 
@@ -182,9 +181,9 @@ def sigma_grad(
         raise ValueError(f"task goes with core='diag' and n_tasks, got core={core!r}, {n_tasks=}")
     n, k = p.shape
     kernel_core = "task" if task is not None else "diag" if core == "diag" else "dense"
-    if kernel_core == "dense" and k > MAX_FUSED_RANK:
+    if kernel_core == "dense" and k > tiles.FUSED_RANK[tiles.kind(g.dtype)]:
         return core_storage(project(g, u, tile).float().mT @ p.float(), core, half_width)
-    tile = tile or _project_tile(g, k)
+    tile = tile or _tile(g, k)
     parts = 1 if kernel_core == "task" else _depth_parts(g, tile)
     grad = gradient_slots(kernel_core, triton.cdiv(n, tile.block_m) * parts, n, k, g.device)
     if n:
@@ -229,12 +228,8 @@ def sum_by_task(shares: Tensor, task: Tensor, n_tasks: int) -> Tensor:
     return grad
 
 
-def _project_tile(a: Tensor, k: int) -> tiles.Tile:
-    """Memory-bound: 32 rows a program for many programs, deep steps for long runs of A."""
-    block_r = min(64, rank_tile(k))
-    tile = tiles.Tile(32, block_r, 256 // a.element_size(), 4, 4)
-    limit = tiles.chip(tiles.capability(a.device)).block_shared
-    return tiles.fit_stages(tile, a.element_size(), 0, limit)
+def _tile(a: Tensor, k: int) -> tiles.Tile:
+    return tiles.project_tile(tiles.capability(a.device), tiles.kind(a.dtype), rank_tile(k))
 
 
 def _depth_parts(a: Tensor, tile: tiles.Tile) -> int:
@@ -248,13 +243,11 @@ def _launch(
     a: Tensor, v: Tensor, p: Tensor, out: Tensor, core: str, parts: int, tile: tiles.Tile
 ) -> None:
     (n, d), k = a.shape, v.shape[1]
-    # the dense gradient is a product of whole rows of q and p: one rank tile holds all of k
-    block_r = rank_tile(k) if core == "dense" else tile.block_n
     steps = triton.cdiv(triton.cdiv(d, tile.block_k), parts)
-    grid = (triton.cdiv(n, tile.block_m), parts, triton.cdiv(k, block_r))
+    grid = (triton.cdiv(n, tile.block_m), parts, triton.cdiv(k, tile.block_n))
     wrap_triton(project_kernel)[grid](
         a, v, p, out, n, d, k, steps, *a.stride(), *v.stride(),
         CORE=core, PRECISION=dot_precision(a.dtype),
-        BLOCK_M=tile.block_m, BLOCK_R=block_r, BLOCK_D=tile.block_k,
+        BLOCK_M=tile.block_m, BLOCK_R=tile.block_n, BLOCK_D=tile.block_k,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

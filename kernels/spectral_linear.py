@@ -20,7 +20,6 @@ from torch.library import wrap_triton
 
 from fastspec.kernels import tiles
 from fastspec.kernels.sigma_grad import (
-    MAX_FUSED_RANK,
     MAX_RANK,
     dot_precision,
     finish_gradient,
@@ -281,7 +280,7 @@ def spectral_linear_fwd(
     name, delta = kernel_core(x, u, delta, core, task)
     (n, d), (out, k) = x.shape, u.shape
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
-    if k <= MAX_FUSED_RANK:
+    if fuses(x, k):
         given, p = x, torch.empty(n, k, dtype=x.dtype, device=x.device)
     else:
         p = project(x, vh.mT)
@@ -325,7 +324,7 @@ def spectral_linear_bwd(
     (n, out), (k, d) = g.shape, vh.shape
     grad = None
     n_tasks = len(delta) if task is not None else None
-    fused = k <= MAX_FUSED_RANK
+    fused = fuses(g, k)
     if needs_delta and not (fused and needs_dx):
         grad = sigma_grad(g, u, p, core, task=task, n_tasks=n_tasks, half_width=half_width)
     if not needs_dx:
@@ -370,6 +369,11 @@ def kernel_core(
     return core, delta.contiguous()
 
 
+def fuses(a: Tensor, k: int) -> bool:
+    """Whether the projection onto k directions is computed beside the output tile."""
+    return k <= tiles.FUSED_RANK[tiles.kind(a.dtype)]
+
+
 def _apply_core(
     proj: Tensor, delta: Tensor, name: str, task: Tensor | None, forward: bool
 ) -> Tensor:
@@ -377,16 +381,20 @@ def _apply_core(
     if name == "dense":
         c = delta.to(proj.dtype)
         return proj @ (c.mT if forward else c)
-    return (proj * (delta if task is None else delta[task])).to(proj.dtype)
+    if task is not None:
+        known = (task >= 0) & (task < len(delta))
+        delta = delta[torch.where(known, task, 0)].masked_fill(~known[:, None], float("nan"))
+    return (proj * delta).to(proj.dtype)
 
 
 def plan(
     a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None
 ) -> tuple[int, tiles.Tile, tuple[int, int], int]:
     """The rank tile, the tile, the grid and the output tiles that each program walks."""
-    tile = tile or tiles.choose_tile(tiles.capability(a.device), a.dtype, n, rank_tile(k))
+    kind = tiles.kind(a.dtype)
+    tile = tile or tiles.choose_tile(tiles.capability(a.device), kind, n, rank_tile(k))
     # a rank that comes in chunks is a prolonged depth: chunks of the depth's own step
-    block_r = rank_tile(k) if k <= MAX_FUSED_RANK else tile.block_k
+    block_r = rank_tile(k) if fuses(a, k) else tile.block_k
     row_tiles, column_tiles = triton.cdiv(n, tile.block_m), triton.cdiv(out, tile.block_n)
     each = tiles.split_columns(row_tiles, column_tiles, tiles.multiprocessors(a.device))
     return block_r, tile, (row_tiles, triton.cdiv(column_tiles, each)), each

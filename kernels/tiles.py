@@ -1,25 +1,27 @@
-"""Tile sizes by architecture, and the rule that picks one.
+"""Tile sizes by architecture and arithmetic, and the rule that picks one.
 
 The rule, and why:
 
 1. BLOCK_M follows the rows: 128 fills a warpgroup's 64-row matrix instruction twice, so that every
    tile of W fetched serves many rows; with few rows (decoding) 16 is the smallest tile the matrix
    units take, and bytes of W, not flops, set the time.
-2. BLOCK_N by BLOCK_K is what the chip's shared memory and registers carry for the element size: the
-   float32 accumulators (BLOCK_N + BLOCK_R columns) must leave registers free for addresses, and
-   float32 inputs without TF32 run on the scalar units, whose operands also sit in registers.
-3. Stages are as many as the table asks and shared memory allows, since a third tile, V or U, rides
-   along in the pipeline: `fit_stages` counts it.
-4. `split_columns` gives every multiprocessor work: few row tiles spread their output columns over
-   more programs, each of which repeats the (thin) projection.
+2. The float32 accumulators of the output tile and of the projection live in registers together:
+   BLOCK_N + BLOCK_R is bounded (`COLUMNS`), so a wide rank narrows the output tile.
+3. float32 without TF32 runs on the scalar units, which take whole operands of a step from registers:
+   shallow steps, and no projection beside the output tile (`FUSED_RANK`); it is computed beforehand.
+4. Stages are as many as the table asks and shared memory allows, counting the third tile, V or U, that
+   rides along in the pipeline (`fit_stages`).
+5. Every multiprocessor gets work: few row tiles spread their output columns over more programs, each
+   of which repeats the thin projection (`split_columns`).
 
-Nothing here was timed on a GPU: the sizes follow from the limits above and from the compiler's own
-register and shared-memory figures (docs/kernels.md).
+Nothing here was timed on a GPU: the sizes follow from these limits and from the compiler's register
+and shared-memory figures (docs/kernels.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 
@@ -66,22 +68,40 @@ class Tile:
         return self.num_stages * step * self.block_k * itemsize
 
 
-# (generation, bytes an element, few rows): the largest tile that rule 2 allows
+Kind = Literal["16bit", "tf32", "fp32"]
+
+# by generation, kind of arithmetic, few rows: the largest tile that rules 2 and 3 allow
 TABLE = {
-    ("ampere", 2, False): Tile(128, 128, 32, 8, 4),
-    ("ampere", 2, True): Tile(16, 64, 128, 4, 4),
-    ("ampere", 4, False): Tile(64, 64, 16, 4, 3),
-    ("ampere", 4, True): Tile(16, 64, 32, 4, 3),
-    ("hopper", 2, False): Tile(128, 128, 64, 8, 3),
-    ("hopper", 2, True): Tile(16, 64, 128, 4, 4),
-    ("hopper", 4, False): Tile(64, 64, 16, 4, 3),
-    ("hopper", 4, True): Tile(16, 64, 32, 4, 3),
-    ("blackwell", 2, False): Tile(128, 128, 64, 8, 3),
-    ("blackwell", 2, True): Tile(16, 64, 128, 4, 4),
-    ("blackwell", 4, False): Tile(64, 64, 16, 4, 3),
-    ("blackwell", 4, True): Tile(16, 64, 32, 4, 3),
+    ("ampere", "16bit", False): Tile(128, 128, 32, 8, 4),
+    ("hopper", "16bit", False): Tile(128, 128, 64, 8, 3),
+    ("blackwell", "16bit", False): Tile(128, 128, 64, 8, 3),
+    ("ampere", "tf32", False): Tile(128, 64, 32, 8, 3),
+    ("hopper", "tf32", False): Tile(128, 64, 32, 8, 3),
+    ("blackwell", "tf32", False): Tile(128, 64, 32, 8, 3),
+    ("ampere", "fp32", False): Tile(128, 64, 16, 8, 3),
+    ("hopper", "fp32", False): Tile(128, 64, 16, 8, 3),
+    ("blackwell", "fp32", False): Tile(128, 64, 16, 8, 3),
+    **{(g, "16bit", True): Tile(16, 64, 64, 4, 4) for g in ("ampere", "hopper", "blackwell")},
+    **{(g, "tf32", True): Tile(16, 64, 32, 4, 3) for g in ("ampere", "hopper", "blackwell")},
+    **{(g, "fp32", True): Tile(16, 64, 32, 4, 3) for g in ("ampere", "hopper", "blackwell")},
 }
 FEW_ROWS = 32
+COLUMNS = 160  # of 128 rows in 8 warps: 80 registers a thread hold accumulators
+FUSED_RANK: dict[Kind, int] = {"16bit": 64, "tf32": 32, "fp32": 0}
+
+# Projections alone are bound by memory: few rows a program for many programs; block_n is the rank tile.
+PROJECT: dict[Kind, Tile] = {
+    "16bit": Tile(32, 64, 128, 4, 4),
+    "tf32": Tile(32, 64, 64, 4, 3),
+    "fp32": Tile(32, 64, 16, 4, 3),
+}
+
+
+def kind(dtype: torch.dtype) -> Kind:
+    """The arithmetic of a dtype's products: float32 takes TF32 only where PyTorch's own may."""
+    if dtype.itemsize == 2:
+        return "16bit"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
 
 
 def generation(capability: int) -> str:
@@ -103,10 +123,22 @@ def fit_stages(tile: Tile, itemsize: int, block_r: int, limit: int) -> Tile:
     return tile
 
 
-def choose_tile(capability: int, dtype: torch.dtype, n_rows: int, block_r: int) -> Tile:
+def choose_tile(capability: int, kind: Kind, n_rows: int, block_r: int) -> Tile:
     """The tile for `n_rows` rows and a rank tile of `block_r` columns on this architecture."""
-    key = (generation(capability), dtype.itemsize, n_rows <= FEW_ROWS)
-    return fit_stages(TABLE[key], dtype.itemsize, block_r, chip(capability).block_shared)
+    tile = TABLE[generation(capability), kind, n_rows <= FEW_ROWS]
+    if block_r <= FUSED_RANK[kind] and tile.block_n + block_r > COLUMNS:
+        tile = dataclasses.replace(tile, block_n=tile.block_n // 2)
+    return fit_stages(tile, _itemsize(kind), block_r, chip(capability).block_shared)
+
+
+def project_tile(capability: int, kind: Kind, block_r: int) -> Tile:
+    """The tile for a projection alone onto `block_r` columns at a time."""
+    tile = dataclasses.replace(PROJECT[kind], block_n=block_r)
+    return fit_stages(tile, _itemsize(kind), 0, chip(capability).block_shared)
+
+
+def _itemsize(kind: Kind) -> int:
+    return 2 if kind == "16bit" else 4
 
 
 def capability(device: torch.device) -> int:

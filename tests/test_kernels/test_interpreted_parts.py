@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_problems import CORES, exact, problem
+from kernel_problems import CORES, exact, problem, tf32
 from kernel_sanitizer import sanitized
 from support import assert_close, relative_error
 
 from fastspec import reference
 from fastspec.kernels import hopper, tiles
 from fastspec.kernels.merge import merge
-from fastspec.kernels.sigma_grad import project, sigma_grad
+from fastspec.kernels.sigma_grad import dot_precision, project, sigma_grad
 from fastspec.kernels.tiles import Tile
 
 SIZES = [(1, 1, 1, 1), (70, 33, 95, 17), (150, 40, 300, 64), (37, 20, 90, 130)]
@@ -73,11 +73,11 @@ def test_merge_wants_equal_layers():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("size", [(1, 8, 8, 8), (45, 72, 104, 24), (70, 136, 40, 40)], ids=str)
+@pytest.mark.parametrize("size", [(1, 8, 8, 8), (45, 72, 104, 24), (70, 136, 40, 32)], ids=str)
 def test_descriptors(size, core, dtype):
     t = problem(*size, core, dtype)
     name, tile = "diag" if core == "task" else core, Tile(32, 32, 32, 4, 2)
-    with sanitized():
+    with tf32(True), sanitized():
         factors = (t["u"], t["vh"], t["delta"], name, t["task"])
         y, p = hopper.spectral_linear_fwd(t["x"], t["w"], t["bias"], *factors, tile=tile)
         dx, grad = hopper.spectral_linear_bwd(t["g"], p, t["w"], *factors, tile=tile)
@@ -96,25 +96,19 @@ def test_descriptors_refuse_what_the_copy_engine_cannot_address():
     assert not hopper.fits(t["x"].mT)
     assert not hopper.fits(t["x"][:, 1:])
     assert not hopper.fits(t["x"][:0])
+    with pytest.raises(ValueError, match=r"k must be at most .* got 8 in torch\.float32"):
+        hopper.spectral_linear_fwd(t["x"], t["w"], None, t["u"], t["vh"], t["delta"])
     with pytest.raises(ValueError, match="rows on 16 bytes"):
-        hopper.spectral_linear_fwd(
-            t["x"], t["w"].mT, None, t["u"], t["vh"], t["delta"], tile=Tile(32, 32, 32, 4, 2)
-        )
+        hopper.spectral_linear_fwd(t["x"], t["w"].mT, None, t["u"], t["vh"], t["delta"])
 
 
 def test_tf32_only_where_pytorch_allows_it():
     """The interpreter computes in full precision either way; what reaches the kernel is checked."""
-    from fastspec.kernels.sigma_grad import dot_precision
-
-    before = torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    with tf32(False):
         assert dot_precision(torch.float32) == "ieee"
-        torch.backends.cuda.matmul.allow_tf32 = True
+    with tf32(True):
         assert dot_precision(torch.float32) == "tf32"
         assert dot_precision(torch.bfloat16) == "ieee"
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_a_dropped_coefficient_is_caught():
