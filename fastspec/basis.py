@@ -1,0 +1,98 @@
+"""Basis files: the leading singular triplets of a model's weights, so that nobody computes them twice.
+
+A safetensors file with the tensors `<module>.u [m, k]`, `<module>.s [k]` and `<module>.vh [k, n]` of
+every stored weight [m, n], and one metadata entry, `fastspec`: JSON with the format number and per
+module the fingerprint of the stored tensor, its shape, and the certified residual. A basis belongs to
+a weight by that fingerprint and not by its name, since one checkpoint serves model classes that name
+their layers differently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastspec.fingerprint import tensor_fingerprint
+
+FORMAT = 1
+
+
+class BasisError(ValueError):
+    """A basis file can't be used; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BasisEntry:
+    """Triplets of one stored weight [m, n], largest first.
+
+    Attributes:
+        u, s, vh: [m, k], [k], [k, n].
+        fingerprint: `fastspec.fingerprint.tensor_fingerprint` of the stored weight.
+        residual: certified relative residual (see `fastspec.TopkSVD`), of the factors before they were
+            rounded to the file's dtype.
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    fingerprint: str
+    residual: float
+
+    def transposed(self) -> BasisEntry:
+        """The triplets of the transposed weight: for layers that store [in, out], GPT-2's Conv1D."""
+        return dataclasses.replace(self, u=self.vh.mT.contiguous(), vh=self.u.mT.contiguous())
+
+
+class Basis(Mapping[str, BasisEntry]):
+    """Module name to `BasisEntry`; `find` looks a weight up by its content."""
+
+    def __init__(self, entries: Mapping[str, BasisEntry]) -> None:
+        self._entries = dict(entries)
+        self._by_fingerprint = {e.fingerprint: e for e in self._entries.values()}
+
+    def __getitem__(self, name: str) -> BasisEntry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, weight: Tensor) -> BasisEntry | None:
+        """The entry made from exactly this stored weight (dtype, shape and every byte), or None."""
+        return self._by_fingerprint.get(tensor_fingerprint(weight))
+
+
+def load_basis(path: str | os.PathLike[str]) -> Basis:
+    """Read a basis file written by `fastspec factorize`.
+
+    Raises:
+        BasisError: not a basis file, truncated, or of an unknown format.
+        OSError: the file cannot be read.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as f:
+            header = json.loads((f.metadata() or {}).get("fastspec", "null"))
+            if not isinstance(header, dict) or "weights" not in header:
+                raise BasisError(f"{path} is not a basis file: it has no fastspec metadata")
+            if header.get("format") != FORMAT:
+                raise BasisError(
+                    f"{path} has basis format {header.get('format')!r}, this fastspec reads {FORMAT}"
+                )
+            entries = {
+                name: BasisEntry(
+                    *(f.get_tensor(f"{name}.{part}") for part in ("u", "s", "vh")),
+                    fingerprint=about["fingerprint"],
+                    residual=about["residual"],
+                )
+                for name, about in header["weights"].items()
+            }
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise BasisError(f"{path} is not a readable basis file: {e}") from None
+    return Basis(entries)

@@ -1,0 +1,180 @@
+"""`fastspec factorize` and the basis files it writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastspec import factorize
+from fastspec.basis import BasisError, load_basis
+from fastspec.cli import main
+from fastspec.fingerprint import tensor_fingerprint
+from fastspec.svd import topk_svd
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Two shards: square and oblong matrices, one in bf16, a bias, an embedding and a head."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "layer.0.query.weight": torch.randn(24, 24, generator=g),
+        "layer.1.query.weight": torch.randn(24, 24, generator=g),
+        "layer.0.up.weight": torch.randn(40, 24, generator=g),
+        "layer.1.up.weight": torch.randn(40, 24, generator=g).bfloat16(),
+        "layer.0.tiny.weight": torch.randn(3, 24, generator=g),
+        "layer.0.query.bias": torch.randn(24, generator=g),
+        "word_embeddings.weight": torch.randn(50, 24, generator=g),
+        "classifier.weight": torch.randn(2, 24, generator=g),
+    }
+    folder = tmp_path / "model"
+    folder.mkdir()
+    names = sorted(tensors)
+    save_file({n: tensors[n] for n in names[::2]}, folder / "a.safetensors")
+    save_file({n: tensors[n] for n in names[1::2]}, folder / "b.safetensors")
+    return folder, tensors
+
+
+def check(path: Path, tensors: dict[str, torch.Tensor], rank: int) -> None:
+    basis = load_basis(path)
+    wanted = {n for n in tensors if n.startswith("layer") and n.endswith("weight")}
+    assert {f"{n}.weight" for n in basis} == wanted
+    for name, entry in basis.items():
+        w = tensors[f"{name}.weight"]
+        k = min(rank, *w.shape)
+        assert entry.fingerprint == tensor_fingerprint(w)
+        assert basis.find(w) is entry
+        assert entry.residual <= 1e-5
+        assert entry.u.dtype == entry.vh.dtype == w.dtype
+        assert (entry.u.shape, entry.s.shape, entry.vh.shape) == (
+            (w.shape[0], k),
+            (k,),
+            (k, w.shape[1]),
+        )
+        alone = topk_svd(w, k)
+        assert torch.allclose(entry.s, alone.s, rtol=1e-6)
+        assert torch.allclose(entry.u.float(), alone.u.float(), atol=1e-2 if k < 24 else 1)
+    assert basis.find(torch.zeros(24, 24)) is None
+    assert not list(path.parent.glob("*.parts"))
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_file(checkpoint, tmp_path: Path) -> None:
+    folder, tensors = checkpoint
+    out = tmp_path / "basis.safetensors"
+    assert main(["factorize", str(folder), "--rank", "6", "-o", str(out)]) == 0
+    check(out, tensors, 6)
+    entry = load_basis(out)["layer.0.up"]
+    turned = entry.transposed()
+    assert torch.equal(turned.u, entry.vh.mT)
+    assert torch.equal(turned.vh, entry.u.mT)
+
+
+def test_fraction_full_and_patterns(checkpoint, tmp_path: Path) -> None:
+    folder, _ = checkpoint
+    out = tmp_path / "b.safetensors"
+    common = ["factorize", str(folder), "-o", str(out)]
+    assert main([*common, "--rank", "0.25", "--include", "up", "--dtype", "float32"]) == 0
+    basis = load_basis(out)
+    assert set(basis) == {"layer.0.up", "layer.1.up"}
+    assert all(e.s.shape == (6,) and e.u.dtype == torch.float32 for e in basis.values())
+    assert main([*common, "--rank", "full", "--exclude", r"layer\.1|emb|class"]) == 0
+    assert load_basis(out)["layer.0.tiny"].s.shape == (3,)
+
+
+def test_resumes_where_it_was_stopped(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    folder, tensors = checkpoint
+    out = tmp_path / "basis.safetensors"
+    done: list[str] = []
+
+    def stop_at_second(weights, k, *, names, **rest):
+        if done:
+            raise KeyboardInterrupt
+        done.extend(names)
+        return topk_svd(weights, k, names=names, **rest)
+
+    monkeypatch.setattr(factorize, "topk_svd", stop_at_second)
+    command = ["factorize", str(folder), "--rank", "6", "-o", str(out)]
+    assert main(command) == 130
+    assert not out.exists()
+    again: list[str] = []
+
+    def record(weights, k, *, names, **rest):
+        again.extend(names)
+        return topk_svd(weights, k, names=names, **rest)
+
+    monkeypatch.setattr(factorize, "topk_svd", record)
+    assert main(command) == 0
+    assert done
+    assert not set(done) & set(again)
+    assert len(done) + len(again) == 5
+    check(out, tensors, 6)
+
+
+def test_parts_of_another_request_are_not_used(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    folder, tensors = checkpoint
+    out = tmp_path / "basis.safetensors"
+    monkeypatch.setattr(factorize, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["factorize", str(folder), "--rank", "4", "-o", str(out)]) == 130
+    part = next(iter((tmp_path / "basis.safetensors.parts").iterdir()))
+    part.write_bytes(part.read_bytes()[:100])
+    monkeypatch.undo()
+    assert main(["factorize", str(folder), "--rank", "6", "-o", str(out)]) == 0
+    check(out, tensors, 6)
+
+
+def test_torchrun_divides_the_matrices(checkpoint, tmp_path: Path) -> None:
+    folder, tensors = checkpoint
+    out = tmp_path / "basis.safetensors"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "fastspec", "factorize", str(folder), "--rank", "6", "-o", str(out)]
+    subprocess.run(
+        [*launch, *command],
+        check=True,
+        timeout=120,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    check(out, tensors, 6)
+
+
+def test_errors(checkpoint, tmp_path: Path, capsys) -> None:
+    folder, _ = checkpoint
+    out = str(tmp_path / "b.safetensors")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no such file format")
+    save_file({"a.weight": torch.full((4, 4), float("nan"))}, tmp_path / "nan.safetensors")
+    for model, message, *more in (
+        (empty, "holds no .safetensors file"),
+        (broken, "not a readable safetensors file"),
+        (tmp_path / "nan.safetensors", "non-finite values in a.weight"),
+        (folder, "no weight matrix", "--include", "nothing"),
+    ):
+        assert main(["factorize", str(model), "--rank", "2", "-o", out, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not os.path.exists(out)
+    for rank in ("0", "1.5", "x"):
+        with pytest.raises(SystemExit):
+            main(["factorize", str(folder), "--rank", rank, "-o", out])
+
+
+def test_unreadable_basis_files(checkpoint, tmp_path: Path) -> None:
+    folder, _ = checkpoint
+    out = tmp_path / "basis.safetensors"
+    main(["factorize", str(folder), "--rank", "2", "-o", str(out)])
+    whole = out.read_bytes()
+    out.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BasisError, match="not a readable basis file"):
+        load_basis(out)
+    with pytest.raises(BasisError, match="no fastspec metadata"):
+        load_basis(folder / "a.safetensors")
+    out.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+    with pytest.raises(BasisError, match="basis format 9"):
+        load_basis(out)
