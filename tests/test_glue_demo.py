@@ -46,6 +46,16 @@ def test_the_demo_prints_a_table_and_draws(place, capsys, monkeypatch):
     assert str(picture) in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
+    # interrupted before its picture, the demo takes up the runs that are done; finished, it repeats
+    results = sorted((place / "out").glob("*/result.json"))
+    assert len(results) == 3
+    stamps = [path.stat().st_mtime_ns for path in results]
+    picture.unlink()
+    assert main([*arguments, "--epochs", "1", "--output", str(place / "out")]) == 0
+    assert [path.stat().st_mtime_ns for path in results] == stamps
+    assert main([*arguments, "--epochs", "1", "--output", str(place / "out")]) == 0
+    assert all(path.stat().st_mtime_ns > t for path, t in zip(results, stamps, strict=True))
+
 
 def test_the_demo_takes_the_embedded_task_without_a_folder(place, monkeypatch):
     import argparse
