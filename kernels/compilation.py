@@ -118,7 +118,7 @@ def read(ptx: str, cubin: bytes, metadata: Any) -> Compiled:
         shared=metadata.shared,
         warps=metadata.num_warps,
         instruction=next((n for n, p in INSTRUCTIONS.items() if re.search(p, ptx)), "none"),
-        bulk_loads=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::cluster\.global", ptx)),
+        bulk_loads=len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared\S*\.global\b", ptx)),
         wide_loads=sum(size == 16 for size in copies)
         + len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v4\.f32)", ptx)),
         narrow_copies=sum(size < 16 for size in copies),

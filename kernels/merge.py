@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastspec.kernels import tiles
 from fastspec.kernels.sigma_grad import dot_precision
 from fastspec.reference import core_matrix
 
@@ -74,7 +75,12 @@ ELEMENT = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-BLOCK_M, BLOCK_N, BLOCK_R = 64, 128, 32
+# memory-bound: tiles wide enough for long rows; on scalar units shallow steps (tiles.py, rule 3)
+TILES: dict[tiles.Kind, tiles.Tile] = {
+    "16bit": tiles.Tile(64, 128, 32, 8, 2),
+    "tf32": tiles.Tile(64, 128, 32, 8, 2),
+    "fp32": tiles.Tile(64, 64, 16, 8, 2),
+}
 
 
 def merge(
@@ -118,12 +124,14 @@ def merge(
     w, u, vh = weights[0], us[0], vhs[0]
     (out, d), k = w.shape, u.shape[1]
     addresses = torch.tensor([[t.data_ptr() for t in ts] for ts in operands.values()])
-    grid = (triton.cdiv(d, BLOCK_N), triton.cdiv(out, BLOCK_M), len(weights))
+    tile = TILES[tiles.kind(w.dtype)]
+    grid = (triton.cdiv(d, tile.block_n), triton.cdiv(out, tile.block_m), len(weights))
     if w.numel():
         merge_kernel[grid](
             *addresses.to(w.device), out, d, k, *w.stride(), *u.stride(), *vh.stride(),
             DTYPE=ELEMENT[w.dtype], SCALED=core == "diag", ALIGNED=not (addresses % 16).any().item(),
-            PRECISION=dot_precision(w.dtype), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R,
-            num_warps=8, num_stages=2,
+            PRECISION=dot_precision(w.dtype),
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return outs

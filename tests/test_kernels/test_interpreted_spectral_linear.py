@@ -140,25 +140,29 @@ def test_any_strides():
 
 
 @pytest.mark.usefixtures("arithmetic")
-def test_tiles_wider_than_32_bits():
-    """Rows 2^26 elements apart: offsets inside one tile pass 2^31, in memory that is never touched."""
-    n, d, apart = 36, 40, 2**26
-    memory = mmap.mmap(
-        -1, 4 * n * apart, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    )
-    t = problem(n, d, 24, 8, "diag")
-    x = torch.frombuffer(memory, dtype=torch.float32).as_strided((n, d), (apart, 1))
-    x.copy_(t["x"])
-    wide = Tile(64, 32, 32, 4, 2)
-    assert kernels._spans_2_31(wide, 8, x)
-    assert not kernels._spans_2_31(wide, 8, t["x"])
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_more_than_32_bits_of_address(block_m):
+    """Rows 2^26 elements apart, in memory that is never touched: tiles start beyond 2^31 (16 rows a tile)
+    and reach beyond it inside one tile (64 rows)."""
+    t = problem(45, 40, 24, 8, "diag")
+    x, g = far_apart(t["x"]), far_apart(t["g"])
+    tile = Tile(block_m, 16, 16, 4, 2)
+    assert kernels._spans_2_31(tile, 8, x) == (block_m == 64)
+    factors = (t["u"], t["vh"], t["delta"])
     with sanitized():
-        y, p = kernels.spectral_linear_fwd(
-            x, t["w"], t["bias"], t["u"], t["vh"], t["delta"], tile=wide
-        )
-    want = exact(t, "diag")
-    assert_close(y, want[0])
-    assert_close(p, want[1])
+        y, p = kernels.spectral_linear_fwd(x, t["w"], t["bias"], *factors, tile=tile)
+        dx, grad = kernels.spectral_linear_bwd(g, p, t["w"], *factors, tile=tile)
+    for got, want in zip((y, p, dx, grad), exact(t, "diag"), strict=True):
+        assert_close(got, want)
+
+
+def far_apart(t: torch.Tensor) -> torch.Tensor:
+    """A copy whose rows are 2^26 elements apart; only its own pages are ever backed by memory."""
+    apart = 2**26
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, t.element_size() * len(t) * apart, flags=flags)
+    copy = torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, (apart, 1))
+    return copy.copy_(t)
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -234,8 +238,19 @@ COL_OK = "col_ok = tl.arange(0, BLOCK_N) < "
 def test_broken_masks_are_caught(name, old, new, error, monkeypatch):
     attribute = f"spectral_linear_{name}_kernel"
     monkeypatch.setattr(kernels, attribute, broken(getattr(kernels, attribute), old, new))
+    t = problem(45, 70, 50, 20, "diag", torch.bfloat16)
     with pytest.raises(Exception, match=f"OutOfBounds.*{error}"):
-        run(problem(45, 70, 50, 20, "diag", torch.bfloat16), "diag")
+        run(t, "diag")
+
+
+def test_a_32_bit_base_is_caught(monkeypatch):
+    old, new = "row0 = tl.program_id(0).to(tl.int64)", "row0 = tl.program_id(0)"
+    attribute = "spectral_linear_fwd_kernel"
+    monkeypatch.setattr(kernels, attribute, broken(getattr(kernels, attribute), old, new))
+    t = problem(45, 40, 24, 8, "diag")
+    factors = (t["u"], t["vh"], t["delta"])
+    with sanitized(), pytest.raises(Exception, match=r"OutOfBounds.*load at"):
+        kernels.spectral_linear_fwd(far_apart(t["x"]), t["w"], None, *factors, tile=TILE)
 
 
 def test_a_dropped_scale_is_caught(monkeypatch):

@@ -1,0 +1,105 @@
+"""Every kernel compiles for every chip without a GPU, and the machine code is what the design asks for."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from fastspec.kernels import report, tiles  # noqa: E402
+from fastspec.kernels.compilation import TYPE_NAMES, compile_kernel  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+# what the default run compiles; the rest, near copies of these, under the marker `slow`
+SMOKE = re.compile(r"rank tile 32|diag|project|merge|chunks|rows by task")
+
+
+def cases():
+    for capability, kind in itertools.product(report.CAPABILITIES, report.KINDS):
+        for variant in report.variants(capability, kind):
+            for dtype in report.KINDS[kind]:
+                quick = kind == "fp32" or (dtype == torch.bfloat16 and SMOKE.search(variant.name))
+                quick = quick and not re.search("descriptors, (task|dense)", variant.name)
+                name = f"sm_{capability}-{kind}-{TYPE_NAMES[dtype]}-{variant.name}"
+                marks = [] if quick else [pytest.mark.slow]
+                yield pytest.param(capability, kind, dtype, variant, id=name, marks=marks)
+
+
+def expected_instruction(capability: int, kind: str, rows: int) -> set[str]:
+    """The newest matrix instruction that takes a tile of this many rows (docs/kernels.md says why)."""
+    if kind == "fp32":
+        return {"fma"}
+    if capability == 100 and rows >= 64:
+        return {"tcgen05"}
+    if capability == 90 and rows >= 64:
+        return {"wgmma"}
+    return {"mma.sync"}
+
+
+@pytest.mark.parametrize(("capability", "kind", "dtype", "variant"), cases())
+def test_variant(capability, kind, dtype, variant):
+    made = variant.compile(capability, dtype)
+    assert made.spills == 0
+    assert made.shared <= tiles.chip(capability).block_shared
+    assert 0 < made.occupancy(tiles.chip(capability)) <= 1
+    if not variant.loads_tiles:
+        return
+    main_loop = variant.name.startswith(("fwd", "bwd"))
+    if main_loop or variant.name == "project":
+        wanted = expected_instruction(capability, kind, variant.tile.block_m)
+        assert made.instruction in wanted
+    if "descriptors" in variant.name:
+        assert made.bulk_loads >= 4  # A, B, V and C
+    else:
+        assert made.wide_loads >= 3  # A, B and V
+
+
+def test_spills_are_seen():
+    """Negative control: a tile far too large for its warps spills, and the figures say so."""
+    variant = next(report.variants(80, "16bit"))
+    constants = {**variant.constants, "BLOCK_M": 128, "BLOCK_N": 256}
+    made = compile_kernel(variant.kernel, constants, 80, torch.bfloat16, 4, 2)
+    assert made.spills > 0
+
+
+def test_scalar_loads_are_seen():
+    """Negative control: without unit strides no load can be wide."""
+    variant = next(report.variants(80, "16bit"))
+    strided = {k: v for k, v in variant.constants.items() if not k.startswith("stride")}
+    made = compile_kernel(variant.kernel, strided, 80, torch.bfloat16, 8, 2)
+    assert made.wide_loads < 3
+
+
+def test_import_needs_no_triton():
+    """`fastspec.kernels` itself is lean: Triton is loaded by the modules that launch."""
+    code = "import sys, fastspec.kernels; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tile_table_is_whole():
+    """A tile for every generation, arithmetic and row count, inside every limit."""
+    for capability, kind in itertools.product((75, 80, 86, 89, 90, 100, 103, 120), report.KINDS):
+        for rows, rank in itertools.product((1, 32, 33, 100_000), (16, 32, 64)):
+            tile = tiles.choose_tile(capability, kind, rows, rank)
+            itemsize = 2 if kind == "16bit" else 4
+            limit = tiles.chip(capability).block_shared
+            assert tile.shared_bytes(itemsize, rank) <= limit
+            if rank <= tiles.FUSED_RANK[kind]:
+                assert tile.block_n + rank <= tiles.COLUMNS
+
+
+@pytest.mark.parametrize("row_tiles", [1, 5, 40, 132, 1000])
+@pytest.mark.parametrize("column_tiles", [1, 3, 24, 112])
+def test_split_covers_every_column_and_fills_the_device(row_tiles, column_tiles):
+    each = tiles.split_columns(row_tiles, column_tiles, 132)
+    programs = row_tiles * -(-column_tiles // each)
+    assert 1 <= each <= column_tiles
+    assert programs >= min(132, row_tiles * column_tiles) or each == 1
+    if row_tiles >= 132:
+        assert each == column_tiles
