@@ -11,8 +11,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastspec.kernels import report, tiles  # noqa: E402
-from fastspec.kernels.compilation import TYPE_NAMES, compile_kernel  # noqa: E402
+from fastspec.kernels import report, tiles
+from fastspec.kernels.compilation import TYPE_NAMES, compile_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
