@@ -105,6 +105,17 @@ def test_a_finished_run_is_kept_and_another_refused(finished, place):
     assert (stray / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_does_not_go_on_with_other_rows(place, tmp_path):
+    config = tiny(place, method="head", data=str(make_task(tmp_path, TASKS["rte"])), epochs=1)
+    run(config, place / "rows", progress=False)
+    (place / "rows" / "result.json").unlink()
+    path = tmp_path / "RTE" / "dev.tsv"
+    path.write_text(path.read_text() + "a dog\ta cat\t0\t99\n")
+    with pytest.raises(ValueError, match="the rows changed since the run in"):
+        run(config, place / "rows", progress=False)
+    run(config, place / "rows", overwrite=True, progress=False)
+
+
 def test_the_same_seed_repeats_and_another_does_not(finished, place):
     config, _, result = finished
     again = run(config, place / "again", progress=False)

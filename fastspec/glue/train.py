@@ -20,6 +20,7 @@ from fastspec.glue.record import RESULT, environment, read_json, write_json
 from fastspec.glue.tasks import TASKS, predictions
 
 CONFIG = "config.json"
+INPUTS = "inputs.json"
 ADAPTER = "adapter"
 
 
@@ -81,7 +82,8 @@ def run(
     continued from its last whole checkpoint, with the numbers of an uninterrupted run.
 
     Raises:
-        ValueError: `output` holds a run of another configuration.
+        ValueError: `output` holds a run of another configuration, or its rows or the pretrained
+            model have changed since it was interrupted.
         DivergedError: the loss became NaN or infinite.
         DataError, FileNotFoundError: see `fastspec.glue.data.load`.
     """
@@ -93,6 +95,7 @@ def run(
         return done
     prepared = prepare(config)
     source = prepared.source
+    _check_inputs(folder, prepared)
     train = source.train.head(config.max_train_rows)
     counts = methods.count_parameters(prepared.model, prepared.heads)
     if progress:
@@ -133,7 +136,7 @@ def _claim(folder: Path, config: GlueConfig, overwrite: bool) -> dict[str, Any] 
     if overwrite and (folder / CONFIG).exists():
         for path in [*folder.glob("checkpoint-*"), folder / "epochs", folder / ADAPTER]:
             shutil.rmtree(path, ignore_errors=True)
-        for name in (RESULT, CONFIG):
+        for name in (RESULT, CONFIG, INPUTS):
             (folder / name).unlink(missing_ok=True)
     if (folder / CONFIG).exists():
         there = read_json(folder / CONFIG)
@@ -149,6 +152,20 @@ def _claim(folder: Path, config: GlueConfig, overwrite: bool) -> dict[str, Any] 
         raise ValueError(f"--output {folder} is not empty and holds no run; name another folder")
     write_json(folder / CONFIG, fields)
     return None
+
+
+def _check_inputs(folder: Path, prepared: Prepared) -> None:
+    """Refuse to go on with other rows or weights than the run in `folder` began with."""
+    inputs = {"rows": prepared.source.to_dict()["sha256"], "model": prepared.fingerprint}
+    path = folder / INPUTS
+    there = read_json(path) if path.exists() else inputs
+    differing = [name for name in inputs if there.get(name) != inputs[name]]
+    if differing:
+        raise ValueError(
+            f"the {' and the '.join(differing)} changed since the run in {folder} began (now "
+            f"{prepared.source.where}, {prepared.name}); name another --output or pass --overwrite"
+        )
+    write_json(path, inputs)
 
 
 def _trainer(config: GlueConfig, prepared: Prepared, train: Split, folder: Path, progress: bool):
