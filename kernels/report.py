@@ -72,7 +72,7 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     if capability >= 90:
         for rank in ranks:
             for core in ("diag", "task", "dense"):
-                tile = tiles.choose_tile(capability, kind, MANY, rank)
+                tile = tiles.choose_tile(capability, kind, MANY, rank, descriptors=True)
                 yield from _descriptor_variants(core, rank, tile, precision)
     tile = tiles.project_tile(capability, kind, 64)
     for core in ("store", "diag", "task", *(["dense"] if fused >= 64 else [])):

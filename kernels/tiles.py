@@ -72,18 +72,18 @@ Kind = Literal["16bit", "tf32", "fp32"]
 
 # by generation, kind of arithmetic, few rows: the largest tile that rules 2 and 3 allow
 TABLE = {
-    ("ampere", "16bit", False): Tile(128, 128, 32, 8, 4),
+    ("ampere", "16bit", False): Tile(128, 128, 32, 8, 3),
     ("hopper", "16bit", False): Tile(128, 128, 64, 8, 3),
     ("blackwell", "16bit", False): Tile(128, 128, 64, 8, 3),
     ("ampere", "tf32", False): Tile(128, 64, 32, 8, 3),
     ("hopper", "tf32", False): Tile(128, 64, 32, 8, 3),
-    ("blackwell", "tf32", False): Tile(128, 64, 32, 8, 3),
+    ("blackwell", "tf32", False): Tile(128, 64, 32, 8, 2),
     ("ampere", "fp32", False): Tile(128, 64, 16, 8, 3),
     ("hopper", "fp32", False): Tile(128, 64, 16, 8, 3),
     ("blackwell", "fp32", False): Tile(128, 64, 16, 8, 3),
     **{(g, "16bit", True): Tile(16, 64, 64, 4, 4) for g in ("ampere", "hopper", "blackwell")},
     **{(g, "tf32", True): Tile(16, 64, 32, 4, 3) for g in ("ampere", "hopper", "blackwell")},
-    **{(g, "fp32", True): Tile(16, 64, 32, 4, 3) for g in ("ampere", "hopper", "blackwell")},
+    **{(g, "fp32", True): Tile(16, 64, 16, 4, 3) for g in ("ampere", "hopper", "blackwell")},
 }
 FEW_ROWS = 32
 COLUMNS = 160  # of 128 rows in 8 warps: 80 registers a thread hold accumulators
@@ -123,10 +123,17 @@ def fit_stages(tile: Tile, itemsize: int, block_r: int, limit: int) -> Tile:
     return tile
 
 
-def choose_tile(capability: int, kind: Kind, n_rows: int, block_r: int) -> Tile:
-    """The tile for `n_rows` rows and a rank tile of `block_r` columns on this architecture."""
+def choose_tile(
+    capability: int, kind: Kind, n_rows: int, block_r: int, descriptors: bool = False
+) -> Tile:
+    """The tile for `n_rows` rows and a rank tile of `block_r` columns on this architecture.
+
+    With descriptors the copy engine keeps the addresses, and the registers they leave are enough for
+    the widest rank beside a full output tile.
+    """
     tile = TABLE[generation(capability), kind, n_rows <= FEW_ROWS]
-    if block_r <= FUSED_RANK[kind] and tile.block_n + block_r > COLUMNS:
+    fused = block_r <= FUSED_RANK[kind]
+    if fused and not descriptors and tile.block_n + block_r > COLUMNS:
         tile = dataclasses.replace(tile, block_n=tile.block_n // 2)
     return fit_stages(tile, _itemsize(kind), block_r, chip(capability).block_shared)
 

@@ -103,3 +103,27 @@ def test_split_covers_every_column_and_fills_the_device(row_tiles, column_tiles)
     assert programs >= min(132, row_tiles * column_tiles) or each == 1
     if row_tiles >= 132:
         assert each == column_tiles
+
+
+def test_launchers_trace_into_a_graph():
+    """`make_fx` sees through the launchers to the kernels, with the table's warps and stages."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from fastspec.kernels.spectral_linear import spectral_linear_bwd, spectral_linear_fwd
+
+    def step(x, w, u, vh, delta, g):
+        y, p = spectral_linear_fwd(x, w, None, u, vh, delta)
+        return y, *spectral_linear_bwd(g, p, w, u, vh, delta)
+
+    sizes = [(40, 64), (48, 64), (48, 16), (16, 64)]
+    operands = [torch.empty(s, dtype=torch.bfloat16) for s in sizes]
+    operands += [torch.empty(16), torch.empty(40, 48, dtype=torch.bfloat16)]
+    graph = make_fx(step, tracing_mode="fake")(*operands).graph
+    launches = [node for node in graph.nodes if "triton_kernel" in str(node.target)]
+    assert len(launches) == 2
+    tile = tiles.choose_tile(80, "16bit", 40, 16)
+    for node in launches:
+        (config,) = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).configs
+        assert (config.num_warps, config.num_stages) == (tile.num_warps, tile.num_stages)
+        assert node.kwargs["kwargs"]["BLOCK_M"] == tile.block_m
