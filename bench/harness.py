@@ -1,0 +1,143 @@
+"""Pairwise timing: every candidate's step over the mean of the floor's steps just before and just after it.
+
+Machines drift and share their caches, so a figure is the median of such ratios over many rounds, and the
+floor measured against itself in the same way is the noise. Absolute times are kept for the record alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from fastspec.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+MAX_NOISE = 0.03
+FLOOR = "floor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """A candidate's time over the floor's: median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:6.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Ratios by candidate, the floor's own among them, and the floor's median time in ms."""
+
+    ratios: dict[str, Ratio]
+    floor_ms: float
+    rounds: int
+
+    @property
+    def noise(self) -> float:
+        """How far the floor is from itself."""
+        return abs(self.ratios[FLOOR].median - 1)
+
+    @property
+    def counts(self) -> bool:
+        return self.noise <= MAX_NOISE
+
+
+def pairwise(
+    floor: Callable[[], object],
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+) -> Timing:
+    """Time `candidates` against `floor`; on a GPU the callables must synchronise."""
+    steps = {FLOOR: floor, **candidates}
+    for _ in range(warmup):
+        for step in steps.values():
+            step()
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()
+    try:
+        before = _seconds(floor)
+        floors = [before]
+        for _ in range(rounds):
+            for name, step in steps.items():
+                own = _seconds(step)
+                after = _seconds(floor)
+                ratios[name].append(2 * own / (before + after))
+                floors.append(after)
+                before = after
+    finally:
+        gc.enable()
+    return Timing(
+        {name: _summary(values) for name, values in ratios.items()},
+        1e3 * statistics.median(floors),
+        rounds,
+    )
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _summary(values: list[float]) -> Ratio:
+    low, median, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
+    return Ratio(median, low, high)
+
+
+def table(title: str, timing: Timing) -> str:
+    """The ratios as text, best first."""
+    lines = [
+        f"\n{title}",
+        f"  noise (the floor against itself): {100 * timing.noise:.1f} %"
+        + ("" if timing.counts else f"; above {100 * MAX_NOISE:.0f} %: this run does not count"),
+    ]
+    for name, ratio in sorted(timing.ratios.items(), key=lambda item: item[1].median):
+        lines.append(f"  {name:28} {ratio}")
+    return "\n".join(lines)
+
+
+def store(name: str, value: object) -> Path:
+    """Write one measurement, with what is needed to read it later, to bench/results/<name>.json."""
+    path = RESULTS / f"{name}.json"
+    write_json(path, {"machine": machine(), "result": value})
+    return path
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())["result"]
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on, without naming the machine."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
