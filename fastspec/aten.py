@@ -69,6 +69,15 @@ def apply_core(t: Tensor, delta: Tensor, core: str, *, transpose: bool = False) 
     return out.to(t.dtype)
 
 
+def apply_sigma(
+    t: Tensor, s: Tensor, delta: Tensor, core: str, *, transpose: bool = False
+) -> Tensor:
+    """t M, or t M^T  [N, k], with M = diag(S) + C."""
+    if core == "diag":
+        return t * (s + delta).to(t.dtype)
+    return torch.addcmul(apply_core(t, delta, core, transpose=transpose), t, s.to(t.dtype))
+
+
 def reduce_core(q: Tensor, p: Tensor, delta: Tensor, core: str) -> Tensor:
     """The trained entries of q^T p, in delta's shape and dtype."""
     q, p = q.to(delta.dtype), p.to(delta.dtype)
@@ -157,7 +166,7 @@ def _unscaled(basis: Tensor, s: Tensor, delta: Tensor, core: str, *, left: bool)
     return basis @ (inverse.mT if left else inverse)
 
 
-def forward(
+def spectral_linear(
     x: Tensor,
     bias: Tensor | None,
     weight: Tensor,
@@ -166,27 +175,32 @@ def forward(
     vh: Tensor,
     delta: Tensor,
     core: str,
-    forward: str,
+    form: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor]:
     """y [..., out] and p [N, k] (no rows where the plan saves none)."""
     out_features, in_features = weight.shape
     dtype = x.dtype
-    factored = forward == "factored"
-    short = gradient == "short"
-    saves_p = short or gradient == "two_sided"
+    saves_p = gradient in ("two_sided", "short")
     x2 = x.reshape(-1, in_features)
 
-    p = None
-    if factored or (saves_p and not (short and out_features < in_features)):
+    p_from_y = gradient == "short" and out_features < in_features
+    if form == "merged" and (p_from_y or not saves_p):
+        p = None
+    else:
         p = project(x2, vh.to(dtype).mT)
-    if factored:
-        assert p is not None
+    if p is None or form == "merged":
+        y = F.linear(x, _merged(weight, u, vh, delta, core).to(dtype), bias)
+    elif form == "factored":
         y = F.linear(x, weight.to(dtype), bias)
         z = apply_core(p, delta, core, transpose=True)
         y.view(-1, out_features).addmm_(z, u.to(dtype).mT)
+    elif delta.any():
+        y2 = apply_sigma(p, s, delta, core, transpose=True) @ u.mT
+        y = y2.view(*x.shape[:-1], out_features)
+        y = y if bias is None else y.add_(bias)
     else:
-        y = F.linear(x, _merged(weight, u, vh, delta, core).to(dtype), bias)
+        y = F.linear(x, weight, bias)  # the first step is the pretrained model's bit for bit
     if not saves_p:
         return y, x.new_empty((0, u.shape[1]))
     if p is None:
@@ -200,7 +214,7 @@ def forward(
     return y, p
 
 
-def backward(
+def spectral_linear_backward(
     g: Tensor,
     x: Tensor | None,
     p: Tensor | None,
@@ -210,7 +224,7 @@ def backward(
     vh: Tensor,
     delta: Tensor,
     core: str,
-    forward: str,
+    form: str,
     gradient: str,
     needs_dx: bool,
     needs_delta: bool,
@@ -222,7 +236,10 @@ def backward(
     q = dx2 = None
 
     if needs_dx:
-        if forward == "factored":
+        if form == "spectral":
+            q = project(g2, u)
+            dx2 = apply_sigma(q, s, delta, core) @ vh
+        elif form == "factored":
             q = project(g2, u.to(dtype))
             dx2 = g2 @ weight.to(dtype)
             dx2.addmm_(apply_core(q, delta, core), vh.to(dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastspec import ops, reference
 from fastspec.config import CORES
-from fastspec.plan import Plan, make_plan
+from fastspec.plan import Plan, make_plan, spectral_is_legal
 
 
 def spectral_linear(
@@ -75,14 +75,40 @@ def spectral_linear(
             needs_delta=needs_delta,
             singular_basis=singular_basis,
         )
-    elif plan.gradient == "short" and not (singular_basis and core != "band"):
-        raise ValueError(
-            "plan.gradient='short' needs singular_basis=True and a diag or dense core: take 'two_sided'"
-        )
+    else:
+        _check_plan(plan, weight, u.shape[1], core, x.dtype, device, singular_basis)
     gradient = plan.gradient if needs_delta else "none"
     if needs_delta and gradient == "none":
         raise ValueError("plan.gradient is 'none' but delta requires a gradient")
     return ops.spectral_linear(x, bias, weight, u, s, vh, delta, core, plan.forward, gradient)
+
+
+def _check_plan(
+    plan: Plan,
+    weight: Tensor,
+    k: int,
+    core: str,
+    dtype: torch.dtype,
+    device: str,
+    singular_basis: bool,
+) -> None:
+    """Refuse a forced plan whose identities do not hold here."""
+    if plan.gradient == "short" and not (singular_basis and core != "band"):
+        raise ValueError(
+            "plan.gradient='short' needs singular_basis=True and a diag or dense core: take 'two_sided'"
+        )
+    if plan.forward == "spectral":
+        if not spectral_is_legal(
+            weight.shape[1], weight.shape[0], k, dtype, device, singular_basis
+        ):
+            raise ValueError(
+                "plan.forward='spectral' needs a complete singular basis in float32 or float64 on a "
+                f"CPU, got k={k} of {min(weight.shape)}, {dtype}, {device}: take 'merged'"
+            )
+        if plan.gradient not in ("none", "two_sided"):
+            raise ValueError(
+                "plan.forward='spectral' has p and q at hand: gradient must be 'two_sided'"
+            )
 
 
 def delta_shape(core: str, k: int, half_width: int = 1) -> tuple[int, ...]:

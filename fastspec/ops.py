@@ -29,8 +29,10 @@ torch.library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-torch.library.impl("fastspec::spectral_linear", "CompositeExplicitAutograd", aten.forward)
-torch.library.impl("fastspec::spectral_linear_backward", "CompositeExplicitAutograd", aten.backward)
+torch.library.impl("fastspec::spectral_linear", "CompositeExplicitAutograd", aten.spectral_linear)
+torch.library.impl(
+    "fastspec::spectral_linear_backward", "CompositeExplicitAutograd", aten.spectral_linear_backward
+)
 
 _spectral_linear = torch.ops.fastspec.spectral_linear.default
 _spectral_linear_backward = torch.ops.fastspec.spectral_linear_backward.default

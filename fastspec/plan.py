@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-Forward = Literal["merged", "factored"]
+Forward = Literal["merged", "factored", "spectral"]
 Gradient = Literal["none", "two_sided", "short", "dense"]
-FORWARDS = ("merged", "factored")
+FORWARDS = ("merged", "factored", "spectral")
 GRADIENTS = ("none", "two_sided", "short", "dense")
 
 
@@ -23,7 +23,9 @@ class Plan:
 
     Args:
         forward: `"merged"`: W + U C Vh is written to a scratch buffer and multiplied once, in the
-            forward and again in the backward (F2); `"factored"`: the plain product plus two thin ones.
+            forward and again in the backward (F2); `"factored"`: the plain product plus two thin ones;
+            `"spectral"`: with a complete basis W = U S Vh, so y = (x Vh^T) (diag(S) + C)^T U^T and
+            p and q come for nothing.
         gradient: `"none"`: no coefficient gradient is asked for; `"two_sided"`: p = x Vh^T, q = g U
             (F1); `"short"`: both projections over min(in, out) by the singular identity (F3);
             `"dense"`: from the weight gradient g^T x, which is never kept (F4; saves x, not p).
@@ -106,7 +108,16 @@ def make_plan(
         q_from_g = (not merged and needs_dx) or gradient == "two_sided"
         q_from_g = q_from_g or (gradient == "short" and out_features <= in_features)
         cost = p_from_x * project_x + q_from_g * project_g
-        cost += merge * (1 + needs_dx) if merged else expand_y + expand_dx * needs_dx
+        if forward == "spectral":
+            # the second product of each direction is all there is
+            cost += expand_y + expand_dx * needs_dx
+            cost -= (
+                2 * n * weight * (1 + needs_dx)
+            )  # the plain products, which every other form makes
+        elif merged:
+            cost += merge * (1 + needs_dx)
+        else:
+            cost += expand_y + expand_dx * needs_dx
         if gradient == "short":
             if not p_from_x:
                 cost += project_g  # y U has the size of g U
@@ -122,11 +133,15 @@ def make_plan(
     ):
         gradients.append("short")
     # In 16 bits a merged weight rounds the coefficients away: the correction is added instead.
-    forwards: tuple[Forward, ...] = ("merged", "factored") if wide else ("factored",)
+    forwards: list[Forward] = ["merged", "factored"] if wide else ["factored"]
+    if spectral_is_legal(in_features, out_features, k, dtype, device, singular_basis):
+        forwards.append("spectral")
     best, least = None, 0.0
     for f in forwards:
         for gr in gradients:
             cost = total(f, gr)
+            if f == "spectral" and gr not in ("none", "two_sided"):
+                continue  # p and q are there already
             if best is None or cost < least:
                 best, least = (f, gr), cost
     assert best is not None
@@ -154,4 +169,25 @@ def short_side_is_legal(
         and dtype in (torch.float32, torch.float64)
         and in_features != out_features
         and (needs_dx or out_features < in_features)
+    )
+
+
+def spectral_is_legal(
+    in_features: int,
+    out_features: int,
+    k: int,
+    dtype: torch.dtype,
+    device: str,
+    singular_basis: bool,
+) -> bool:
+    """Whether W = U S Vh holds to rounding and may stand in for W: a complete singular basis.
+
+    The first step must still be the pretrained model's bit for bit, so the values of delta are looked
+    at when the layer runs, which would make a GPU wait.
+    """
+    return (
+        singular_basis
+        and k == min(in_features, out_features)
+        and device == "cpu"
+        and dtype in (torch.float32, torch.float64)
     )

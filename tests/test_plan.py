@@ -24,6 +24,13 @@ def test_rectangles_take_the_short_side_and_squares_cannot():
     assert make_plan(4096, 768, 768, 32).gradient == "two_sided"
 
 
+def test_a_complete_basis_replaces_the_weight_on_rectangles():
+    for core in ("diag", "band"):
+        assert make_plan(4096, 768, 3072, 768, core=core) == Plan("spectral", "two_sided")
+    assert make_plan(4096, 768, 3072, 767).forward != "spectral"
+    assert make_plan(4096, 768, 3072, 768, singular_basis=False).forward != "spectral"
+
+
 def test_high_rank_takes_the_dense_route_on_squares():
     assert make_plan(4096, 768, 768, 768).gradient == "dense"
     assert make_plan(4096, 768, 768, 768, core="band").gradient == "dense"
@@ -33,13 +40,18 @@ def test_high_rank_takes_the_dense_route_on_squares():
 def test_what_no_plan_may_do(core):
     for n, (i, o), k, dtype, device, dx, delta, singular in itertools.product(
         (1, 64, 4096), ((96, 96), (96, 384), (384, 96)), (1, 32, 96),
-        (torch.float32, torch.bfloat16, torch.float64), ("cpu", "cuda"), (True, False), (True, False), (True, False),
+        (torch.float32, torch.bfloat16, torch.float64), ("cpu", "cuda"),
+        (True, False), (True, False), (True, False),
     ):  # fmt: skip
         plan = make_plan(
             n, i, o, k, core=core, dtype=dtype, device=device,
             needs_dx=dx, needs_delta=delta, singular_basis=singular,
         )  # fmt: skip
         assert (plan.gradient == "none") == (not delta)
+        if plan.forward == "spectral":
+            assert singular
+            assert k == min(i, o)
+            assert device == "cpu"
         if plan.gradient == "short":
             assert singular
             assert core != "band"
