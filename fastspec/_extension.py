@@ -28,3 +28,8 @@ def unavailable_reason() -> str | None:
 def has_thin_products() -> bool:
     """Whether `fastspec::thin_project` and `fastspec::thin_merge` run on this processor."""
     return unavailable_reason() is None and bool(torch.ops.fastspec.thin_supported())
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether the compiled operators take this tensor: they are loaded, and it is on the CPU."""
+    return tensor.device.type == "cpu" and unavailable_reason() is None

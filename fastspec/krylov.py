@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastspec import _extension
+
 # Values within this many tolerances of one another may be copies of one value: Ritz vectors that mix
 # values further apart would not have passed for converged.
 _COPIES = 30
@@ -24,8 +26,13 @@ _COPIES = 30
 _GRAM_SHORT = 1024
 
 
-def block_width(k: int, short: int) -> int:
-    """Columns multiplied at once. Wider costs more basis vectors, narrower more passes over W."""
+def block_width(k: int, short: int, compiled: bool) -> int:
+    """Columns multiplied at once.
+
+    Wider costs more basis vectors, narrower more products and, where they come from Python, more calls.
+    """
+    if compiled:
+        return min(short, 4 if short <= _GRAM_SHORT else 16)
     return min(short, 8 if k <= 64 else 16)
 
 
@@ -45,11 +52,22 @@ def leading_subspace(
     floor: float,
     max_steps: int | None,
     seed: int,
-    width: int | None = None,
 ) -> Tensor:  # [L, n, k]
     """Right vectors whose estimated residuals meet `tol`, or the best found within `max_steps`."""
+    compiled = _extension.serves(w)
+    width = block_width(k, w.shape[-1], compiled)
+    if compiled:
+        return torch.ops.fastspec.leading_subspace(
+            w, k, tol, floor, max_steps or 0, seed, width, _GRAM_SHORT
+        )
+    return _leading_subspace(w, k, tol, floor, max_steps, seed, width)
+
+
+def _leading_subspace(
+    w: Tensor, k: int, tol: float, floor: float, max_steps: int | None, seed: int, width: int
+) -> Tensor:
+    """The same in ATen, all matrices of the stack in step; csrc/krylov.cpp takes them one by one."""
     short = w.shape[-1]
-    width = width or block_width(k, short)
     right = w.new_empty(w.shape[0], short, k)
     crowded_rows: list[Tensor] = []
     active = torch.arange(w.shape[0], device=w.device)
@@ -86,7 +104,8 @@ def leading_subspace(
             last = here
     for rows in crowded_rows:
         if rows.numel():
-            right[rows] = leading_subspace(w[rows], k, tol, floor, max_steps, seed, 2 * width)
+            wider = min(2 * width, short)
+            right[rows] = _leading_subspace(w[rows], k, tol, floor, max_steps, seed, wider)
     return right
 
 

@@ -6,13 +6,23 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastspec import krylov
+from fastspec import _extension, krylov
 from fastspec.gram import floor_of
 from fastspec.svd import ConvergenceWarning, TopkSVD, topk_svd
+
+
+@pytest.fixture(autouse=True, params=["aten", "extension"])
+def implementation(request, monkeypatch) -> str:
+    """Every test runs on the Python path and on the compiled one."""
+    if request.param == "aten":
+        monkeypatch.setattr(_extension, "unavailable_reason", lambda: "hidden by the test")
+    elif _extension.unavailable_reason() is not None:
+        pytest.skip(str(_extension.unavailable_reason()))
+    return request.param
 
 
 def with_spectrum(m: int, n: int, s: Tensor, seed: int = 0, dtype=torch.float32) -> Tensor:
@@ -165,7 +175,7 @@ def test_projection_identity_on_the_short_side() -> None:
 def test_more_copies_than_the_block_is_wide() -> None:
     """A start block of b vectors sees b copies; the crowded values must be noticed, not missed."""
     copies, k = 20, 24
-    assert krylov.block_width(k, 400) < copies
+    assert krylov.block_width(k, 400, compiled=False) < copies
     s = torch.cat([torch.full((copies,), 2.0), torch.linspace(1, 0.1, 380)])
     w = with_spectrum(400, 400, s)
     check(w, topk_svd(w, k), k)
@@ -267,7 +277,12 @@ def test_progress_is_silent_unless_asked(capfd) -> None:
     assert "matrix" in capfd.readouterr().err
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the same for every example
+)
 @given(
     m=st.integers(1, 320),
     n=st.integers(1, 320),
@@ -281,6 +296,33 @@ def test_any_matrix(m: int, n: int, share: float, spectrum: str, double: bool, s
     k = max(1, round(share**3 * short))  # small k oftener, which is where iterating is chosen
     dtype = torch.float64 if double else torch.float32
     w = with_spectrum(m, n, SPECTRA[spectrum](short), seed, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        check(w, topk_svd(w, k, seed=seed), k)
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    short=st.integers(260, 420),
+    extra=st.integers(0, 200),
+    wide=st.booleans(),
+    k=st.integers(1, 16),
+    spectrum=st.sampled_from(sorted(SPECTRA)),
+    double=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_any_matrix_large_enough_to_iterate(
+    short: int, extra: int, wide: bool, k: int, spectrum: str, double: bool, seed: int
+) -> None:
+    assert krylov.worthwhile(k, short)
+    shape = (short, short + extra) if wide else (short + extra, short)
+    dtype = torch.float64 if double else torch.float32
+    w = with_spectrum(*shape, SPECTRA[spectrum](short), seed, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         check(w, topk_svd(w, k, seed=seed), k)
