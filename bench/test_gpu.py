@@ -96,8 +96,10 @@ def candidates(t: dict, capability: int) -> dict:
 
     def planned(route):
         return (
-            lambda: aten.forward(x, b, *factors, route, "two_sided"),
-            lambda p: aten.backward(g, None, p, *factors, route, "two_sided", True, True),
+            lambda: aten.spectral_linear(x, b, *factors, route, "two_sided"),
+            lambda p: aten.spectral_linear_backward(
+                g, None, p, *factors, route, "two_sided", True, True
+            ),
         )
 
     def launched(module):
@@ -107,7 +109,9 @@ def candidates(t: dict, capability: int) -> dict:
         )
 
     def merged_backward(p):
-        dx = aten.backward(g, None, p, *factors, "merged", "two_sided", True, False)[0]
+        dx = aten.spectral_linear_backward(
+            g, None, p, *factors, "merged", "two_sided", True, False
+        )[0]
         return dx, sigma_grad(g, u, p)
 
     found = {"aten": planned("factored"), "triton": launched(spectral_linear)}

@@ -28,7 +28,8 @@ import triton
 from torch import Tensor
 
 from fastspec import __version__, aten
-from fastspec.kernels import hopper, spectral_linear, tiles
+from fastspec.kernels import hopper, tiles
+from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.sigma_grad import MAX_RANK, sigma_grad
 
 NAMES = ("triton", "descriptors", "merged", "aten")
@@ -115,17 +116,20 @@ def choose(
 ) -> str:
     """The candidate for this kind of call.
 
+    A forced candidate that cannot serve this call (a wide rank, an input without a gradient) leaves it to
+    the `rule`, with a warning.
+
     Raises:
-        ValueError: FASTSPEC_BACKEND names no candidate, or one that cannot serve this call.
+        ValueError: FASTSPEC_BACKEND is none of `NAMES`.
     """
     forced = os.environ.get("FASTSPEC_BACKEND")
-    if forced:
-        if forced not in candidates:
-            raise ValueError(
-                f"FASTSPEC_BACKEND={forced!r} cannot serve this call ({kind}); "
-                f"possible here: {', '.join(candidates)}"
-            )
+    if forced and forced not in NAMES:
+        raise ValueError(f"FASTSPEC_BACKEND must be one of {', '.join(NAMES)}, got {forced!r}")
+    if forced in candidates:
         return forced
+    if forced:
+        warnings.warn(f"FASTSPEC_BACKEND={forced} cannot serve: {kind}", stacklevel=2)
+        return rule(candidates, dtype, k)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled() or capturing:
         return rule(candidates, dtype, k)
@@ -147,11 +151,12 @@ def describe(direction: str, core: str, a: Tensor, d: int, out: int, k: int, *ne
 # ----------------------------------------------------------------------------------------- operators
 
 
-def _kernels_serve(gradient: str, k: int, *operands: Tensor) -> bool:
-    """Whether Triton can take the call at all: one 16- or 32-bit dtype, rank, and a plan that saves p."""
+def _kernels_serve(forward: str, gradient: str, k: int, *operands: Tensor) -> bool:
+    """Whether Triton can take the call at all: one 16- or 32-bit dtype, rank, and a plan by p alone."""
     dtypes = {t.dtype for t in operands}
     return (
-        gradient in ("two_sided", "none")
+        forward in ("merged", "factored")
+        and gradient in ("two_sided", "none")
         and len(dtypes) == 1
         and dtypes <= {torch.float32, torch.bfloat16, torch.float16}
         and k <= MAX_RANK
@@ -161,10 +166,10 @@ def _kernels_serve(gradient: str, k: int, *operands: Tensor) -> bool:
 
 def _descriptors_serve(a: Tensor, k: int, *operands: Tensor) -> bool:
     has_engine = tiles.capability(a.device) >= 90
-    return has_engine and spectral_linear.fuses(a, k) and hopper.fits(a, *operands)
+    return has_engine and plain.fuses(a, k) and hopper.fits(a, *operands)
 
 
-def forward(
+def spectral_linear(
     x: Tensor,  # [..., in]
     bias: Tensor | None,  # [out]
     weight: Tensor,  # [out, in]
@@ -176,12 +181,12 @@ def forward(
     forward: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor]:
-    """y [..., out] and p [N, k] (no rows where the plan saves none); operands as in `aten.forward`."""
+    """y [..., out] and p [N, k] (no rows where the plan saves none), as `aten.spectral_linear`."""
     (out, d), k = weight.shape, u.shape[1]
     x2 = x.reshape(-1, d)
 
     def planned(route: str) -> Callable[[], tuple[Tensor, Tensor]]:
-        return lambda: aten.forward(x, bias, weight, u, s, vh, delta, core, route, gradient)
+        return lambda: aten.spectral_linear(x, bias, weight, u, s, vh, delta, core, route, gradient)
 
     def fused(launch: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], tuple[Tensor, Tensor]]:
         def call() -> tuple[Tensor, Tensor]:
@@ -192,8 +197,8 @@ def forward(
         return call
 
     candidates = {"aten": planned(forward)}
-    if _kernels_serve(gradient, k, x2, weight, u, vh):
-        candidates["triton"] = fused(spectral_linear.spectral_linear_fwd)
+    if _kernels_serve(forward, gradient, k, x2, weight, u, vh):
+        candidates["triton"] = fused(plain.spectral_linear_fwd)
         if _descriptors_serve(x2, k, weight, u, vh) and out * x.element_size() % 16 == 0:
             candidates["descriptors"] = fused(hopper.spectral_linear_fwd)
         if x.dtype == torch.float32 and forward != "merged":
@@ -202,7 +207,7 @@ def forward(
     return candidates[choose(kind, candidates, x.device, x.dtype, k)]()
 
 
-def backward(
+def spectral_linear_backward(
     g: Tensor,  # [..., out]
     x: Tensor | None,
     p: Tensor | None,  # [N, k]
@@ -217,20 +222,22 @@ def backward(
     needs_dx: bool,
     needs_delta: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx [..., in] and d delta; what is not needed comes back empty; operands as in `aten.backward`."""
+    """dx [..., in] and d delta; as `aten.spectral_linear_backward` gives them: empty where not needed."""
     (out, d), k = weight.shape, u.shape[1]
     g2 = g.reshape(-1, out)
     factors = (weight, u, s, vh, delta, core)
 
     def planned(route: str, delta_too: bool) -> tuple[Tensor, Tensor]:
-        return aten.backward(g, x, p, *factors, route, gradient, needs_dx, delta_too)
+        return aten.spectral_linear_backward(
+            g, x, p, *factors, route, gradient, needs_dx, delta_too
+        )
 
     def returned(dx: Tensor | None, grad: Tensor | None) -> tuple[Tensor, Tensor]:
         shaped = g.new_empty(0) if dx is None else dx.view(*g.shape[:-1], d)
         return shaped, delta.new_empty(0) if grad is None else grad
 
     def triton_fused() -> tuple[Tensor, Tensor]:
-        launch = spectral_linear.spectral_linear_bwd
+        launch = plain.spectral_linear_bwd
         operands = (g2, saved, weight, u, vh, delta, core)
         return returned(*launch(*operands, needs_dx=needs_dx, needs_delta=needs_delta))
 
@@ -247,7 +254,7 @@ def backward(
     candidates = {"aten": lambda: planned(forward, needs_delta)}
     saved = g2 if p is None else p  # without a coefficient gradient p is not read
     has_p = p is not None or not needs_delta
-    if has_p and _kernels_serve(gradient, k, g2, weight, u, vh):
+    if has_p and _kernels_serve(forward, gradient, k, g2, weight, u, vh):
         candidates["triton"] = triton_fused
         if needs_dx and _descriptors_serve(g2, k, weight, u, vh) and d * g.element_size() % 16 == 0:
             candidates["descriptors"] = descriptors
