@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from fastspec.basis import load_basis
 from fastspec.config import Rank, SpectralConfig, resolve_rank
 from fastspec.nn import Directions, Factors, SpectralLayer, SpectralLinear, factorize
 
@@ -40,7 +42,11 @@ class Target:
 
 
 def spectralize(
-    model: nn.Module, config: SpectralConfig | None = None, *, progress: bool | None = None
+    model: nn.Module,
+    config: SpectralConfig | None = None,
+    *,
+    basis: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
 ) -> nn.Module:
     """Adapt a model in place: its linear layers become spectral ones, everything else is frozen.
 
@@ -51,6 +57,8 @@ def spectralize(
         model: any module; with Hugging Face models the heads are known exactly, with others by their
             names (`classifier`, `head`, `fc`, ... at the top level).
         config: what to adapt and how; the default is `SpectralConfig()`.
+        basis: a file of `fastspec factorize`: its factors are used instead of computing them, each
+            for the weight with its fingerprint.
         progress: show a bar while factorising; None shows it once that has taken over a second.
 
     Returns:
@@ -58,8 +66,8 @@ def spectralize(
 
     Raises:
         ValueError, TypeError: nothing matches, the model is adapted already, a rank is above
-            min(in, out), a weight is quantised, on the meta device or not finite. The message names
-            the module, and the model is unchanged.
+            min(in, out), a weight is quantised, on the meta device or not finite, or the basis file
+            does not fit. The message names the module, and the model is unchanged.
     """
     config = config or SpectralConfig()
     targets, heads = find_targets(model, config)
@@ -74,12 +82,15 @@ def spectralize(
             unique[key] = len(representative)
             representative.append(target)
         index.append(unique[key])
-    factors = factorize(
-        [t.matrix for t in representative],
-        [t.directions for t in representative],
-        [t.name for t in representative],
-        progress=progress,
-    )
+    if basis is not None:
+        factors = _factors_from_file(representative, config, basis)
+    else:
+        factors = factorize(
+            [t.matrix for t in representative],
+            [t.directions for t in representative],
+            [t.name for t in representative],
+            progress=progress,
+        )
     layers = {
         id(t.module): _adapted(t, factors[i], config) for t, i in zip(targets, index, strict=True)
     }
@@ -244,6 +255,40 @@ def is_norm(module: nn.Module) -> bool:
 
 def _percent(part: int, total: int) -> str:
     return f"{100 * part / total if total else 0:10.4f} %"
+
+
+def _factors_from_file(
+    targets: list[Target], config: SpectralConfig, path: str | os.PathLike[str]
+) -> list[Factors]:
+    if config.basis != "svd":
+        raise ValueError(f"a basis file holds singular vectors, but config.basis={config.basis!r}")
+    basis = load_basis(path)
+    out = []
+    for t in targets:
+        entry = basis.find(t.module.weight)  # type: ignore[arg-type]
+        if entry is None:
+            raise ValueError(
+                f"{t.name}: {path} holds no factors of this weight: it was made from other weights, "
+                "another dtype, or without this layer; make it again with `fastspec factorize`"
+            )
+        if not isinstance(t.module, nn.Linear):
+            entry = entry.transposed()
+        matrix = t.matrix
+        start, stop = t.directions.triplets(min(matrix.shape))
+        if stop > len(entry.s):
+            raise ValueError(
+                f"{t.name}: {path} holds {len(entry.s)} triplets and triplets {start} to {stop} are "
+                "asked for; make it again with a higher --rank"
+            )
+        out.append(
+            Factors(
+                entry.u[:, start:stop].to(matrix).contiguous(),
+                entry.s[start:stop].to(matrix.device).contiguous(),
+                entry.vh[start:stop].to(matrix).contiguous(),
+                singular=entry.u.dtype == matrix.dtype,
+            )
+        )
+    return out
 
 
 def _adapted(target: Target, factors: Factors, config: SpectralConfig) -> SpectralLayer:

@@ -16,7 +16,7 @@ def tensor_fingerprint(weight: Tensor) -> str:
     """
     t = weight.detach().contiguous().cpu()
     h = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode())
-    h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+    h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 

@@ -55,11 +55,15 @@ class Directions:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Frozen factors of one matrix [out, in]: u [out, k], s [k], vh [k, in]."""
+    """Frozen factors of one matrix [out, in]: u [out, k], s [k], vh [k, in].
+
+    `singular` says that W V = U S holds to rounding, which the short-side products rest on (F3).
+    """
 
     u: Tensor
     s: Tensor
     vh: Tensor
+    singular: bool
 
 
 def factorize(
@@ -103,6 +107,7 @@ def factorize(
                 svd.u[:, start:stop].contiguous(),
                 svd.s[start:stop].contiguous(),
                 svd.vh[start:stop].contiguous(),
+                singular=True,
             )
     return out  # type: ignore[return-value]
 
@@ -121,7 +126,8 @@ def _random_factors(weight: Tensor, d: Directions, name: str) -> Factors:
     ]
     u, v = (q.to(device=w.device, dtype=wide) for q in sides)
     s = torch.einsum("ok,oi,ik->k", u, w, v)
-    return Factors(u.to(weight.dtype), s, v.mT.contiguous().to(weight.dtype))
+    vh = v.mT.contiguous().to(weight.dtype)
+    return Factors(u.to(weight.dtype), s, vh, singular=False)
 
 
 class SpectralLayer(nn.Module):
@@ -180,6 +186,7 @@ class SpectralLayer(nn.Module):
                 matrix.new_empty(matrix.shape[0], k),
                 matrix.new_empty(k, dtype=wide),
                 matrix.new_empty(k, matrix.shape[1]),
+                singular=False,
             )
         if factors is None:
             factors = factorize([matrix], [directions], ["weight"])[0]
@@ -193,7 +200,7 @@ class SpectralLayer(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
         # a cast rounds the factors: W V = U S then no longer holds to rounding (design F3)
-        self._basis_dtype = matrix.dtype if directions.basis == "svd" else None
+        self._basis_dtype = matrix.dtype if factors.singular else None
 
     @property
     def rank(self) -> int:
@@ -215,7 +222,7 @@ class SpectralLayer(nn.Module):
             self.unmerge()
         factors = factorize([self._matrix(self.weight)], [self.directions], ["weight"])[0]
         self.u, self.s, self.vh = factors.u, factors.s, factors.vh
-        self._basis_dtype = self.weight.dtype if self.directions.basis == "svd" else None
+        self._basis_dtype = self.weight.dtype if factors.singular else None
 
     def plan(self, n: int, *, needs_dx: bool = True) -> Plan:
         """The plan of a training step over `n` rows (tokens); `needs_dx=False` for a first layer."""

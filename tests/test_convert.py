@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import assert_close, minilm
 from torch import nn
 
 import fastspec
 from fastspec import SpectralConfig, SpectralLinear, spectralize
+from fastspec.cli import main
 from fastspec.convert import spectral_layers
 
 
@@ -265,6 +267,38 @@ def test_progress_is_silent_for_small_models(net, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+class TestBasisFiles:
+    @pytest.fixture
+    def basis(self, tmp_path):
+        folder = tmp_path / "net"
+        folder.mkdir()
+        torch.manual_seed(0)
+        save_file(Net().state_dict(), folder / "model.safetensors")
+        path = tmp_path / "basis.safetensors"
+        assert main(["factorize", str(folder), "--rank", "8", "-o", str(path)]) == 0
+        return path
+
+    @pytest.mark.parametrize("options", [{"rank": 8}, {"rank": 3}, {"select": (2, 7)}])
+    def test_gives_what_factorising_gives(self, net, basis, options, monkeypatch):
+        expected = spectralize(copy.deepcopy(net), SpectralConfig(**options))
+        monkeypatch.setattr("fastspec.convert.factorize", lambda *a, **k: pytest.fail("factorised"))
+        spectralize(net, SpectralConfig(**options), basis=basis)
+        for (_, a), (_, b) in zip(spectral_layers(net), spectral_layers(expected), strict=True):
+            assert_close(a.u @ a.s.diag() @ a.vh, b.u @ b.s.diag() @ b.vh)
+            assert a.singular_basis
+
+    def test_refusals_leave_the_model_unchanged(self, net, basis):
+        before = repr(net)
+        with pytest.raises(ValueError, match=r"blocks\.0\.up: .* holds 8 triplets"):
+            spectralize(net, SpectralConfig(rank=9), basis=basis)
+        with pytest.raises(ValueError, match="singular vectors"):
+            spectralize(net, SpectralConfig(rank=4, basis="random"), basis=basis)
+        net.blocks[1].up.weight.data[0, 0] += 1
+        with pytest.raises(ValueError, match=r"blocks\.1\.up: .*other weights"):
+            spectralize(net, SpectralConfig(rank=4), basis=basis)
+        assert repr(net) == before
 
 
 class TestHuggingFace:
