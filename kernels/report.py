@@ -57,7 +57,7 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     plain.append(("given", 64, MANY))
     for core, rank, rows in plain:
         # what `plan` does: a rank in chunks goes by the step of the depth
-        tile = tiles.choose_tile(capability, kind, rows, 64 if core == "given" else rank)
+        tile = tiles.choose_tile(capability, kind, rows, 0 if core == "given" else rank)
         block_r = tile.block_k if core == "given" else rank
         label = f"{core}, " + ("rank in chunks" if core == "given" else f"rank tile {rank}")
         label += "" if rows == MANY else ", few rows"
@@ -197,6 +197,8 @@ Where a chip's newest matrix instruction is not what the table shows, the reason
   `wgmma` and the 64 or 128 that one `tcgen05.mma` take: `mma.sync`. These are bound by bytes, not flops.
 - tf32 backward on sm_90 and sm_100: `wgmma` and `tcgen05` read 4-byte operands with the depth contiguous
   only, so the row-major W is transposed on its way into shared memory by 4-byte copies (the narrow ones).
+
+Other narrow copies move tiles that hold less than 16 bytes a thread (V at rank tile 32 on sm_80: 8 bytes).
 """
 
 

@@ -391,10 +391,11 @@ def plan(
     a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None
 ) -> tuple[int, tiles.Tile, tuple[int, int], int]:
     """The rank tile, the tile, the grid and the output tiles that each program walks."""
+    beside = rank_tile(k) if fuses(a, k) else 0
     kind = tiles.kind(a.dtype)
-    tile = tile or tiles.choose_tile(tiles.capability(a.device), kind, n, rank_tile(k))
+    tile = tile or tiles.choose_tile(tiles.capability(a.device), kind, n, beside)
     # a rank that comes in chunks is a prolonged depth: chunks of the depth's own step
-    block_r = rank_tile(k) if fuses(a, k) else tile.block_k
+    block_r = beside or tile.block_k
     row_tiles, column_tiles = triton.cdiv(n, tile.block_m), triton.cdiv(out, tile.block_n)
     each = tiles.split_columns(row_tiles, column_tiles, tiles.multiprocessors(a.device))
     return block_r, tile, (row_tiles, triton.cdiv(column_tiles, each)), each

@@ -126,14 +126,13 @@ def fit_stages(tile: Tile, itemsize: int, block_r: int, limit: int) -> Tile:
 def choose_tile(
     capability: int, kind: Kind, n_rows: int, block_r: int, descriptors: bool = False
 ) -> Tile:
-    """The tile for `n_rows` rows and a rank tile of `block_r` columns on this architecture.
+    """The tile for `n_rows` rows beside a projection of `block_r` columns (0: none) on this architecture.
 
     With descriptors the copy engine keeps the addresses, and the registers they leave are enough for
     the widest rank beside a full output tile.
     """
     tile = TABLE[generation(capability), kind, n_rows <= FEW_ROWS]
-    fused = block_r <= FUSED_RANK[kind]
-    if fused and not descriptors and tile.block_n + block_r > COLUMNS:
+    if not descriptors and tile.block_n + block_r > COLUMNS:
         tile = dataclasses.replace(tile, block_n=tile.block_n // 2)
     return fit_stages(tile, _itemsize(kind), block_r, chip(capability).block_shared)
 

@@ -4,6 +4,9 @@ The interpreter hands each load and store its raw addresses. While the sanitizer
 that a mask lets through must be an element of a tensor that this launch was given (not merely lie in
 its storage), lanes that a mask hides read NaN unless the kernel says otherwise, and tensors from
 `torch.empty` start as NaN inside poisoned margins.
+
+(triton-viz 3.0 has a sanitizer too; it does not import beside Triton 3.9, whose interpreter lacks the
+`create_make_block_ptr` that it patches.)
 """
 
 from __future__ import annotations
