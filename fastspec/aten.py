@@ -185,10 +185,8 @@ def spectral_linear(
     x2 = x.reshape(-1, in_features)
 
     p_from_y = gradient == "short" and out_features < in_features
-    if form == "merged" and (p_from_y or not saves_p):
-        p = None
-    else:
-        p = project(x2, vh.to(dtype).mT)
+    needs_p = form != "merged" or (saves_p and not p_from_y)
+    p = project(x2, vh.to(dtype).mT) if needs_p else None
     if p is None or form == "merged":
         y = F.linear(x, _merged(weight, u, vh, delta, core).to(dtype), bias)
     elif form == "factored":

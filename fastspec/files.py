@@ -29,5 +29,5 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """`write_atomically` of indented JSON."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    """`write_atomically` of indented JSON; ValueError for NaN and infinity, which JSON has not."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -12,10 +12,11 @@ import torch
 from glue_support import make_model, make_task
 
 from fastspec.cli import main
+from fastspec.files import write_json
 from fastspec.glue import train
 from fastspec.glue.cli import parse_rank, parse_select
 from fastspec.glue.config import METHODS, GlueConfig
-from fastspec.glue.record import compare, read_result, write_json
+from fastspec.glue.record import compare, read_result, table
 from fastspec.glue.tasks import TASKS
 from fastspec.glue.train import run
 
@@ -275,6 +276,14 @@ def test_compare_finds_what_differs(finished, tmp_path):
     other["data"]["sha256"]["train"] = "0" * 64
     with pytest.raises(ValueError, match=r"can't.*compare.*data\.sha256|data\.sha256"):
         compare(result, other)
+
+
+def test_table_is_markdown_of_what_the_results_hold(finished):
+    result = finished[2]
+    head, rule, row = table([result]).splitlines()
+    assert head.count("|") == rule.count("|") == row.count("|")
+    assert f"{result['parameters']['adapter']:,} (" in row
+    assert row.endswith(f"{result['best']['score']:.1f} | {result['last']['score']:.1f} |")
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

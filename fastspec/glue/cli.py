@@ -8,7 +8,7 @@ from typing import Any
 
 from fastspec.config import CORES
 from fastspec.glue.config import METHODS, GlueConfig
-from fastspec.glue.record import compare, read_result
+from fastspec.glue.record import compare, read_result, table
 from fastspec.glue.tasks import TASKS
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(GlueConfig) if f.name != "task"}
@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--task", choices=list(TASKS), help="what to finetune on; swap is the embedded task")
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two results and do nothing else")
+    add(
+        "--table",
+        nargs="+",
+        metavar="RUN",
+        help="print finished runs as a table and do nothing else",
+    )
     add(
         "--method",
         choices=METHODS,
@@ -101,6 +107,9 @@ def parse_select(text: str) -> str | tuple[int, int]:
 def main(args: argparse.Namespace) -> int:
     if args.compare:
         print(compare(*map(read_result, args.compare)))
+        return 0
+    if args.table:
+        print(table([read_result(path) for path in args.table]))
         return 0
     if args.task is None:
         raise ValueError(f"--task is missing, expected one of {', '.join(TASKS)}")

@@ -7,29 +7,13 @@ import dataclasses
 import json
 import os
 import platform
-import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 RESULT = "result.json"
 COMPARED_STEPS = 50
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically: a reader finds the old file or the whole new one, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1, allow_nan=False)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def read_json(path: Path) -> Any:
@@ -135,3 +119,30 @@ def compare(result_a: dict[str, Any], result_b: dict[str, Any]) -> Comparison:
         differing=differing,
         predictions=total,
     )
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results of finished runs as a Markdown table, in the order given."""
+    header = (
+        "task", "method", "seed", "epochs x batch", "rate", "head rate",
+        "trained beside the head", "best epoch", "last epoch",
+    )  # fmt: skip
+    rows = [header, ("---",) * 3 + ("---:",) * (len(header) - 3)]
+    for result in results:
+        config, parameters, rates = (result[name] for name in ("config", "parameters", "rates"))
+        kind = "coefficients" if config["method"] == "spectral" else "adapter"
+        share = 100 * parameters["adapter"] / parameters["total"]
+        rows.append(
+            (
+                result["data"]["task"],
+                result["label"],
+                str(config["seed"]),
+                f"{config['epochs']} x {config['batch_size']}",
+                "" if config["method"] == "head" else f"{rates[kind]:g}",
+                f"{rates['head']:g}",
+                f"{parameters['adapter']:,} ({share:.3f} %)",
+                f"{result['best']['score']:.1f}",
+                f"{result['last']['score']:.1f}",
+            )
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

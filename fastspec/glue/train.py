@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastspec.files import write_json
 from fastspec.glue import data, methods
 from fastspec.glue import model as models
 from fastspec.glue.config import GlueConfig
 from fastspec.glue.data import Source, Split
-from fastspec.glue.record import RESULT, environment, read_json, write_json
+from fastspec.glue.record import RESULT, environment, read_json
 from fastspec.glue.tasks import TASKS, predictions
 
 CONFIG = "config.json"

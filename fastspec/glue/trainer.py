@@ -18,9 +18,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from fastspec.files import write_json
 from fastspec.glue import methods
 from fastspec.glue.config import GlueConfig
-from fastspec.glue.record import write_json
 from fastspec.glue.tasks import Task, predictions, score_task
 
 WEIGHTS = "trained.safetensors"
