@@ -87,7 +87,9 @@ def load_basis(path: str | os.PathLike[str]) -> Basis:
                 )
             entries = {
                 name: BasisEntry(
-                    *(f.get_tensor(f"{name}.{part}") for part in ("u", "s", "vh")),
+                    u=f.get_tensor(f"{name}.u"),
+                    s=f.get_tensor(f"{name}.s"),
+                    vh=f.get_tensor(f"{name}.vh"),
                     fingerprint=about["fingerprint"],
                     residual=about["residual"],
                 )

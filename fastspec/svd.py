@@ -165,8 +165,9 @@ def _factorize_chunk(
     compute = source if source == torch.float64 else torch.float32
     turned = weights.shape[1] < weights.shape[2]
     w = weights.to(compute)
+    low, high = w.flatten(1).aminmax(dim=1)  # NaN where there is one
+    largest = torch.maximum(high, -low)[:, None, None]
     w = w.mT if turned else w  # [L, long, short]
-    largest = torch.linalg.vector_norm(w, float("inf"), dim=(1, 2), keepdim=True)
     _check_finite(largest, labels)
     # a power of two, so that scaling rounds nothing; done where W^T W could over- or underflow
     scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
