@@ -40,11 +40,11 @@ def extension() -> dict:
         def run(self) -> None:
             try:
                 super().run()
-            except (
-                Exception
-            ) as e:  # no compiler, no headers, a compiler that fails: all leave Python
+            except Exception as e:  # no compiler, no headers, an error in it: Python is left
                 note(f"the build failed: {' '.join(str(e).split())[:500]}")
                 self.extensions = []
+                if not self.inplace:  # the package's files were copied before this ran
+                    self.copy_file(str(NOTE), os.path.join(self.build_lib, "fastspec"))
 
     # -fopenmp is for the compiler alone: linked, it would bring a second OpenMP runtime beside torch's
     module = CppExtension("fastspec._C", SOURCES, extra_compile_args=["-O3", "-fopenmp"])

@@ -136,6 +136,15 @@ def test_a_module_used_twice_stays_one_module(net):
     assert isinstance(net.blocks[1].up, SpectralLinear)
 
 
+def test_a_plain_models_state_loads(net):
+    state, y = copy.deepcopy(net.state_dict()), net(IDS)
+    spectralize(net, SpectralConfig(rank=4))
+    for _, layer in spectral_layers(net):
+        layer.delta.data.fill_(0.1)
+    assert net.load_state_dict(state) == ([], [])
+    assert torch.equal(net(IDS), y)
+
+
 def test_counts_and_printing(net, capsys):
     total = sum(p.numel() for p in net.parameters())
     spectralize(net, SpectralConfig(rank=4))

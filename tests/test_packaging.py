@@ -1,6 +1,8 @@
 """What installing and importing promise: lean, optional parts optional, nothing missing from the wheel."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -53,7 +55,8 @@ def test_core_works_without_optional_libraries(missing):
         f"importlib.util.find_spec = lambda n, *a: None if n == {missing!r} else find(n, *a)\n"
         "sys.meta_path.insert(0, Block())\n"
         "import torch, fastspec\n"
-        "m = fastspec.spectralize(torch.nn.Sequential(torch.nn.Linear(8, 8)), fastspec.SpectralConfig(rank=2))\n"
+        "m = torch.nn.Sequential(torch.nn.Linear(8, 8))\n"
+        "fastspec.spectralize(m, fastspec.SpectralConfig(rank=2))\n"
         "m(torch.randn(3, 8)).sum().backward(); print(m[0].delta.grad.shape); print(fastspec.backends())"
     )
     assert "torch.Size([2])" in out
@@ -95,16 +98,65 @@ def test_command_line():
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A wheel built from the sources, and the folder it unpacks to."""
-    folder = tmp_path_factory.mktemp("wheel")
+def sources(tmp_path_factory):
+    """A copy of what a release holds, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("sources") / "fastspec"
+    keep = ("fastspec", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build.txt")
+    copy.mkdir()
+    for name in keep:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, copy / name, ignore=ignore)
+        else:
+            shutil.copy(path, copy)
+    return copy
+
+
+def build_wheel(sources, folder, **environment):
+    """The folder a wheel of the sources unpacks to."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT],
-        check=True, env={**__import__("os").environ, "FASTSPEC_NO_EXT": "1"},
-    )  # fmt: skip
+        [
+            *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"),
+            *("-w", str(folder), str(sources)),
+        ],
+        check=True,
+        env={**os.environ, **environment},
+    )
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
     return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def installed(sources, tmp_path_factory):
+    return build_wheel(sources, tmp_path_factory.mktemp("wheel"), FASTSPEC_NO_EXT="1")
+
+
+def reason(site, cwd):
+    return python(
+        "import sys; sys.path.insert(0, sys.argv[1]); import fastspec\n"
+        "b = fastspec.backends()['extension']; print(b.available, b.detail)",
+        str(site),
+        cwd=cwd,
+    )
+
+
+def test_a_skipped_build_says_so(installed, tmp_path):
+    assert "False skipped at installation by FASTSPEC_NO_EXT=1" in reason(installed, tmp_path)
+
+
+def test_a_failing_compiler_leaves_a_working_library_and_its_reason(sources, tmp_path):
+    site = build_wheel(sources, tmp_path, CXX="/bin/false", CC="/bin/false")
+    assert "False the build failed" in reason(site, tmp_path)
+    out = python(
+        "import sys; sys.path.insert(0, sys.argv[1]); import fastspec, torch\n"
+        "layer = fastspec.SpectralLinear(8, 6, rank=2); layer(torch.ones(3, 8)).sum().backward()\n"
+        "print(layer.delta.grad.shape)",
+        str(site),
+        cwd=tmp_path,
+    )
+    assert "torch.Size([2])" in out
 
 
 def test_wheel_holds_every_module_and_no_top_level_kernels(installed):
