@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import save_file
 from support import assert_close, minilm
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastspec
 from fastspec import SpectralConfig, SpectralLinear, spectralize
 from fastspec.cli import main
+from fastspec.config import CORES
 from fastspec.convert import spectral_layers
 
 
@@ -276,6 +278,22 @@ def test_progress_is_silent_for_small_models(net, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_compiles_whole_and_once(net, core):
+    spectralize(net, SpectralConfig(rank=4, core=core))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    for _ in range(3):
+        for _, layer in spectral_layers(net):
+            layer.delta.data.add_(0.1)
+        got = torch.autograd.grad(compiled(IDS).square().sum(), trained)
+        want = torch.autograd.grad(net(IDS).square().sum(), trained)
+        for a, b in zip(got, want, strict=True):
+            assert_close(a, b)
+    assert counter.frame_count == 1, "changed coefficients must not compile again"
 
 
 class TestBasisFiles:
