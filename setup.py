@@ -47,7 +47,7 @@ def extension() -> dict:
                     self.copy_file(str(NOTE), os.path.join(self.build_lib, "fastspec"))
 
     # -fopenmp is for the compiler alone: linked, it would bring a second OpenMP runtime beside torch's
-    module = CppExtension("fastspec._C", SOURCES, extra_compile_args=["-O3", "-fopenmp"])
+    module = CppExtension("fastspec._C", SOURCES, extra_compile_args=["-O3", "-g0", "-fopenmp"])
     return {
         "ext_modules": [module],
         "cmdclass": {"build_ext": OptionalBuild.with_options(no_python_abi_suffix=True)},

@@ -6,6 +6,8 @@ takes the dense route (F4), and nothing where no coefficient gradient is wanted.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from typing import Any
 
@@ -33,6 +35,27 @@ torch.library.impl("fastspec::spectral_linear", "CompositeExplicitAutograd", ate
 torch.library.impl(
     "fastspec::spectral_linear_backward", "CompositeExplicitAutograd", aten.spectral_linear_backward
 )
+
+
+@functools.cache
+def _on_cuda() -> Any:
+    """The dispatcher over the GPU candidates; ATen's calls alone where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return aten
+    from fastspec.kernels import dispatch
+
+    return dispatch
+
+
+@torch.library.impl("fastspec::spectral_linear", "CUDA")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    return _on_cuda().spectral_linear(*args)
+
+
+@torch.library.impl("fastspec::spectral_linear_backward", "CUDA")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    return _on_cuda().spectral_linear_backward(*args)
+
 
 _spectral_linear = torch.ops.fastspec.spectral_linear.default
 _spectral_linear_backward = torch.ops.fastspec.spectral_linear_backward.default

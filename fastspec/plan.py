@@ -60,6 +60,7 @@ class Costs:
 
 
 COSTS = Costs()
+KERNEL_RANK = 256  # the widest that fastspec.kernels takes
 
 
 def make_plan(
@@ -128,6 +129,8 @@ def make_plan(
         return cost
 
     gradients: list[Gradient] = ["two_sided", "dense"] if needs_delta else ["none"]
+    if needs_delta and device == "cuda" and k <= KERNEL_RANK:
+        gradients = ["two_sided"]  # the projection rides along in the kernels, and x is not saved
     if needs_delta and short_side_is_legal(
         in_features, out_features, core, dtype, device, needs_dx, singular_basis
     ):
