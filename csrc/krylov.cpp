@@ -32,6 +32,20 @@ bool cholesky(std::vector<double>& a, int64_t b, double smallest_pivot) {
   return low > smallest_pivot;
 }
 
+// W^T W, the blocks below the diagonal mirrored instead of multiplied: 5/8 of the work.
+at::Tensor gram_of(const at::Tensor& w) {
+  const int64_t n = w.size(1), block = (n + 3) / 4;
+  auto gram = at::empty({n, n}, w.options());
+  for (int64_t start = 0; start < n; start += block) {
+    const int64_t size = std::min(block, n - start), rest = n - start - size;
+    auto rows = gram.narrow(0, start, size).narrow(1, start, n - start);
+    at::mm_out(rows, w.narrow(1, start, size).t(), w.narrow(1, start, n - start));
+    if (rest)
+      gram.narrow(0, start + size, rest).narrow(1, start, size).copy_(rows.narrow(1, size, rest).t());
+  }
+  return gram;
+}
+
 template <typename T>
 class Iteration {
  public:
@@ -41,7 +55,7 @@ class Iteration {
         width_(width),
         eps_(std::numeric_limits<T>::epsilon()),
         generator_(at::detail::createCPUGenerator(options.seed)) {
-    if (short_ <= options.gram_short) gram_ = at::mm(w.t(), w);
+    if (short_ <= options.gram_short) gram_ = gram_of(w);
     next_ = std::get<0>(at::linalg_qr(random(width).t())).t().contiguous();
   }
 

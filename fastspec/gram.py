@@ -74,9 +74,10 @@ def rayleigh_ritz(w: Tensor, right: Tensor) -> Triplets:
 def _triplets(w: Tensor, right: Tensor, image: Tensor, dtype: torch.dtype) -> Triplets:
     """u_i = W v_i / s_i from `image = W V` with orthogonal columns."""
     s = torch.linalg.vector_norm(image, dim=-2)  # [L, k]
-    s, order = s.sort(dim=-1, descending=True, stable=True)
-    right = right.gather(-1, order[:, None, :].expand_as(right))
-    image = image.gather(-1, order[:, None, :].expand_as(image))
+    if bool((s[:, 1:] > s[:, :-1]).any()):  # rounding may swap neighbours
+        s, order = s.sort(dim=-1, descending=True, stable=True)
+        right = right.gather(-1, order[:, None, :].expand_as(right))
+        image = image.gather(-1, order[:, None, :].expand_as(image))
     small = s <= _SMALL * s[:, :1]
     left = image / torch.where(small, torch.ones_like(s), s)[:, None, :]
     for i in small.any(dim=-1).nonzero()[:, 0].tolist():

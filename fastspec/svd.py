@@ -165,23 +165,17 @@ def _factorize_chunk(
     compute = source if source == torch.float64 else torch.float32
     turned = weights.shape[1] < weights.shape[2]
     w = weights.to(compute)
-    low, high = w.flatten(1).aminmax(dim=1)  # NaN where there is one
-    largest = torch.maximum(high, -low)[:, None, None]
     w = w.mT if turned else w  # [L, long, short]
-    _check_finite(largest, labels)
-    # a power of two, so that scaling rounds nothing; done where W^T W could over- or underflow
-    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
-    if not bool(((largest > 2.0**-20) & (largest < 2.0**20)).all()):
-        w = w / scale
-    else:
-        scale = torch.ones_like(scale)
+    scale = _scale(weights, labels, compute)
+    if scale is not None:
+        w = w / scale[:, None, None]
     triplets = _leading_triplets(w, k, tol, max_steps, seed)
     u, vh = (triplets.right, triplets.left.mT) if turned else (triplets.left, triplets.right.mT)
     sign = _signs(vh)
     out = dtype or source
     return TopkSVD(
         u=(u * sign[:, None, :]).to(out).contiguous(),
-        s=triplets.s * scale[:, 0],
+        s=triplets.s if scale is None else triplets.s * scale[:, None],
         vh=(vh * sign[:, :, None]).to(out).contiguous(),
         residual=triplets.residual.to(compute),
         converged=triplets.residual <= tol,
@@ -287,12 +281,24 @@ def _check_options(
         raise ValueError(f"workspace must be a positive number of bytes, got {workspace!r}")
 
 
-def _check_finite(largest: Tensor, labels: list[str]) -> None:
-    bad = ~torch.isfinite(largest).flatten()
+def _scale(weights: Tensor, labels: list[str], dtype: torch.dtype) -> Tensor | None:  # [L]
+    """What to divide each matrix by so that W^T W neither over- nor underflows; None: nothing.
+
+    Raises:
+        ValueError: a matrix holds values that are not finite.
+    """
+    flat = weights.to(dtype).flatten(1)
+    norm = torch.linalg.vector_norm(flat, dim=1)
+    if bool(((norm > 2.0**-20) & (norm < 2.0**20)).all()):
+        return None  # which NaN and infinity can't be
+    largest = torch.linalg.vector_norm(flat, float("inf"), dim=1)
+    bad = ~torch.isfinite(largest)
     if bad.any():
         which = [label for label, b in zip(labels, bad.tolist(), strict=True) if b]
         more = f" and {len(which) - 1} more" if len(which) > 1 else ""
         raise ValueError(f"non-finite values in {which[0]}{more}: NaN or infinity has no SVD")
+    # a power of two, so that scaling rounds nothing
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
 
 
 def _warn_unconverged(
