@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ import triton
 from torch import Tensor
 
 from fastspec import __version__, aten
+from fastspec.files import write_json
 from fastspec.kernels import hopper, tiles
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.sigma_grad import MAX_RANK, sigma_grad
@@ -65,11 +65,7 @@ class Choices:
         """Keep the choice, with whatever other processes have written meanwhile."""
         self.known = {**self._read(), **self.known, kind: name}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                json.dump(self.known, file, indent=1, sort_keys=True)
-            os.replace(draft, self.path)
+            write_json(self.path, dict(sorted(self.known.items())))
         except OSError as e:
             warnings.warn(f"timings are not kept between runs: {self.path}: {e}", stacklevel=2)
 
