@@ -49,7 +49,7 @@ class Costs:
     """Relative costs of a machine, in units of one flop of a large square GEMM.
 
     `thin` is the price of a flop in a product whose inner or outer size is k, by k; `byte` that of a
-    byte moved. `bench/calibrate.py` prints these for the machine it runs on.
+    byte moved. The defaults are estimates for a CPU, not calibrated on any one machine.
     """
 
     thin: tuple[tuple[int, float], ...] = ((16, 3.0), (64, 1.6), (128, 1.2), (1 << 30, 1.0))
