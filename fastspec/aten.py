@@ -17,7 +17,7 @@ from fastspec import _extension
 
 # A direction with |sigma_i| below this share of the largest would have its rounding error amplified by
 # more than 1/share on the short side: the call then takes the two-sided form. For a dense core the same
-# bound stands on 1 / cond(diag(S) + C).
+# bound stands on 1 / cond_1(diag(S) + C), which for a diagonal core is the same share.
 SIGMA_FLOOR = 1e-2
 
 
@@ -159,7 +159,7 @@ def _unscaled(basis: Tensor, s: Tensor, delta: Tensor, core: str, *, left: bool)
         return basis / sigma.to(basis.dtype) if low > SIGMA_FLOOR * high else None
     m = torch.diag(s) + delta
     inverse, info = torch.linalg.inv_ex(m)
-    cond = torch.linalg.matrix_norm(m) * torch.linalg.matrix_norm(inverse) / m.shape[0]
+    cond = torch.linalg.matrix_norm(m, 1) * torch.linalg.matrix_norm(inverse, 1)
     if info.item() != 0 or not cond * SIGMA_FLOOR < 1:
         return None
     inverse = inverse.to(basis.dtype)

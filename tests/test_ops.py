@@ -123,6 +123,18 @@ def test_short_side_leaves_for_the_two_sided_form_in_time(core, sizes, case):
         assert_close(got, want)
 
 
+@pytest.mark.parametrize("share", [1 / 300, 1 / 30])
+def test_one_small_direction_is_judged_alike_by_both_cores(share):
+    """The measure of a dense core must not average one small direction away among 32."""
+    s = torch.ones(32)
+    delta = torch.zeros(32)
+    delta[-1] = share - 1
+    basis = torch.eye(40)[:, :32]
+    for core, c in (("diag", delta), ("dense", torch.diag(delta))):
+        taken = aten._unscaled(basis, s, c, core, left=True) is not None
+        assert taken == (share > aten.SIGMA_FLOOR), core
+
+
 def test_the_short_side_is_really_taken(monkeypatch):
     """With a basis that is not the weight's the identity fails, so a short-side result shows its use."""
     p = singular_problem(64, 24, 6, n=50)
