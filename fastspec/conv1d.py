@@ -20,9 +20,7 @@ class SpectralConv1D(SpectralLayer, Conv1D):
     @classmethod
     def from_conv1d(cls, conv: Conv1D, rank: int = 32, **options: Any) -> SpectralConv1D:
         """Adapt a `Conv1D`; the options are those of `SpectralLinear.from_linear`."""
-        select = options.pop("select", "leading")
-        rank = rank if isinstance(select, str) else select[1] - select[0]
-        names = ("basis", "tol", "seed")
+        names = ("select", "basis", "tol", "seed")
         chosen = {name: options.pop(name) for name in names if name in options}
         defaults: dict[str, Any] = {
             "core": "diag",
@@ -34,7 +32,7 @@ class SpectralConv1D(SpectralLayer, Conv1D):
         unknown = options.keys() - defaults.keys()
         if unknown:
             raise TypeError(f"unknown options {sorted(unknown)}")
-        return cls.adopt(conv, directions=Directions(rank, select, **chosen), **defaults | options)
+        return cls.adopt(conv, directions=Directions(rank, **chosen), **defaults | options)
 
     def to_linear(self) -> nn.Linear:
         """A plain `nn.Linear` that computes the same: the merged weight transposed, the bias copied."""

@@ -24,8 +24,8 @@ class Directions:
     """Which orthonormal directions of one matrix a layer adapts.
 
     Args:
-        rank: how many.
-        select: "leading", "trailing" or the range (start, stop), `stop - start == rank`.
+        rank: how many; a range in `select` overrides it.
+        select: "leading", "trailing" or the range (start, stop).
         basis: "svd" or "random".
         tol: relative residual asked of the singular triplets.
         seed: of the start block, and of the random basis together with the weight's own bytes.
@@ -37,15 +37,19 @@ class Directions:
     tol: float = 1e-5
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_select(self.select)
+        if not isinstance(self.select, str):
+            object.__setattr__(self, "rank", self.select[1] - self.select[0])
+
     def triplets(self, short_side: int) -> tuple[int, int]:
         """(start, stop) among the singular triplets of a matrix with that short side."""
-        check_select(self.select)
         start, stop = 0, self.rank
         if self.select == "trailing":
             start, stop = short_side - self.rank, short_side
         elif self.select != "leading":
             start, stop = self.select  # type: ignore[misc]
-        if not (0 <= start < stop <= short_side) or stop - start != self.rank:
+        if not 0 <= start < stop <= short_side:
             raise ValueError(
                 f"rank {self.rank} with select={self.select!r} asks for triplets {start} to {stop}, "
                 f"but the matrix has min(in, out) = {short_side} of them"
@@ -425,7 +429,6 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         path: Path = "fast",
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        rank = rank if isinstance(select, str) else select[1] - select[0]
         directions = Directions(rank, select, basis, tol, seed)
         self._attach(directions, core, half_width, path, train_bias, None)
 
@@ -450,7 +453,6 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         `factors` takes factors made elsewhere; without it the weight is factorised now. The other
         arguments are those of the class.
         """
-        rank = rank if isinstance(select, str) else select[1] - select[0]
         return cls.adopt(
             linear,
             directions=Directions(rank, select, basis, tol, seed),
