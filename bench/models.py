@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import fastspec
-from fastspec.convert import spectral_layers
 from fastspec.glue.model import default_model
 from fastspec.glue.timing import freeze_to_floor
+from fastspec.targets import spectral_layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,17 +23,11 @@ from torch import Tensor, nn
 
 import fastspec
 from fastspec.config import SpectralConfig
-from fastspec.convert import (
-    Adaptation,
-    adaptation,
-    find_targets,
-    is_norm,
-    spectral_layers,
-    spectralize,
-)
+from fastspec.convert import Adaptation, adaptation, spectralize
 from fastspec.files import write_atomically, write_json
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.functional import delta_shape
+from fastspec.targets import find_targets, is_norm, spectral_layers
 
 TENSOR_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"

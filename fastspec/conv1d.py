@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastspec.nn import Directions, SpectralLayer
+from fastspec.factors import Directions
+from fastspec.nn import SpectralLayer
 
 
 class SpectralConv1D(SpectralLayer, Conv1D):

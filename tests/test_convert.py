@@ -13,7 +13,7 @@ import fastspec
 from fastspec import SpectralConfig, SpectralLinear, spectralize
 from fastspec.cli import main
 from fastspec.config import CORES
-from fastspec.convert import spectral_layers
+from fastspec.targets import spectral_layers
 
 
 class Block(nn.Module):
