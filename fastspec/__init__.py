@@ -24,6 +24,7 @@ _PUBLIC = {
     "print_trainable_parameters": "fastspec.convert",
     "save_adapter": "fastspec.adapter",
     "load_adapter": "fastspec.adapter",
+    "parameter_groups": "fastspec.optim",
     "spectral_linear": "fastspec.functional",
     "backends": "fastspec.availability",
 }
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     )
     from fastspec.functional import spectral_linear
     from fastspec.nn import SpectralLinear
+    from fastspec.optim import parameter_groups
     from fastspec.svd import TopkSVD, topk_svd
 
 
