@@ -1,0 +1,260 @@
+"""Trainer and Accelerate: small checkpoints, resumption bit for bit, the usual options; the optimiser's groups."""
+
+import pytest
+import torch
+from support import relative_error
+
+import fastspec
+from fastspec import SpectralConfig, load_adapter, parameter_groups, spectralize
+
+transformers = pytest.importorskip("transformers")
+
+from fastspec.trainer import SpectralTrainer, checkpoint_adapters  # noqa: E402
+
+RATES = {"lr": 3e-2, "head_lr": 1e-3}
+
+
+def bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=3,
+    )  # dropout stays on: a resumed run must draw the same masks
+    return transformers.BertForSequenceClassification(config)
+
+
+def rows(n=48):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 50, (n, 8), generator=g)
+    return [{"input_ids": r, "labels": int(r.sum()) % 3} for r in ids]
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(transformers.TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def trainer(folder, model=None, callbacks=(), **options):
+    model = model or spectralize(bert(), SpectralConfig(rank=4, core="dense"))
+    given = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4} | options
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **given,
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, **RATES), fused=True)
+    return SpectralTrainer(
+        model,
+        arguments,
+        train_dataset=rows(),
+        eval_dataset=rows(16),
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+    )
+
+
+def trained(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def losses(run):
+    return {e["step"]: e["loss"] for e in run.state.log_history if "loss" in e}
+
+
+OPTIONS = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "num_train_epochs": 4},
+    "gradient-checkpointing": {"gradient_checkpointing": True},
+    "bf16": {"bf16": True},
+    "label-smoothing": {"label_smoothing_factor": 0.1},
+    "workers": {"dataloader_num_workers": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, options):
+    whole = trainer(tmp_path / "whole", **options)
+    start = trained(whole.model)
+    whole.train()
+    want = trained(whole.model)
+    assert all(not torch.equal(want[n], start[n]) for n in want), "every parameter learns"
+
+    killed = trainer(tmp_path / "killed", callbacks=[KillAt(7)], **options)
+    with pytest.raises(Killed):
+        killed.train()
+    resumed = trainer(tmp_path / "killed", **options)
+    resumed.train(resume_from_checkpoint=True)  # of step 4: in the middle of an epoch
+    got = trained(resumed.model)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    assert losses(resumed) == losses(whole)
+
+
+def test_gradient_checkpointing_changes_nothing_else(tmp_path):
+    def weights(on):
+        run = trainer(tmp_path / str(on), gradient_checkpointing=on, max_steps=3)
+        run.train()
+        return trained(run.model)
+
+    a, b = weights(False), weights(True)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_checkpoint_is_an_adapter_and_the_optimiser_of_it(tmp_path):
+    run = trainer(tmp_path, max_steps=4)
+    run.train()
+    folder = tmp_path / "checkpoint-4"
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter.safetensors",
+        "adapter_config.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    }
+    numbers = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    assert (folder / "adapter.safetensors").stat().st_size < 4 * numbers + 4096
+    ids = torch.arange(16).reshape(2, 8)
+    want = run.model.eval()(ids).logits
+    assert torch.equal(load_adapter(bert(), folder).eval()(ids).logits, want)
+
+
+def test_load_best_model_at_end(tmp_path):
+    run = trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        learning_rate=1.0,
+        metric_for_best_model="worst",
+        greater_is_better=False,
+    )
+    # the first evaluation is the best by decree, so that the last step is not
+    run.compute_metrics = lambda _: {"worst": run.state.global_step}
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = load_adapter(bert(), tmp_path / "checkpoint-2")
+    last = load_adapter(bert(), tmp_path / "checkpoint-12")
+    got, want, other = trained(run.model), trained(best), trained(last)
+    assert all(torch.equal(got[n], want[n]) for n in want)
+    assert any(not torch.equal(got[n], other[n]) for n in want)
+
+
+def test_resuming_on_other_base_weights_is_refused(tmp_path):
+    trainer(tmp_path, max_steps=4).train()
+    torch.manual_seed(1)
+    other = transformers.BertForSequenceClassification(bert().config)
+    run = trainer(tmp_path, model=spectralize(other, SpectralConfig(rank=4, core="dense")))
+    with pytest.raises(fastspec.adapter.AdapterError, match="other base weights"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_a_plain_model_is_refused_before_training(tmp_path):
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"spectralize\(model, config\) before the Trainer"):
+        SpectralTrainer(bert(), arguments)
+
+
+class TestAccelerate:
+    def step(self, accelerator, model, optimizer, batch):
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def prepared(self):
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        checkpoint_adapters(accelerator)
+        torch.manual_seed(3)
+        model = spectralize(bert(), SpectralConfig(rank=4))
+        optimizer = torch.optim.AdamW(parameter_groups(model, **RATES), fused=True)
+        plain = torch.nn.Linear(2, 2)
+        return accelerator, *accelerator.prepare(plain, model, optimizer)
+
+    def test_save_state_and_load_state(self, tmp_path):
+        batch = {"input_ids": torch.arange(16).reshape(2, 8), "labels": torch.tensor([0, 2])}
+        accelerator, plain, model, optimizer = self.prepared()
+        for _ in range(2):
+            self.step(accelerator, model, optimizer, batch)
+        accelerator.save_state(tmp_path)
+        want = [self.step(accelerator, model, optimizer, batch) for _ in range(2)]
+        files = {p.name for p in tmp_path.iterdir()}
+        assert "adapter" in files
+        assert (tmp_path / "model.safetensors").stat().st_size < 1000, "of the plain model alone"
+
+        accelerator, resumed_plain, resumed, optimizer = self.prepared()
+        with torch.no_grad():
+            resumed_plain.weight.zero_()
+        accelerator.load_state(tmp_path)
+        assert [self.step(accelerator, resumed, optimizer, batch) for _ in range(2)] == want
+        assert torch.equal(resumed_plain.weight, plain.weight)
+        a, b = trained(resumed), trained(model)
+        assert all(torch.equal(a[n], b[n]) for n in b)
+
+
+class TestParameterGroups:
+    def test_kinds_rates_and_decay(self):
+        config = SpectralConfig(rank=4, core="dense", train_bias=True, train_layernorm=True)
+        model = spectralize(bert(), config)
+        groups = parameter_groups(
+            model, 3e-2, head_lr=1e-3, bias_lr=2e-3, coefficient_decay=0.1, weight_decay=0.01
+        )
+        described = {(g["name"], g["weight_decay"]): g["lr"] for g in groups}
+        assert described == {
+            ("coefficients", 0.1): 3e-2,
+            ("extra", 0.0): 2e-3,
+            ("head", 0.01): 1e-3,
+            ("head", 0.0): 1e-3,
+        }
+        assert len(groups) == len(described), "no more groups than needed"
+        grouped = [id(p) for g in groups for p in g["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+        names = {id(p): n for n, p in model.named_parameters()}
+        for g in groups:
+            for p in g["params"]:
+                is_delta = names[id(p)].endswith(".delta")
+                assert is_delta == (g["name"] == "coefficients")
+                assert names[id(p)].startswith("classifier.") == (g["name"] == "head")
+
+    def test_fused_steps_equal_plain_ones(self):
+        models = [spectralize(bert(), SpectralConfig(rank=4)).eval() for _ in range(2)]
+        for model, fused in zip(models, (True, False), strict=True):
+            groups = parameter_groups(model, **RATES)
+            optimizer = torch.optim.AdamW(groups, fused=fused, foreach=False)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.arange(16).reshape(2, 8), labels=torch.tensor([0, 2])).loss.backward()
+                optimizer.step()
+        a, b = map(trained, models)
+        assert all(relative_error(a[n], b[n]) < 1e-5 for n in a)
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="no adapter"):
+            parameter_groups(bert(), 1e-2)
+        model = spectralize(bert(), SpectralConfig(rank=4)).requires_grad_(False)
+        with pytest.raises(ValueError, match="nothing to optimise"):
+            parameter_groups(model, 1e-2)
+
+    def test_models_of_other_methods_name_their_heads(self):
+        groups = parameter_groups(bert(), 1e-4, heads=["classifier"], weight_decay=0.01)
+        assert {g["name"] for g in groups} == {"extra", "head"}
