@@ -60,10 +60,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         kind = parameter_kind(name, heads)
-        if kind == "coefficients":
-            decay = coefficient_decay
-        else:
-            decay = weight_decay if parameter.ndim > 1 else 0.0
+        outside = weight_decay if parameter.ndim > 1 else 0.0
+        decay = coefficient_decay if kind == "coefficients" else outside
         groups.setdefault((kind, decay), []).append(parameter)
     if not groups:
         raise ValueError("no parameter of the model requires a gradient: nothing to optimise")

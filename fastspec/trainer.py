@@ -80,7 +80,7 @@ def checkpoint_adapters(accelerator: Any) -> None:
     """
 
     def place(models: list[Any], folder: str) -> list[tuple[int, nn.Module, str]]:
-        found = []
+        found: list[tuple[int, nn.Module, str]] = []
         for i, wrapped in enumerate(models):
             model = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
             if adaptation(model) is not None:

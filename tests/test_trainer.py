@@ -1,4 +1,4 @@
-"""Trainer and Accelerate: small checkpoints, resumption bit for bit, the usual options; the optimiser's groups."""
+"""Trainer and Accelerate: small checkpoints that resume bit for bit; the groups of the optimiser."""
 
 import pytest
 import torch
