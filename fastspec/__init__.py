@@ -28,6 +28,7 @@ _PUBLIC = {
     "spectral_linear": "fastspec.functional",
     "backends": "fastspec.availability",
 }
+_SUBPACKAGES = ("peft",)
 
 __all__ = ["__version__", *_PUBLIC]
 
@@ -55,6 +56,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(module, name)
         globals()[name] = value
         return value
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"fastspec.{name}")
     raise AttributeError(f"module 'fastspec' has no attribute {name!r}")
 
 

@@ -1,0 +1,327 @@
+"""The layer PEFT puts round an `nn.Linear` or GPT-2's `Conv1D`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from fastspec import reference
+from fastspec.config import Core
+from fastspec.factors import Directions, Factors
+from fastspec.functional import delta_shape, spectral_linear
+
+BASE = "__base__"  # PEFT's name for "no adapter" among the `adapter_names` of a batch
+
+
+class FrozenBasis(nn.Module):
+    """The factors of one weight: u [out, k], s [k], vh [k, in], outside the state dict.
+
+    Adapters of one layer whose directions it covers share it, and so do layers that share a weight.
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+    def __init__(self, factors: Factors, directions: Directions) -> None:
+        super().__init__()
+        self.directions = directions
+        self.register_buffer("u", factors.u, persistent=False)
+        self.register_buffer("s", factors.s, persistent=False)
+        self.register_buffer("vh", factors.vh, persistent=False)
+        # a cast rounds the factors: W V = U S then no longer holds to rounding (design F3)
+        self._made_in = factors.u.dtype if factors.singular else None
+
+    @property
+    def singular(self) -> bool:
+        """Whether `W V = U S` still holds to rounding."""
+        return self._made_in in (torch.float32, torch.float64)
+
+    def offset_of(self, wanted: Directions) -> int | None:
+        """Where the triplets of `wanted` begin in this basis; None if it does not hold them all."""
+        have = self.directions
+        if wanted == have:
+            return 0
+        if have.basis != "svd" or (have.basis, have.tol, have.seed) != (
+            wanted.basis,
+            wanted.tol,
+            wanted.seed,
+        ):
+            return None
+        short_side = min(self.u.shape[0], self.vh.shape[1])
+        (start, stop), (a, b) = have.triplets(short_side), wanted.triplets(short_side)
+        return a - start if start <= a and b <= stop else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        s = self.s
+        super()._apply(fn, recurse)
+        if self.s.dtype.itemsize < 4:
+            self.s = s.to(self.s.device)
+        if self.u.dtype != self._made_in:
+            self._made_in = None
+        return self
+
+    def extra_repr(self) -> str:
+        d = self.directions
+        dtype = str(self.u.dtype).removeprefix("torch.")
+        return f"rank={d.rank}, select={d.select}, basis={d.basis}, dtype={dtype}"
+
+
+class Coefficients(nn.ParameterDict):
+    """Adapter name to coefficients, which stay float32 whatever the model is cast to (design section 1)."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: (p.data, p.grad) for name, p in self.items()}
+        super()._apply(fn, recurse)
+        for name, p in self.items():
+            if p.dtype != torch.float32:
+                data, grad = before[name]
+                p.data = data.to(p.device)
+                if grad is not None:
+                    p.grad = grad.to(p.device)
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How an adapter uses its basis: the kind of core, and the first of its triplets there."""
+
+    core: Core
+    offset: int
+
+
+class SpectralLinear(nn.Module, BaseTunerLayer):
+    """`base_layer` with y = x (W + U C Vh)^T + b, one core C an adapter, by `fastspec.spectral_linear`.
+
+    The base layer's weight is read, its forward is not called while an adapter is active.
+    """
+
+    adapter_layer_names = ("fastspec_delta",)
+    other_param_names = ("fastspec_basis", "fastspec_form")
+    fastspec_base_weight: Tensor | None
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.fastspec_delta = Coefficients()
+        self.fastspec_basis = nn.ModuleDict()
+        self.fastspec_form: dict[str, Form] = {}
+        self.merged_adapters: list[str] = []
+        # while merged: the weight as it was, so that unmerging is exact
+        self.register_buffer("fastspec_base_weight", None, persistent=False)
+        self._transposed = not isinstance(base_layer, nn.Linear)  # Conv1D stores [in, out]
+        out_features, in_features = self.base_matrix().shape
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The unmerged weight in the stored layout."""
+        kept = self.fastspec_base_weight
+        return self.get_base_layer().weight if kept is None else kept  # type: ignore[return-value]
+
+    def base_matrix(self) -> Tensor:
+        """The unmerged weight as [out, in], detached."""
+        weight = self.base_weight.detach()
+        return weight.mT if self._transposed else weight
+
+    def add_coefficients(self, adapter: str, core: Core, k: int, half_width: int) -> None:
+        """A new adapter at zero; `use_basis` has to follow before the first forward."""
+        zeros = torch.zeros(delta_shape(core, k, half_width), device=self.base_weight.device)
+        self.fastspec_delta[adapter] = nn.Parameter(zeros)
+        self.fastspec_form[adapter] = Form(core, 0)
+
+    def shared_basis(self, wanted: Directions) -> FrozenBasis | None:
+        """A basis another adapter of this layer brought that holds the wanted triplets."""
+        for basis in self.fastspec_basis.values():
+            assert isinstance(basis, FrozenBasis)
+            if basis.offset_of(wanted) is not None:
+                return basis
+        return None
+
+    def use_basis(self, adapter: str, basis: FrozenBasis, directions: Directions) -> None:
+        offset = basis.offset_of(directions)
+        assert offset is not None
+        self.fastspec_basis[adapter] = basis
+        self.fastspec_form[adapter] = Form(self.fastspec_form[adapter].core, offset)
+
+    def factors(self, adapter: str) -> Factors:
+        """The adapter's factors: views of the basis it shares."""
+        basis = self.fastspec_basis[adapter]
+        assert isinstance(basis, FrozenBasis)
+        start = self.fastspec_form[adapter].offset
+        stop = start + self.fastspec_delta[adapter].shape[-1]
+        if stop - start == len(basis.s):
+            return Factors(basis.u, basis.s, basis.vh, basis.singular)
+        return Factors(
+            basis.u[:, start:stop], basis.s[start:stop], basis.vh[start:stop], basis.singular
+        )
+
+    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters:
+            return self.base_layer(x)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names)
+        active = [name for name in self.active_adapters if name in self.fastspec_delta]
+        if self.merged or not active:
+            return self.base_layer(x)
+        return self._adapted(x, active)
+
+    def _adapted(self, x: Tensor, adapters: list[str]) -> Tensor:
+        factors, delta, core = self._combined(adapters)
+        base = self.get_base_layer()
+        weight: Any = base.weight
+        return spectral_linear(
+            x,
+            weight.mT if self._transposed else weight,
+            base.bias,  # type: ignore[arg-type]
+            factors.u,
+            factors.s,
+            factors.vh,
+            delta,
+            core=core,
+            singular_basis=factors.singular,
+        )
+
+    def _combined(self, adapters: list[str]) -> tuple[Factors, Tensor, Core]:
+        """One adapter that does what the given ones do together: W + sum_a U_a C_a Vh_a."""
+        first = adapters[0]
+        if all(self._kind(a) == self._kind(first) for a in adapters):
+            delta = sum((self.fastspec_delta[a] for a in adapters[1:]), self.fastspec_delta[first])
+            return self.factors(first), delta, self.fastspec_form[first].core
+        parts = [self.factors(a) for a in adapters]
+        factors = Factors(
+            torch.cat([f.u for f in parts], dim=1),
+            torch.cat([f.s for f in parts]),
+            torch.cat([f.vh for f in parts]),
+            singular=False,
+        )
+        cores = [
+            reference.core_matrix(self.fastspec_delta[a], self.fastspec_form[a].core)
+            for a in adapters
+        ]
+        return factors, torch.block_diag(*cores), "dense"
+
+    def _kind(self, adapter: str) -> tuple:
+        """What two adapters must have in common for their coefficients to be added or stacked."""
+        delta = self.fastspec_delta[adapter]
+        return id(self.fastspec_basis[adapter]), self.fastspec_form[adapter], delta.shape
+
+    def _mixed_batch(self, x: Tensor, names: list[str]) -> Tensor:
+        """Each row of x [rows, ..., in] through the adapter it names."""
+        if len(names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
+        groups: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            groups.setdefault(name if name in self.fastspec_delta else BASE, []).append(row)
+        parts = [
+            self.base_layer(x[rows]) if name == BASE else self._adapted(x[rows], [name])
+            for name, rows in groups.items()
+        ]
+        order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
+        return torch.cat(parts)[order.argsort()]
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """U C Vh of an adapter, in the base weight's layout, float32."""
+        f = self.factors(adapter)
+        core = reference.core_matrix(
+            self.fastspec_delta[adapter].detach(), self.fastspec_form[adapter].core
+        )
+        delta_weight = f.u.to(core.dtype) @ core @ f.vh.to(core.dtype)
+        return delta_weight.mT if self._transposed else delta_weight
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Let the base layer's weight hold W + U C Vh of the given adapters, by default the active ones.
+
+        The sum is made in float32 from the unmerged weight, which is kept beside it until `unmerge`.
+
+        Raises:
+            ValueError: with `safe_merge`, if the result is not finite; the layer stays as it was.
+        """
+        adapters = [
+            a for a in check_adapters_to_merge(self, adapter_names) if a in self.fastspec_delta
+        ]
+        if not adapters:
+            return
+        base = self.get_base_layer()
+        weight = self.base_weight.detach().to(torch.float32)
+        for adapter in (*self.merged_adapters, *adapters):
+            weight = weight + self.get_delta_weight(adapter)
+        weight = weight.to(self.base_weight.dtype)
+        if safe_merge and not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be "
+                "broken"
+            )
+        if not self.merged:
+            self.register_buffer("fastspec_base_weight", base.weight, persistent=False)  # type: ignore
+        base.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        self.merged_adapters += adapters
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        kept = self.fastspec_base_weight
+        if kept is None:
+            return
+        if not isinstance(kept, nn.Parameter):  # moved or cast while merged
+            kept = nn.Parameter(kept, requires_grad=False)
+        self.get_base_layer().weight = kept
+        self.fastspec_base_weight = None
+        self.merged_adapters = []
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """As PEFT's, but for the device alone: coefficients stay float32."""
+        delta = self.fastspec_delta.get(adapter_name)
+        if delta is not None and delta.device.type != "meta":
+            self.fastspec_delta[adapter_name] = delta.to(device or self.base_weight.device)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = state_dict.get(prefix + "base_layer.weight")
+        if given is not None:
+            self.unmerge()
+            base = self.base_weight
+            if given.shape != base.shape or not torch.equal(given.to(base), base):
+                error_msgs.append(
+                    f"{prefix}base_layer.weight: the basis was made from other weights than these (or the "
+                    "state dict was saved while merged): load the base model first, adapt it afterwards"
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
+        for name, delta in self.fastspec_delta.items():
+            parts.append(f"{name}: {self.fastspec_form[name].core} {tuple(delta.shape)}")
+        if self.merged:
+            parts.append(f"merged={self.merged_adapters}")
+        return ", ".join(parts)

@@ -1,0 +1,98 @@
+"""Adapters as LoRA, for engines that know nothing else: exact, of rank k, by B = U C and A = Vh."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from fastspec import reference
+from fastspec.files import write_atomically
+from fastspec.peft.config import SpectralConfig
+from fastspec.peft.layer import SpectralLinear
+
+PREFIX = "base_model.model."
+
+
+@torch.no_grad()
+def convert_to_lora(
+    model: nn.Module, adapter_name: str = "default"
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The adapter as a LoRA of the same rank, which computes the same up to rounding.
+
+    Unlike `peft.convert_to_lora`, which approximates any method by an SVD per layer, no rank is asked
+    for: U C Vh is a product of that form already.
+
+    Args:
+        model: a PEFT model, or a transformers model with an adapter.
+        adapter_name: which adapter.
+
+    Returns:
+        The `LoraConfig`, and the tensors as PEFT stores them: `lora_A.weight` [k, in] and `lora_B.weight`
+        [out, k] in float32, and the modules to save as they are.
+
+    Raises:
+        ValueError: the model has no such spectral adapter, or it trains biases, which LoRA files of
+            other engines have no room for.
+    """
+    layers = {
+        name.removeprefix(PREFIX): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SpectralLinear) and adapter_name in layer.fastspec_delta
+    }
+    if not layers:
+        raise ValueError(f"the model has no spectral adapter named {adapter_name!r}")
+    configs: Any = model.peft_config
+    config: SpectralConfig = configs[adapter_name]
+    if config.bias != "none":
+        raise ValueError(f"bias={config.bias!r}: an adapter that trains biases has no LoRA form")
+    tensors = {
+        PREFIX + key.removeprefix(PREFIX): tensor.detach().cpu().contiguous()
+        for key, tensor in get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=False
+        ).items()
+    }
+    for name, layer in layers.items():
+        del tensors[f"{PREFIX}{name}.fastspec_delta"]
+        f, delta = layer.factors(adapter_name), layer.fastspec_delta[adapter_name]
+        core = reference.core_matrix(delta, layer.fastspec_form[adapter_name].core)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = f.vh.to(core.dtype).cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = (f.u.to(core.dtype) @ core).cpu()
+
+    ranks = {name: layer.fastspec_delta[adapter_name].shape[-1] for name, layer in layers.items()}
+    r = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != r}
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,  # a scale of one
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=sorted(layers),
+        modules_to_save=config.modules_to_save,
+        fan_in_fan_out=not all(isinstance(m.base_layer, nn.Linear) for m in layers.values()),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    ), tensors
+
+
+def save_as_lora(
+    path: str | os.PathLike[str], model: nn.Module, adapter_name: str = "default"
+) -> Path:
+    """Write `convert_to_lora` as a PEFT adapter folder, which `PeftModel.from_pretrained` and others read.
+
+    Returns:
+        The folder.
+    """
+    config, tensors = convert_to_lora(model, adapter_name)
+    folder = Path(path)
+    write_atomically(folder / SAFETENSORS_WEIGHTS_NAME, save_tensors(tensors, {"format": "pt"}))
+    config.save_pretrained(str(folder))
+    return folder
