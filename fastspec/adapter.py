@@ -4,19 +4,25 @@ The tensors are the coefficients, the heads and whatever else `spectralize` made
 holds the `SpectralConfig`, a fingerprint of every other parameter of the model (the base weights, from
 which the factors are rebuilt), and the digest of the tensor file, so that two halves of different saves
 are not taken for one adapter.
+
+A folder may come from anybody. It holds no code and no patterns: the config names its layers and heads
+one by one (a regular expression can be made to run for years), names only ever select modules the model
+has, and no file is read before its size was compared with what this model can use.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -31,7 +37,13 @@ from fastspec.targets import find_targets, is_norm, spectral_layers
 
 TENSOR_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
-FORMAT = 1
+FORMAT = 2
+# what the file spells out by `layers` and `modules_to_save` instead
+PATTERNS = ("rank", "target_modules", "exclude_modules", "modules_to_save")
+MAX_CONFIG_BYTES = 4 << 20  # 10,000 layers take one
+MAX_HEADER_BYTES = 16 << 20  # of the tensor file, and what it may exceed the expected size by
+
+Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
 
 
 class AdapterError(ValueError):
@@ -64,7 +76,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             "base_fingerprint": _base_fingerprint(model, set(tensors)),
             "tensors_sha256": hashlib.sha256(data).hexdigest(),
             "modules_to_save": list(adapted.modules_to_save),
-            "spectral": adapted.config.to_dict(),
+            "layers": {name: layer.rank for name, layer in spectral_layers(model)},
+            "spectral": {k: v for k, v in adapted.config.to_dict().items() if k not in PATTERNS},
         },
     )
     return folder
@@ -86,15 +99,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     folder = Path(folder)
     meta = _read_config(folder / CONFIG_FILE)
-    tensors = _read_tensors(folder / TENSOR_FILE, meta["tensors_sha256"])
-    config: SpectralConfig = meta["spectral"]
+    config = _config_of(meta, model, folder)
     adapted = next(spectral_layers(model), None) is not None
     if adapted:
         _check_same_config(_adaptation_of(model).config, config, folder)
-        expected = {name: t.shape for name, t in _adapter_tensors(model).items()}
+        expected: Expected = {n: (t.shape, t.dtype) for n, t in _adapter_tensors(model).items()}
     else:
-        expected = _expected_shapes(model, config, meta["modules_to_save"], folder)
-    _check_shapes(tensors, expected, folder)
+        expected = _expected(model, config, folder)
+    limit = 8 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
+    tensors = _read_tensors(folder / TENSOR_FILE, meta["tensors_sha256"], expected, limit)
     if _base_fingerprint(model, set(tensors)) != meta["base_fingerprint"]:
         made_from = f" ({meta['base_model']})" if meta["base_model"] else ""
         raise AdapterError(
@@ -102,9 +115,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             "mean something in the basis of their own model: load that one, in the same dtype"
         )
     if not adapted:
-        # the heads as they were found at saving time, whatever this model's own would be
-        spectralize(model, dataclasses.replace(config, modules_to_save=meta["modules_to_save"]))
-        model.spectral = Adaptation(config, tuple(meta["modules_to_save"]))  # type: ignore[assignment]
+        try:
+            spectralize(model, config)
+        except (ValueError, TypeError) as e:
+            raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
     targets = _adapter_tensors(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -138,33 +152,53 @@ def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _expected_shapes(
-    model: nn.Module, config: SpectralConfig, modules_to_save: list[str], folder: Path
-) -> dict[str, torch.Size]:
-    """The shapes `_adapter_tensors` would have if the plain `model` were spectralized by `config`."""
+def _config_of(meta: dict[str, Any], model: nn.Module, folder: Path) -> SpectralConfig:
+    """The adapter's config for this model: exactly its layers, at their ranks, and its heads."""
+    layers, heads = meta["layers"], meta["modules_to_save"]
+    modules = {name for name, _ in model.named_modules()}
+    unknown = next((n for n in (*layers, *heads) if n not in modules), None)
+    if unknown is not None:
+        raise AdapterError(
+            f"{folder}: the adapter does not fit this model: it adapts {unknown!r}, which this model "
+            "does not have"
+        )
+    by_rank: dict[int, list[str]] = {}
+    for name, rank in layers.items():
+        by_rank.setdefault(rank, []).append(re.escape(name))
+    ranks = {rf"\A(?:{'|'.join(names)})\Z": rank for rank, names in by_rank.items()}
     try:
-        targets, heads = find_targets(
-            model, dataclasses.replace(config, modules_to_save=modules_to_save)
+        return SpectralConfig(
+            **meta["spectral"],
+            rank=next(iter(by_rank)) if len(by_rank) == 1 else ranks,
+            target_modules="|".join(map(re.escape, layers)),
+            modules_to_save=heads,
         )
     except (ValueError, TypeError) as e:
+        raise AdapterError(f"{folder / CONFIG_FILE}: not a usable adapter config: {e}") from None
+
+
+def _expected(model: nn.Module, config: SpectralConfig, folder: Path) -> Expected:
+    """What `_adapter_tensors` would be if the plain `model` were spectralized by `config`."""
+    try:
+        targets, heads = find_targets(model, config)
+    except (ValueError, TypeError) as e:
         raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
-    shapes: dict[str, torch.Size] = {}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for t in targets:
         shape = delta_shape(config.core, t.directions.rank, config.half_width)
-        shapes[f"{t.name}.delta"] = torch.Size(shape)
+        expected[f"{t.name}.delta"] = (shape, torch.float32)
         bias: Any = t.module.bias
         if config.train_bias and bias is not None:
-            shapes[f"{t.name}.bias"] = bias.shape
+            expected[f"{t.name}.bias"] = (bias.shape, bias.dtype)
     if config.train_layernorm:
         for name, module in model.named_modules():
             if is_norm(module):
-                shapes |= {
-                    f"{name}.{n}": p.shape for n, p in module.named_parameters(recurse=False)
-                }
+                for n, p in module.named_parameters(recurse=False):
+                    expected[f"{name}.{n}"] = (p.shape, p.dtype)
     for head in heads:
-        state = model.get_submodule(head).state_dict()
-        shapes |= {f"{head}.{n}": t.shape for n, t in state.items()}
-    return shapes
+        for n, p in model.get_submodule(head).state_dict().items():
+            expected[f"{head}.{n}"] = (p.shape, p.dtype)
+    return expected
 
 
 def _base_fingerprint(model: nn.Module, trained: set[str]) -> str:
@@ -178,47 +212,65 @@ def _base_fingerprint(model: nn.Module, trained: set[str]) -> str:
     return combined_fingerprint({name: tensor_fingerprint(p) for name, p in state.items()})
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a file that is no larger than `limit` bytes; of a larger one nothing is read."""
     try:
-        meta = json.loads(path.read_text())
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterError(f"{path}: not a regular file; expected one of an adapter folder")
+        if status.st_size > limit:
+            raise AdapterError(
+                f"{path}: {status.st_size:,} bytes, where an adapter for this model has at most "
+                f"{limit:,}: damaged, of another rank or with a head of another size"
+            )
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file; expected an adapter folder") from None
+    except OSError as e:
+        raise AdapterError(f"{path}: can't be read: {e}") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The fields of an adapter config, their types checked; "spectral" is still to be."""
+    data = _read_bounded(path, MAX_CONFIG_BYTES)
+    try:
+        meta = json.loads(data)
+        if meta["format"] != FORMAT:
+            raise ValueError(f"format {meta['format']!r}; this version reads format {FORMAT}")
         for key, kind in (
             ("base_fingerprint", str),
             ("tensors_sha256", str),
             ("modules_to_save", list),
+            ("layers", dict),
             ("spectral", dict),
         ):
             if not isinstance(meta[key], kind):
                 raise TypeError(f"{key!r} is not a {kind.__name__}")
-        if meta["format"] != FORMAT:
-            raise ValueError(f"format {meta['format']!r}; this version reads format {FORMAT}")
-        return meta | {
-            "spectral": SpectralConfig(**meta["spectral"]),
-            "base_model": meta.get("base_model"),
-        }
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; expected an adapter folder") from None
+        if not all(isinstance(name, str) and name for name in meta["modules_to_save"]):
+            raise TypeError("'modules_to_save' must list module names")
+        if not meta["layers"] or not all(type(k) is int and k > 0 for k in meta["layers"].values()):
+            raise TypeError("'layers' must map module names to ranks of at least 1")
+        base_model = meta.get("base_model")
+        return meta | {"base_model": base_model if isinstance(base_model, str) else None}
     except KeyError as e:
         raise AdapterError(f"{path}: the key {e} is missing: not an adapter config") from None
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise AdapterError(f"{path}: not a usable adapter config: {e}") from None
 
 
-def _read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; expected an adapter folder") from None
+def _read_tensors(path: Path, digest: str, expected: Expected, limit: int) -> dict[str, Tensor]:
+    """The tensors `expected`, and nothing else; at most `limit` bytes of them are read."""
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
+    data = _read_bounded(path, min(size, limit) + MAX_HEADER_BYTES)
     if hashlib.sha256(data).hexdigest() != digest:
         raise AdapterError(
             f"{path}: the file is truncated, damaged or of another save than {CONFIG_FILE} beside it"
         )
     try:
         tensors = load_tensors(data)
-    except SafetensorError as e:
-        raise AdapterError(f"{path}: not a safetensors file: {e}") from None
-    for name, t in tensors.items():
-        if not bool(torch.isfinite(t).all()):
-            raise AdapterError(f"{path}: {name} holds NaN or infinity")
+    except Exception as e:  # what it raises depends on which of its assumptions the file breaks
+        raise AdapterError(f"{path}: not a usable safetensors file: {e!r}") from None
+    _check_tensors(tensors, expected, path.parent)
     return tensors
 
 
@@ -234,10 +286,8 @@ def _check_same_config(have: SpectralConfig, want: SpectralConfig, folder: Path)
         raise AdapterError(f"{folder}: the model was spectralized otherwise: {details}")
 
 
-def _check_shapes(
-    tensors: dict[str, Tensor], expected: dict[str, torch.Size], folder: Path
-) -> None:
-    for name, shape in expected.items():
+def _check_tensors(tensors: dict[str, Tensor], expected: Expected, folder: Path) -> None:
+    for name, (shape, dtype) in expected.items():
         if name not in tensors:
             raise AdapterError(f"{folder}: the adapter lacks {name}, which this model expects")
         if tensors[name].shape != shape:
@@ -245,6 +295,13 @@ def _check_shapes(
                 f"{folder}: {name} is {list(tensors[name].shape)} in the adapter, but this model "
                 f"expects {list(shape)}: another rank, or a head of another size"
             )
+        if tensors[name].dtype != dtype:
+            raise AdapterError(
+                f"{folder}: {name} is {tensors[name].dtype} in the adapter, but this model expects "
+                f"{dtype}: cast the model before loading"
+            )
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise AdapterError(f"{folder}: {name} holds NaN or infinity")
     extra = tensors.keys() - expected.keys()
     if extra:
         raise AdapterError(

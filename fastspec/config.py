@@ -79,6 +79,11 @@ class SpectralConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value != "all-linear":
                 _check_regex(name, value)
+        for name in ("train_bias", "train_layernorm"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
         if not 0 < self.tol < 1:
             raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
 

@@ -195,7 +195,9 @@ def _heads(model: nn.Module, config: SpectralConfig) -> tuple[tuple[str, ...], t
 def _named_heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     found: list[str] = []
     for pattern in wanted:
-        names = [n for n, _ in model.named_modules() if n == pattern or n.endswith("." + pattern)]
+        names = [n for n, _ in model.named_modules() if n.endswith("." + pattern)]
+        if any(n == pattern for n, _ in model.named_modules()):
+            names = [pattern]  # a whole name means that module alone
         if not names:
             raise ValueError(f"modules_to_save names {pattern!r}, which the model does not have")
         found += [n for n in names if n not in found]

@@ -55,7 +55,10 @@ def test_round_trip_into_a_plain_and_an_adapted_model(tmp_path, options):
     save_adapter(model, tmp_path)
     loaded = load_adapter(plain(), tmp_path)
     assert torch.equal(loaded(IDS), y)
-    assert loaded.spectral == model.spectral
+    assert loaded.spectral.modules_to_save == model.spectral.modules_to_save
+    again = save_adapter(loaded, tmp_path / "again")
+    for name in ("adapter.safetensors", "adapter_config.json"):
+        assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
     adapted = spectralize(plain(), SpectralConfig(**options))
     delta = next(iter(spectral_layers(adapted)))[1].delta
     assert torch.equal(load_adapter(adapted, tmp_path)(IDS), y)
@@ -88,7 +91,10 @@ def test_other_base_weights_are_refused(saved):
     changed = plain()
     changed.embed.weight.data[0, 0] += 1e-3  # not an adapted weight, but base all the same
     refused(changed, saved, "other base weights")
-    refused(plain().to(torch.bfloat16), saved, "other base weights")
+    bfloat16 = plain().to(torch.bfloat16)
+    refused(bfloat16, saved, r"head\.weight is torch\.float32.*expects torch\.bfloat16")
+    bfloat16.head.float()
+    refused(bfloat16, saved, "other base weights")
 
 
 def test_another_rank_or_core_is_refused(saved):
@@ -161,7 +167,11 @@ def test_missing_tensors_are_refused(saved):
     ("change", "message"),
     [
         (lambda m: m.pop("spectral"), "'spectral' is missing"),
-        (lambda m: m["spectral"].update(rank=-1), "rank must be at least 1"),
+        (lambda m: m["layers"].update({"blocks.0.up": -1}), "ranks of at least 1"),
+        (lambda m: m["layers"].update({"blocks.0.up": 17}), r"up: rank 17 is above min\(in, out\)"),
+        (lambda m: m["layers"].update({"blocks.7.up": 4}), r"'blocks\.7\.up', which this model"),
+        (lambda m: m["layers"].clear(), "'layers' must map"),
+        (lambda m: m["spectral"].update(core="full"), "core must be one of"),
         (lambda m: m["spectral"].update(colour=1), "colour"),
         (lambda m: m.update(format=99), "format 99"),
         (lambda m: m.update(modules_to_save="head"), "modules_to_save"),
