@@ -21,15 +21,17 @@ class FrozenBasis(nn.Module):
     """The factors of one weight: u [out, k], s [k], vh [k, in], outside the state dict.
 
     Adapters of one layer whose directions it covers share it, and so do layers that share a weight.
+    `fingerprint` is that of the weight it was made from.
     """
 
     u: Tensor
     s: Tensor
     vh: Tensor
 
-    def __init__(self, factors: Factors, directions: Directions) -> None:
+    def __init__(self, factors: Factors, directions: Directions, fingerprint: str) -> None:
         super().__init__()
         self.directions = directions
+        self.fingerprint = fingerprint
         self.register_buffer("u", factors.u, persistent=False)
         self.register_buffer("s", factors.s, persistent=False)
         self.register_buffer("vh", factors.vh, persistent=False)
@@ -75,7 +77,9 @@ class Coefficients(nn.ParameterDict):
     """Adapter name to coefficients, which stay float32 whatever the model is cast to (design section 1)."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = {name: (p.data, p.grad) for name, p in self.items()}
+        before = {
+            name: (p.data, None if p.grad is None else p.grad.data) for name, p in self.items()
+        }
         super()._apply(fn, recurse)
         for name, p in self.items():
             if p.dtype != torch.float32:
@@ -160,6 +164,10 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             basis.u[:, start:stop], basis.s[start:stop], basis.vh[start:stop], basis.singular
         )
 
+    def core_matrix(self, adapter: str) -> Tensor:
+        """The adapter's core C [k, k]."""
+        return reference.core_matrix(self.fastspec_delta[adapter], self.fastspec_form[adapter].core)
+
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -201,11 +209,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
             torch.cat([f.vh for f in parts]),
             singular=False,
         )
-        cores = [
-            reference.core_matrix(self.fastspec_delta[a], self.fastspec_form[a].core)
-            for a in adapters
-        ]
-        return factors, torch.block_diag(*cores), "dense"
+        return factors, torch.block_diag(*(self.core_matrix(a) for a in adapters)), "dense"
 
     def _kind(self, adapter: str) -> tuple:
         """What two adapters must have in common for their coefficients to be added or stacked."""
@@ -236,19 +240,17 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """U C Vh of an adapter, in the base weight's layout, float32."""
+        """U C Vh of an adapter, in the base weight's layout, float32 at least."""
         f = self.factors(adapter)
-        core = reference.core_matrix(
-            self.fastspec_delta[adapter].detach(), self.fastspec_form[adapter].core
-        )
-        delta_weight = f.u.to(core.dtype) @ core @ f.vh.to(core.dtype)
+        wide = torch.promote_types(f.u.dtype, torch.float32)
+        delta_weight = f.u.to(wide) @ self.core_matrix(adapter).to(wide) @ f.vh.to(wide)
         return delta_weight.mT if self._transposed else delta_weight
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Let the base layer's weight hold W + U C Vh of the given adapters, by default the active ones.
 
-        The sum is made in float32 from the unmerged weight, which is kept beside it until `unmerge`.
+        The sum is made in float32 at least from the unmerged weight, which is kept until `unmerge`.
 
         Raises:
             ValueError: with `safe_merge`, if the result is not finite; the layer stays as it was.
@@ -259,10 +261,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if not adapters:
             return
         base = self.get_base_layer()
-        weight = self.base_weight.detach().to(torch.float32)
-        for adapter in (*self.merged_adapters, *adapters):
-            weight = weight + self.get_delta_weight(adapter)
-        weight = weight.to(self.base_weight.dtype)
+        # the wide sum is rounded once
+        deltas = [self.get_delta_weight(a) for a in (*self.merged_adapters, *adapters)]
+        weight = sum(deltas, self.base_weight.detach()).to(self.base_weight.dtype)
         if safe_merge and not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be "

@@ -12,7 +12,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from fastspec import reference
 from fastspec.files import write_atomically
 from fastspec.peft.config import SpectralConfig
 from fastspec.peft.layer import SpectralLinear
@@ -60,8 +59,7 @@ def convert_to_lora(
     }
     for name, layer in layers.items():
         del tensors[f"{PREFIX}{name}.fastspec_delta"]
-        f, delta = layer.factors(adapter_name), layer.fastspec_delta[adapter_name]
-        core = reference.core_matrix(delta, layer.fastspec_form[adapter_name].core)
+        f, core = layer.factors(adapter_name), layer.core_matrix(adapter_name)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = f.vh.to(core.dtype).cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = (f.u.to(core.dtype) @ core).cpu()
 

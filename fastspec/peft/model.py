@@ -54,6 +54,9 @@ class SpectralModel(BaseTuner):
             self._make_bases(adapter_name, config)  # type: ignore[arg-type]
         except Exception:
             if len(self.peft_config) == 1:
+                for module in model.modules():
+                    if isinstance(module, AuxiliaryTrainingWrapper):
+                        module.set_adapter([])  # unload then puts the original back, not the copy
                 self.unload()
             else:
                 del self.peft_config[adapter_name]
@@ -99,9 +102,23 @@ class SpectralModel(BaseTuner):
             for name, layer in self.model.named_modules()
             if isinstance(layer, SpectralLinear) and adapter_name in layer.fastspec_delta
         }
-        fingerprint = combined_fingerprint(
-            {name: tensor_fingerprint(layer.base_weight) for name, layer in layers.items()}
-        )
+        wanted = {
+            name: config.directions(name, min(layer.base_matrix().shape))
+            for name, layer in layers.items()
+        }
+        fingerprints = {}
+        missing: dict[tuple, list[str]] = {}  # layers that share a weight share its factors
+        for name, layer in layers.items():
+            basis = layer.shared_basis(wanted[name])
+            if basis is not None:
+                fingerprints[name] = basis.fingerprint
+                layer.use_basis(adapter_name, basis, wanted[name])
+            else:
+                fingerprints[name] = tensor_fingerprint(layer.base_weight)
+                w = layer.base_matrix()
+                key = (w.data_ptr(), tuple(w.shape), w.stride(), wanted[name])
+                missing.setdefault(key, []).append(name)
+        fingerprint = combined_fingerprint(fingerprints)
         if config.base_fingerprint not in (None, fingerprint):
             made_from = config.base_model_name_or_path
             raise AdapterError(
@@ -112,28 +129,15 @@ class SpectralModel(BaseTuner):
             )
         config.base_fingerprint = fingerprint
 
-        wanted = {
-            name: config.directions(name, min(layer.base_matrix().shape))
-            for name, layer in layers.items()
-        }
-        missing: dict[tuple, list[str]] = {}  # layers that share a weight share its factors
-        for name, layer in layers.items():
-            basis = layer.shared_basis(wanted[name])
-            if basis is not None:
-                layer.use_basis(adapter_name, basis, wanted[name])
-            else:
-                w = layer.base_matrix()
-                key = (w.data_ptr(), tuple(w.shape), w.stride(), wanted[name])
-                missing.setdefault(key, []).append(name)
-        representatives = [names[0] for names in missing.values()]
-        factors = factorize(
-            [layers[name].base_matrix() for name in representatives],
-            [wanted[name] for name in representatives],
-            representatives,
+        first = [names[0] for names in missing.values()]
+        made = factorize(
+            [layers[name].base_matrix() for name in first],
+            [wanted[name] for name in first],
+            first,
             progress=None,
         )
-        for names, made in zip(missing.values(), factors, strict=True):
-            basis = FrozenBasis(made, wanted[names[0]])
+        for names, factors in zip(missing.values(), made, strict=True):
+            basis = FrozenBasis(factors, wanted[names[0]], fingerprints[names[0]])
             for name in names:
                 layers[name].use_basis(adapter_name, basis, wanted[name])
 
