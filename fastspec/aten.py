@@ -1,8 +1,8 @@
 """The operators on ATen calls: every plan, every core, any device and floating dtype.
 
-The thin products p = x Vh^T and q = g U and the merge go to csrc/thin_products.cpp where that serves.
-Products run in the dtype of x (g); the weight may be wider (autocast): it is merged or cast here. The
-core is applied in float32 at least. Section numbers F1 to F4 are those of the design notes (docs/design.md).
+On a CPU csrc/spectral_linear.cpp computes the same and takes precedence where it is built. Products run in
+the dtype of x (g); the weight may be wider (autocast): it is merged or cast here. The core is applied in
+float32 at least. Section numbers F1 to F4 are those of the design notes (docs/design.md).
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import threading
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from fastspec import _extension
 
 # A direction with |sigma_i| below this share of the largest would have its rounding error amplified by
 # more than 1/share on the short side: the call then takes the two-sided form. For a dense core the same
@@ -41,11 +39,6 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-
-
-def release_scratch() -> None:
-    """Free the calling thread's scratch buffers; the next call allocates them again."""
-    _scratch.buffers.clear()
 
 
 def apply_core(t: Tensor, delta: Tensor, core: str, *, transpose: bool = False) -> Tensor:
@@ -93,46 +86,14 @@ def reduce_core(q: Tensor, p: Tensor, delta: Tensor, core: str) -> Tensor:
     return out
 
 
-# Above this rank a BLAS is at its full speed and the compiled products are no faster.
-THIN_RANK = 64
-
-
-def _thin(*matrices: Tensor) -> bool:
-    """Whether the compiled thin products serve these operands."""
-    return (
-        all(
-            m.dtype == torch.float32 and m.device.type == "cpu" and m.stride(-1) == 1
-            for m in matrices
-        )
-        and _extension.has_thin_products()
-    )
-
-
-def project(x: Tensor, basis: Tensor) -> Tensor:
-    """x B  [N, k]  for x [N, d] and a basis B [d, k] of any strides."""
-    if basis.shape[1] <= THIN_RANK and basis.dtype == torch.float32 and _thin(x):
-        return torch.ops.fastspec.thin_project(x, basis)
-    return x @ basis
-
-
 def merge(weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str, out: Tensor) -> Tensor:
     """W + U C Vh into `out`, which has the weight's shape and row-major or transposed layout."""
     left = apply_core(u, delta, core)
     if out.stride(-1) == 1:
-        _merge_rows(weight, left, vh, out)
+        torch.addmm(weight, left, vh, out=out)
     else:
-        _merge_rows(weight.mT, vh.mT, left.mT, out.mT)
+        torch.addmm(weight.mT, vh.mT, left.mT, out=out.mT)
     return out
-
-
-def _merge_rows(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
-    """W + L R into a row-major `out`."""
-    if left.shape[1] <= THIN_RANK and weight.dtype == torch.float32 and weight.device.type == "cpu":
-        left, right = left.contiguous(), right.contiguous()
-        if _thin(weight, left, right, out):
-            torch.ops.fastspec.thin_merge(weight, left, right, out)
-            return
-    torch.addmm(weight, left, right, out=out)
 
 
 def _merged(weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str) -> Tensor:
@@ -186,7 +147,7 @@ def spectral_linear(
 
     p_from_y = gradient == "short" and out_features < in_features
     needs_p = form != "merged" or (saves_p and not p_from_y)
-    p = project(x2, vh.to(dtype).mT) if needs_p else None
+    p = x2 @ vh.to(dtype).mT if needs_p else None
     if p is None or form == "merged":
         y = F.linear(x, _merged(weight, u, vh, delta, core).to(dtype), bias)
     elif form == "factored":
@@ -204,9 +165,9 @@ def spectral_linear(
     if p is None:
         basis = _unscaled(u, s, delta, core, left=True)
         if basis is None:
-            p = project(x2, vh.mT)
+            p = x2 @ vh.mT
         else:
-            p = project(y.view(-1, out_features), basis)
+            p = y.view(-1, out_features) @ basis
             if bias is not None:
                 p -= bias @ basis
     return y, p
@@ -235,10 +196,10 @@ def spectral_linear_backward(
 
     if needs_dx:
         if form == "spectral":
-            q = project(g2, u)
+            q = g2 @ u
             dx2 = apply_sigma(q, s, delta, core) @ vh
         elif form == "factored":
-            q = project(g2, u.to(dtype))
+            q = g2 @ u.to(dtype)
             dx2 = g2 @ weight.to(dtype)
             dx2.addmm_(apply_core(q, delta, core), vh.to(dtype))
         else:
@@ -253,9 +214,9 @@ def spectral_linear_backward(
     assert p is not None
     if q is None and gradient == "short" and dx2 is not None and in_features < out_features:
         basis = _unscaled(vh.mT, s, delta, core, left=False)
-        q = project(dx2, basis) if basis is not None else None
+        q = dx2 @ basis if basis is not None else None
     if q is None:
-        q = project(g2, u.to(dtype))
+        q = g2 @ u.to(dtype)
     return dx, reduce_core(q, p, delta, core)
 
 

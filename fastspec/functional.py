@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from fastspec import ops, reference
 from fastspec.config import CORES
 from fastspec.plan import Plan, make_plan, spectral_is_legal
+
+_known_plan = functools.lru_cache(4096)(make_plan)
 
 
 def spectral_linear(
@@ -43,14 +46,19 @@ def spectral_linear(
     Returns:
         [..., out], in the dtype of x (of autocast, where that is on).
 
-    Gradients reach x, bias and delta. Where weight or a factor requires one too, the plain formula of
-    `fastspec.reference` runs.
+    Gradients reach x, bias and delta. Where weight or a factor requires one too, and inside the transforms
+    of torch.func (vmap, grad, jvp), the plain formula of `fastspec.reference` runs.
 
     Raises:
         ValueError, TypeError: a shape, dtype or choice does not fit; the message names the argument.
     """
     _validate(x, weight, bias, u, s, vh, delta, core)
-    if weight.requires_grad or u.requires_grad or vh.requires_grad:
+    if (
+        weight.requires_grad
+        or u.requires_grad
+        or vh.requires_grad
+        or torch._C._are_functorch_transforms_active()
+    ):
         return reference.spectral_linear(x, weight, bias, u, vh, delta, core)
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -63,7 +71,9 @@ def spectral_linear(
         )
     needs_delta = delta.requires_grad and torch.is_grad_enabled()
     if plan is None:
-        plan = make_plan(
+        # sizes may be symbolic while torch.compile traces: then they can't be looked up
+        choose = make_plan if torch.compiler.is_compiling() else _known_plan
+        plan = choose(
             math.prod(x.shape[:-1]),
             weight.shape[1],
             weight.shape[0],

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastspec import aten
+from fastspec import _extension, aten
 
 _FACTORS = "Tensor weight, Tensor u, Tensor s, Tensor vh, Tensor delta"
 _PLAN = "str core, str forward, str gradient"
@@ -35,6 +35,10 @@ torch.library.impl("fastspec::spectral_linear", "CompositeExplicitAutograd", ate
 torch.library.impl(
     "fastspec::spectral_linear_backward", "CompositeExplicitAutograd", aten.spectral_linear_backward
 )
+
+
+# Where it loads, csrc/spectral_linear.cpp serves the CPU from here on, autograd included.
+_extension.unavailable_reason()
 
 
 @functools.cache

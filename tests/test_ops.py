@@ -1,7 +1,11 @@
 """The operators: every plan and core against the float64 reference, and what autograd and compile need."""
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from support import TOLERANCE, assert_close, relative_error, singular_problem
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fastspec import aten, reference
+from fastspec import _extension, aten, reference
 from fastspec.config import CORES
 from fastspec.functional import spectral_linear
 from fastspec.plan import Plan, short_side_is_legal, spectral_is_legal
@@ -135,14 +139,23 @@ def test_one_small_direction_is_judged_alike_by_both_cores(share):
         assert taken == (share > aten.SIGMA_FLOOR), core
 
 
-def test_the_short_side_is_really_taken(monkeypatch):
-    """With a basis that is not the weight's the identity fails, so a short-side result shows its use."""
-    p = singular_problem(64, 24, 6, n=50)
-    p["u"] = torch.linalg.qr(torch.randn(64, 6))[0]
-    good = exact(p, "diag")[2]
-    assert relative_error(run(p, "diag", Plan("merged", "short"))[2], good) > 1e-2
-    monkeypatch.setattr(aten, "SIGMA_FLOOR", float("inf"))
-    assert_close(run(p, "diag", Plan("merged", "short"))[2], good)
+@pytest.mark.parametrize("core", ["diag", "dense"])
+@pytest.mark.parametrize("sizes", [(64, 24), (24, 64)], ids=["in<out", "out<in"])
+def test_the_short_side_is_really_taken_and_left(core, sizes):
+    """With a basis that is not the weight's the identity fails: a wrong gradient shows its use."""
+    p = singular_problem(*sizes, 6, core=core, n=50)
+    p["u" if sizes[0] > sizes[1] else "vh"] = (
+        torch.linalg.qr(torch.randn(64, 6))[0]
+        if sizes[0] > sizes[1]
+        else torch.linalg.qr(torch.randn(64, 6))[0].mT
+    )
+    assert relative_error(run(p, core, Plan("merged", "short"))[2], exact(p, core)[2]) > 1e-2
+    sigma = torch.ones(6)
+    sigma[3] = 0.9 * aten.SIGMA_FLOOR
+    p["delta"] = sigma - p["s"]
+    if core == "dense":
+        p["delta"] = torch.diag(p["delta"])
+    assert_close(run(p, core, Plan("merged", "short"))[2], exact(p, core)[2])
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -308,14 +321,57 @@ def test_scratch_is_private_to_a_thread():
 
 
 def test_scratch_made_in_inference_mode_serves_training():
-    aten.release_scratch()
     p = singular_problem(24, 24, 5)
-    with torch.inference_mode():
-        layer_call(p, Plan("merged", "none"))(p["x"], p["delta"])
-    for got, want in zip(
-        run(p, "diag", Plan("merged", "two_sided")), exact(p, "diag"), strict=True
-    ):
-        assert_close(got, want)
+
+    def work():  # a thread of its own has no scratch yet
+        with torch.inference_mode():
+            layer_call(p, Plan("merged", "none"))(p["x"], p["delta"])
+        return run(p, "diag", Plan("merged", "two_sided"))
+
+    with ThreadPoolExecutor(1) as pool:
+        for got, want in zip(pool.submit(work).result(), exact(p, "diag"), strict=True):
+            assert_close(got, want)
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_function_transforms(core):
+    """vmap over samples and forward mode give what the reference gives."""
+    p = singular_problem(12, 8, 3, core=core, dtype=torch.float64)
+
+    def loss(delta, x, g):
+        y = spectral_linear(
+            x,
+            p["weight"],
+            p["bias"],
+            p["u"],
+            p["s"],
+            p["vh"],
+            delta,
+            core=core,
+            singular_basis=True,
+        )
+        return (y * g).sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(p["delta"], p["x"], p["g"])
+    assert_close(each.sum(0), exact(p, core)[2])
+    _, along = torch.func.jvp(lambda d: loss(d, p["x"], p["g"]), (p["delta"],), (p["delta"],))
+    assert_close(along, (exact(p, core)[2] * p["delta"]).sum())
+
+
+@pytest.mark.skipif(
+    _extension.unavailable_reason() is not None, reason="the compiled part is not there"
+)
+def test_all_of_this_without_the_compiled_part():
+    """The operators in Python serve other machines: this file again, with csrc/ switched off."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"FASTSPEC_NO_EXT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "1 skipped" in done.stdout
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import assert_close
 
-from fastspec import _extension, aten
+from fastspec import _extension
 
 pytestmark = pytest.mark.skipif(
     not _extension.has_thin_products(),
@@ -23,10 +23,8 @@ def test_project(n, k):
         exact = x.double() @ basis.double()
         assert_close(torch.ops.fastspec.thin_project(x, basis), exact)
         assert_close(torch.ops.fastspec.thin_project(x, basis.mT.contiguous().mT), exact)
-        wide = torch.randn(n, d + 5)
-        assert_close(
-            aten.project(wide[:, 2 : d + 2], basis), wide[:, 2 : d + 2].double() @ basis.double()
-        )
+        inner = torch.randn(n, d + 5)[:, 2 : d + 2]
+        assert_close(torch.ops.fastspec.thin_project(inner, basis), inner.double() @ basis.double())
 
 
 @pytest.mark.parametrize("rows", SIZES)
@@ -48,18 +46,23 @@ def test_nothing_outside_the_result_is_written():
     assert frame.isnan().all()
 
 
-def test_the_fast_path_uses_them_and_agrees_without_them(monkeypatch):
-    x, basis = torch.randn(30, 40), torch.randn(40, 8)
-    calls = []
-    original = torch.ops.fastspec.thin_project
-    monkeypatch.setattr(
-        torch.ops.fastspec, "thin_project", lambda *a: calls.append(1) or original(*a)
-    )
-    with_them = aten.project(x, basis)
-    assert calls
-    monkeypatch.setattr(_extension, "has_thin_products", lambda: False)
-    assert_close(aten.project(x, basis), with_them)
-    assert len(calls) == 1
+@pytest.mark.parametrize("n", [0, *SIZES, 500])
+@pytest.mark.parametrize("k", RANKS)
+def test_project_dot(n, k):
+    """diag(P^T X B), and bitwise the same on any number of threads."""
+    x, basis, wide = torch.randn(n, 40), torch.randn(40, k), torch.randn(n, k + 3)
+    p = wide[:, :k]
+    got = torch.ops.fastspec.thin_project_dot(x, basis, p)
+    exact = ((x.double() @ basis.double()) * p.double()).sum(0)
+    size = ((x.abs() @ basis.abs()) * p.abs()).sum(0)  # sums may cancel: relative to their terms
+    assert bool(((got - exact).abs() <= 1e-6 * size).all())
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(torch.ops.fastspec.thin_project_dot(x, basis, p), got)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_wrong_operands_are_refused():
@@ -67,5 +70,9 @@ def test_wrong_operands_are_refused():
         torch.ops.fastspec.thin_project(torch.randn(3, 4).double(), torch.randn(4, 2).double())
     with pytest.raises(RuntimeError, match="basis"):
         torch.ops.fastspec.thin_project(torch.randn(3, 4), torch.randn(5, 2))
+    with pytest.raises(RuntimeError, match=r"k <= 64"):
+        torch.ops.fastspec.thin_project(torch.randn(3, 4), torch.randn(4, 65))
+    with pytest.raises(RuntimeError, match=r"expected float32 p \[N, k\]"):
+        torch.ops.fastspec.thin_project_dot(torch.randn(3, 4), torch.randn(4, 2), torch.randn(4, 2))
     with pytest.raises(RuntimeError, match="thin_merge"):
         torch.ops.fastspec.thin_merge(*(torch.randn(3, 4) for _ in range(4)))

@@ -1,0 +1,380 @@
+// The operators fastspec::spectral_linear and its backward on a CPU, with their autograd: the formulas of
+// fastspec/aten.py, which serves where this is not built. Facts F1 to F4 are those of docs/design.md.
+//
+// What it buys over Python is time between the products, a quarter of a millisecond a layer and step, and
+// the thin products fused with what surrounds them: the scale 1/sigma of the short side, and the reduction
+// of q against p.
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "thin_products.h"
+
+namespace fastspec {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// A direction with |sigma_i| below this share of the largest leaves the short side (as in aten.py).
+constexpr double SIGMA_FLOOR = 1e-2;
+
+enum class Core { Diag, Band, Dense };
+enum class Form { Merged, Factored, Spectral };
+enum class Gradient { None, TwoSided, Short, Dense };
+
+template <class Enum>
+Enum choice(std::string_view given, const char* name, std::initializer_list<std::pair<std::string_view, Enum>> all) {
+  for (const auto& [text, value] : all)
+    if (text == given) return value;
+  TORCH_CHECK_VALUE(false, name, " is not known: ", given);
+}
+
+struct Plan {
+  Core core;
+  Form form;
+  Gradient gradient;
+
+  Plan(std::string_view core_name, std::string_view form_name, std::string_view gradient_name)
+      : core(choice<Core>(core_name, "core",
+                          {{"diag", Core::Diag}, {"band", Core::Band}, {"dense", Core::Dense}})),
+        form(choice<Form>(form_name, "forward",
+                          {{"merged", Form::Merged}, {"factored", Form::Factored}, {"spectral", Form::Spectral}})),
+        gradient(choice<Gradient>(gradient_name, "gradient",
+                                  {{"none", Gradient::None}, {"two_sided", Gradient::TwoSided},
+                                   {"short", Gradient::Short}, {"dense", Gradient::Dense}})) {}
+
+  bool saves_p() const { return gradient == Gradient::TwoSided || gradient == Gradient::Short; }
+};
+
+// The frozen factors and the core of one layer: u [out, k], s [k], vh [k, in].
+struct Layer {
+  const Tensor &weight, &u, &s, &vh, &delta;
+  Core core;
+
+  int64_t out_features() const { return weight.size(0); }
+  int64_t in_features() const { return weight.size(1); }
+};
+
+// One buffer per thread and dtype, as large as the largest weight that asked for it.
+thread_local std::array<Tensor, 4> scratch_buffers;
+
+Tensor scratch(int64_t rows, int64_t cols, at::ScalarType dtype) {
+  const int slot = dtype == at::kFloat ? 0 : dtype == at::kDouble ? 1 : dtype == at::kBFloat16 ? 2 : 3;
+  Tensor& buffer = scratch_buffers[slot];
+  if (!buffer.defined() || buffer.numel() < rows * cols || buffer.scalar_type() != dtype) {
+    const c10::InferenceMode outside(false);
+    buffer = at::empty({rows * cols}, at::TensorOptions().dtype(dtype));
+  }
+  return buffer.slice(0, 0, rows * cols).view({rows, cols});
+}
+
+bool all_zero(const Tensor& delta) {
+  if (delta.scalar_type() == at::kFloat && delta.is_contiguous()) {
+    const float* const d = delta.const_data_ptr<float>();
+    return std::all_of(d, d + delta.numel(), [](float v) { return v == 0; });
+  }
+  return !at::any(delta).item<bool>();
+}
+
+bool thin(int64_t k, std::initializer_list<Tensor> operands) {
+  return k <= THIN_RANK && thin_supported() && std::all_of(operands.begin(), operands.end(), thin_operand);
+}
+
+// x B  [N, k], times diag(scale) less `shift` where they are given.
+Tensor project(const Tensor& x, const Tensor& basis, const Tensor& scale = {}, const Tensor& shift = {}) {
+  if (thin(basis.size(1), {x}) && basis.scalar_type() == at::kFloat)
+    return thin_project(x, basis, scale, shift);
+  Tensor p = at::mm(x, basis);
+  if (scale.defined()) p.mul_(scale);
+  return shift.defined() ? p.sub_(shift) : p;
+}
+
+// Calls f(h + o, rows of C on diagonal o, their columns) for every diagonal of a band of order k.
+template <class F>
+void each_diagonal(const Tensor& delta, F f) {
+  const int64_t h = delta.size(0) / 2, k = delta.size(1);
+  for (int64_t o = std::max(-h, 1 - k); o <= std::min(h, k - 1); ++o) {
+    const int64_t begin = std::max<int64_t>(0, -o), count = k - std::abs(o);
+    f(h + o, begin, begin + o, count);
+  }
+}
+
+// t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in delta's dtype or wider.
+Tensor apply_core(const Tensor& t, const Tensor& delta, Core core, bool transpose) {
+  const auto wide = at::promote_types(t.scalar_type(), delta.scalar_type());
+  const Tensor d = delta.to(wide);
+  if (core == Core::Diag) return at::mul(t, d).to(t.scalar_type());
+  if (core == Core::Dense) return at::mm(t.to(wide), transpose ? d.t() : d).to(t.scalar_type());
+  Tensor out = at::zeros(t.sizes(), t.options().dtype(wide));
+  each_diagonal(d, [&](int64_t row, int64_t i, int64_t j, int64_t count) {
+    const int64_t source = transpose ? j : i, target = transpose ? i : j;
+    out.narrow(1, target, count).addcmul_(t.narrow(1, source, count).to(wide), d[row].narrow(0, i, count));
+  });
+  return out.to(t.scalar_type());
+}
+
+// t M, or t M^T  [N, k], with M = diag(S) + C.
+Tensor apply_sigma(const Tensor& t, const Layer& layer, bool transpose) {
+  const Tensor s = layer.s.to(t.scalar_type());
+  if (layer.core == Core::Diag) return at::mul(t, at::add(layer.s, layer.delta).to(t.scalar_type()));
+  return at::addcmul(apply_core(t, layer.delta, layer.core, transpose), t, s);
+}
+
+// The trained entries of q^T p, in delta's shape and dtype.
+Tensor reduce_core(const Tensor& q_in, const Tensor& p_in, const Tensor& delta, Core core) {
+  const Tensor q = q_in.to(delta.scalar_type()), p = p_in.to(delta.scalar_type());
+  if (core == Core::Diag) return at::mul(q, p).sum(0);
+  if (core == Core::Dense) return at::mm(q.t(), p);
+  Tensor out = at::zeros_like(delta);
+  each_diagonal(delta, [&](int64_t row, int64_t i, int64_t j, int64_t count) {
+    out[row].narrow(0, i, count).copy_(at::mul(q.narrow(1, i, count), p.narrow(1, j, count)).sum(0));
+  });
+  return out;
+}
+
+// W + L R into a row-major `out`.
+void merge_rows(const Tensor& weight, const Tensor& left_in, const Tensor& right_in, Tensor& out) {
+  const Tensor left = left_in.contiguous(), right = right_in.contiguous();
+  if (thin(left.size(1), {weight, left, right, out}))
+    thin_merge(weight, left, right, out);
+  else
+    at::addmm_out(out, weight, left, right);
+}
+
+// W + U C Vh in scratch (F2): valid until the next call on this thread takes the buffer.
+Tensor merged(const Layer& layer) {
+  // the untouched weight: the first step is the pretrained model's bit for bit
+  if (all_zero(layer.delta)) return layer.weight;
+  const int64_t rows = layer.out_features(), cols = layer.in_features();
+  const Tensor left = apply_core(layer.u, layer.delta, layer.core, false);
+  if (layer.weight.stride(1) == 1) {
+    Tensor out = scratch(rows, cols, layer.weight.scalar_type());
+    merge_rows(layer.weight, left, layer.vh, out);
+    return out;
+  }
+  Tensor out = scratch(cols, rows, layer.weight.scalar_type());
+  merge_rows(layer.weight.t(), layer.vh.t(), left.t(), out);
+  return out.t();
+}
+
+// What turns a short-side product into the long side's projection (F3). With M = diag(S) + C
+//   p = (y - b) (U M^-T),  q = dx (V M^-1);  for a diagonal core M^-1 is a scale of the columns.
+struct Unscaled {
+  Tensor basis, scale;
+};
+
+// None where M is too close to singular for the identity to be exact to rounding.
+std::optional<Unscaled> unscaled(const Tensor& basis, const Layer& layer, bool left) {
+  const auto dtype = basis.scalar_type();
+  if (layer.core == Core::Diag) {
+    const Tensor sigma = at::add(layer.s, layer.delta);
+    const auto [low, high] = at::aminmax(sigma.abs());
+    if (!(low.item<double>() > SIGMA_FLOOR * high.item<double>())) return std::nullopt;
+    return Unscaled{basis, at::reciprocal(sigma).to(dtype)};
+  }
+  const Tensor m = at::add(at::diag(layer.s), layer.delta);
+  const auto [inverse, info] = at::linalg_inv_ex(m);
+  const auto norm = [](const Tensor& a) { return a.abs().sum(0).max().item<double>(); };
+  if (info.item<int>() != 0 || !(norm(m) * norm(inverse) * SIGMA_FLOOR < 1)) return std::nullopt;
+  const Tensor solve = inverse.to(dtype);
+  return Unscaled{at::mm(basis, left ? solve.t() : solve), {}};
+}
+
+// d delta from g B (or dx B) and p, without writing the product where that is possible.
+Tensor project_and_reduce(const Tensor& t, const Tensor& basis, const Tensor& scale, const Tensor& p,
+                          const Layer& layer) {
+  if (layer.core == Core::Diag && thin(basis.size(1), {t, p}) && basis.scalar_type() == at::kFloat) {
+    const Tensor sum = thin_project_dot(t, basis, p);
+    return (scale.defined() ? sum * scale : sum).to(layer.delta.scalar_type());
+  }
+  return reduce_core(project(t, basis, scale), p, layer.delta, layer.core);
+}
+
+// Entries of U^T (g^T x) V (F4): one weight gradient, in scratch, serves every diagonal.
+Tensor dense_gradient(const Tensor& g, const Tensor& x, const Layer& layer) {
+  Tensor grad = scratch(g.size(1), x.size(1), g.scalar_type());
+  at::mm_out(grad, g.t(), x);
+  const Tensor rows = at::mm(layer.u.to(g.scalar_type()).t(), grad);  // [k, in]
+  const Tensor vh = layer.vh.to(g.scalar_type());
+  if (layer.core == Core::Dense) return at::mm(rows, vh.t()).to(layer.delta.scalar_type());
+  // rows of U^T G against (shifted) rows of Vh: the same reduction, over `in` instead of tokens
+  return reduce_core(rows.t(), vh.t(), layer.delta, layer.core);
+}
+
+std::vector<int64_t> with_last(const Tensor& like, int64_t last) {
+  auto sizes = like.sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+// y [..., out] and p [N, k] (no rows where the plan saves none).
+std::tuple<Tensor, Tensor> spectral_linear(
+    const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
+    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
+    std::string_view gradient) {
+  const Plan plan(core, form, gradient);
+  const Layer layer{weight, u, s, vh, delta, plan.core};
+  const int64_t in = layer.in_features(), out = layer.out_features(), k = u.size(1);
+  const auto dtype = x.scalar_type();
+  const Tensor x2 = x.reshape({-1, in});
+
+  const bool p_from_y = plan.gradient == Gradient::Short && out < in;
+  Tensor p, y;
+  if (plan.form != Form::Merged || (plan.saves_p() && !p_from_y)) p = project(x2, vh.to(dtype).t());
+  if (plan.form == Form::Merged) {
+    y = at::linear(x, merged(layer).to(dtype), bias);
+  } else if (plan.form == Form::Factored) {
+    y = at::linear(x, weight.to(dtype), bias);
+    y.view({-1, out}).addmm_(apply_core(p, delta, plan.core, true), u.to(dtype).t());
+  } else if (!all_zero(delta)) {
+    y = at::mm(apply_sigma(p, layer, true), u.t()).view(with_last(x, out));
+    if (bias) y.add_(*bias);
+  } else {
+    y = at::linear(x, weight, bias);  // the first step is the pretrained model's bit for bit
+  }
+  if (!plan.saves_p()) return {y, at::empty({0, k}, x.options())};
+  if (!p.defined()) {
+    if (const auto to_p = unscaled(u, layer, true)) {
+      Tensor shift;
+      if (bias) {
+        shift = at::mv(to_p->basis.t(), *bias);
+        if (to_p->scale.defined()) shift.mul_(to_p->scale);
+      }
+      p = project(y.view({-1, out}), to_p->basis, to_p->scale, shift);
+    } else {
+      p = project(x2, vh.t());
+    }
+  }
+  return {y, p};
+}
+
+// dx [..., in] and d delta in delta's shape; what is not needed comes back empty.
+std::tuple<Tensor, Tensor> spectral_linear_backward(
+    const Tensor& g, const OptTensor& x, const OptTensor& p, const Tensor& weight, const Tensor& u,
+    const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
+    std::string_view gradient, bool needs_dx, bool needs_delta) {
+  const Plan plan(core, form, gradient);
+  const Layer layer{weight, u, s, vh, delta, plan.core};
+  const int64_t in = layer.in_features(), out = layer.out_features();
+  const auto dtype = g.scalar_type();
+  const Tensor g2 = g.reshape({-1, out});
+  Tensor q, dx2;
+  if (needs_dx) {
+    if (plan.form == Form::Spectral) {
+      q = project(g2, u);
+      dx2 = at::mm(apply_sigma(q, layer, false), vh);
+    } else if (plan.form == Form::Factored) {
+      q = project(g2, u.to(dtype));
+      dx2 = at::mm(g2, weight.to(dtype)).addmm_(apply_core(q, delta, plan.core, false), vh.to(dtype));
+    } else {
+      dx2 = at::mm(g2, merged(layer).to(dtype));
+    }
+  }
+  const Tensor dx = dx2.defined() ? dx2.view(with_last(g, in)) : at::empty({0}, g.options());
+  if (!needs_delta) return {dx, at::empty({0}, delta.options())};
+  if (plan.gradient == Gradient::Dense) return {dx, dense_gradient(g2, x->reshape({-1, in}), layer)};
+  if (q.defined()) return {dx, reduce_core(q, *p, delta, plan.core)};
+  if (plan.gradient == Gradient::Short && dx2.defined() && in < out)
+    if (const auto to_q = unscaled(vh.t(), layer, false))
+      return {dx, project_and_reduce(dx2, to_q->basis, to_q->scale, *p, layer)};
+  return {dx, project_and_reduce(g2, u.to(dtype), {}, *p, layer)};
+}
+
+template <class Function>
+auto operator_handle(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+std::tuple<Tensor, Tensor> call(
+    const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
+    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
+    std::string_view gradient) {
+  static const auto op = operator_handle<decltype(spectral_linear)>("fastspec::spectral_linear");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, bias, weight, u, s, vh, delta, core, form, gradient);
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Saves p [N, k] (F1), or x on the dense route (F4), and nothing where no coefficient gradient is wanted.
+struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u,
+      const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core,
+      std::string_view form, std::string_view gradient) {
+    auto [y, p] = call(x, bias, weight, u, s, vh, delta, core, form, gradient);
+    const bool wanted = delta.requires_grad();
+    const bool keeps_x = wanted && gradient == "dense";
+    const bool keeps_p = wanted && (gradient == "two_sided" || gradient == "short");
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({p});
+    ctx->save_for_backward(
+        {keeps_x ? x : Tensor(), keeps_p ? p : Tensor(), weight, u, s, vh, delta});
+    ctx->saved_data["core"] = std::string(core);
+    ctx->saved_data["form"] = std::string(form);
+    ctx->saved_data["gradient"] = std::string(gradient);
+    if (bias) ctx->saved_data["bias"] = bias->scalar_type();
+    return {y, p};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto op =
+        operator_handle<decltype(spectral_linear_backward)>("fastspec::spectral_linear_backward");
+    variable_list out(10);  // one for every argument of forward
+    const Tensor& g = grads[0];
+    if (!g.defined()) return out;
+    const auto bias = ctx->saved_data.find("bias");
+    const bool has_bias = bias != ctx->saved_data.end();
+    // edges are counted over the tensors that were given: x, bias, weight, u, s, vh, delta
+    const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(1),
+               needs_delta = ctx->needs_input_grad(5 + has_bias);
+    const auto saved = ctx->get_saved_variables();
+    if (needs_dx || needs_delta) {
+      const auto given = [](const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; };
+      auto [dx, ddelta] = op.call(
+          g, given(saved[0]), given(saved[1]), saved[2], saved[3], saved[4], saved[5], saved[6],
+          ctx->saved_data["core"].toStringRef(), ctx->saved_data["form"].toStringRef(),
+          ctx->saved_data["gradient"].toStringRef(), needs_dx, needs_delta);
+      if (needs_dx) out[0] = dx;
+      if (needs_delta) out[6] = ddelta;
+    }
+    if (needs_bias)
+      out[1] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
+    return out;
+  }
+};
+
+std::tuple<Tensor, Tensor> spectral_linear_autograd(
+    const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
+    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
+    std::string_view gradient) {
+  if (!at::GradMode::is_enabled() ||
+      !(x.requires_grad() || delta.requires_grad() || (bias && bias->requires_grad())))
+    return call(x, bias, weight, u, s, vh, delta, core, form, gradient);
+  auto out = SpectralLinear::apply(x, bias, weight, u, s, vh, delta, core, form, gradient);
+  return {out[0], out[1]};
+}
+
+}  // namespace
+}  // namespace fastspec
+
+// The schemas stand in fastspec/ops.py, for they are there without this file too.
+TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
+  m.impl("spectral_linear", &fastspec::spectral_linear);
+  m.impl("spectral_linear_backward", &fastspec::spectral_linear_backward);
+}
+
+TORCH_LIBRARY_IMPL(fastspec, AutogradCPU, m) {
+  m.impl("spectral_linear", &fastspec::spectral_linear_autograd);
+}
