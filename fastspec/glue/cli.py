@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from fastspec.config import CORES
-from fastspec.glue.config import METHODS, GlueConfig
+from fastspec.glue.config import LABELS, METHODS, RATE_RULES, START, GlueConfig
+from fastspec.glue.presets import PRESETS
 from fastspec.glue.record import compare, read_result, table
+from fastspec.glue.rows import SUITES, TASK_SIZES
 from fastspec.glue.tasks import TASKS
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(GlueConfig) if f.name != "task"}
@@ -21,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--task", choices=list(TASKS), help="what to finetune on; swap is the embedded task")
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        action=Preset,
+        help="a named configuration of the spectral method; flags after it override it",
+    )
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two results and do nothing else")
     add(
         "--table",
@@ -41,8 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of <Task>/train.tsv, dev.tsv (default: $FASTSPEC_GLUE_DIR, else the hub, else "
         "sentences from Python's own documentation)",
     )
-    add("--output", metavar="DIR", help="default: runs/<task>-<method>-seed<seed>")
+    add(
+        "--output",
+        metavar="DIR",
+        help="default: runs/<task>-<method>-seed<seed>, with --suite runs/suite",
+    )
     add("--overwrite", action="store_true", help="drop what an earlier run left in OUTPUT")
+
+    suite = parser.add_argument_group(
+        "suite",
+        "A whole table: every missing run is made, then the table is printed and written to "
+        "OUTPUT/report-SUITE with a CSV file and a picture. Of the other options only --model, --data, "
+        "--output and --threads (of all processes together) apply.",
+    )
+    add = suite.add_argument
+    add("--suite", choices=list(SUITES), help="which rows (docs/glue.md)")
+    add("--tasks", nargs="+", choices=list(TASKS), help="default: " + " ".join(TASK_SIZES))
+    add("--rows", nargs="+", metavar="ROW", help="only these rows, and those they need")
+    add("--seeds", type=int, help="at most so many seeds a row")
+    add("--jobs", type=int, help="runs at a time (default: one a core, at most 8; 1 with a GPU)")
+    add("--report", action="store_true", help="make no run; report what is finished")
+    add("--time", action="store_true", help="then time single steps of all rows, alone; minutes")
 
     spectral = parser.add_argument_group("spectral")
     add = spectral.add_argument
@@ -51,7 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--core", choices=CORES, default="diag", help="default: %(default)s")
     add("--half-width", type=int, default=1, help="of --core band (default: %(default)s)")
     add("--select", type=parse_select, default="leading", help="leading, trailing or START:STOP")
-    add("--basis", choices=("svd", "random"), default="svd", help="random is the control")
+    add("--basis", choices=("svd", "random"), default="svd", help="random is a control")
+    add(
+        "--basis-model",
+        help="take the singular vectors of another model's weights: random for an "
+        "untrained one, or the folder of a finished run",
+    )
+    add(
+        "--rate-rule",
+        choices=RATE_RULES,
+        default="flat",
+        help="spectrum: rates in proportion to singular values (default: %(default)s)",
+    )
     add("--target-modules", default="all-linear", help="a regular expression over module names")
     add("--train-bias", action="store_true", help="also train biases of adapted layers")
     add("--train-layernorm", action="store_true", help="also train LayerNorm")
@@ -74,9 +113,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         flag = "--" + name.replace("_", "-")
         add(flag, type=kind, default=_DEFAULTS[name], help=f"{text} (default: %(default)s)")
+    add(
+        "--start",
+        choices=START,
+        default="pretrained",
+        help="random: from an untrained model (default: %(default)s)",
+    )
+    add(
+        "--labels",
+        choices=LABELS,
+        default="true",
+        help="random: permute the training labels (default: %(default)s)",
+    )
     add("--max-train-rows", type=int, help="train on the first so many rows only")
     add("--threads", type=int, help="torch threads (default: torch's own choice)")
     add("--debug", action="store_true", help="show the traceback of an error")
+
+
+class Preset(argparse.Action):
+    """Sets the fields of a preset, so that what is said after it has the last word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        for name, value in PRESETS[values].items():
+            setattr(namespace, name, value)
 
 
 def parse_rank(text: str) -> int | float | str:
@@ -111,6 +171,8 @@ def main(args: argparse.Namespace) -> int:
     if args.table:
         print(table([read_result(path) for path in args.table]))
         return 0
+    if args.suite:
+        return run_suite(args)
     if args.task is None:
         raise ValueError(f"--task is missing, expected one of {', '.join(TASKS)}")
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(GlueConfig)}
@@ -122,6 +184,39 @@ def main(args: argparse.Namespace) -> int:
     from fastspec.glue.train import run
 
     print(summary(run(config, args.output, overwrite=args.overwrite)))
+    return 0
+
+
+def run_suite(args: argparse.Namespace) -> int:
+    """Make the missing runs of a suite, time them if asked, write and print its report."""
+    import torch
+
+    from fastspec.files import write_json
+    from fastspec.glue import report
+    from fastspec.glue.suite import Suite, choose, make
+
+    output = Path(args.output or "runs/suite")
+    suite = Suite(
+        output=output,
+        rows=choose(args.suite, args.rows),
+        tasks=tuple(args.tasks or TASK_SIZES),
+        model=args.model,
+        data=args.data,
+        seeds=args.seeds,
+    )
+    folder = output / f"report-{args.suite}"
+    threads = args.threads or torch.get_num_threads()
+    if not args.report:
+        jobs = args.jobs or (1 if torch.cuda.is_available() else min(threads, 8))
+        make(suite, jobs, max(1, threads // jobs))
+    if args.time:
+        from fastspec.glue.timing import step_times
+
+        torch.set_num_threads(threads)
+        times = step_times(suite.examples())
+        write_json(folder / report.TIMING, {n: dataclasses.asdict(t) for n, t in times.items()})
+    print(report.write_report(suite, folder))
+    print(f"\n{folder / report.TABLE}, {report.RUNS}, {report.PICTURE}")
     return 0
 
 

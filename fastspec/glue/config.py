@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
-from fastspec.config import Basis, Core, Path, Rank, Select, SpectralConfig
+from fastspec.config import Basis, Core, Rank, Select, SpectralConfig
+from fastspec.config import Path as Arithmetic
 from fastspec.glue.tasks import TASKS
 
 Method = Literal["spectral", "full", "head", "bitfit", "lora", "pissa"]
 METHODS = ("spectral", "full", "head", "bitfit", "lora", "pissa")
+RATE_RULES = ("flat", "spectrum")
+START = ("pretrained", "random")
+LABELS = ("true", "random")
+RANDOM_MODEL = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +29,15 @@ class GlueConfig:
         data: a folder of GLUE files; None looks further (`fastspec.glue.data.load`).
         path, rank, core, half_width, select, basis, target_modules, train_bias, train_layernorm:
             for method="spectral", as in `fastspec.SpectralConfig`.
+        basis_model: for method="spectral", the model whose singular vectors are the basis in place of
+            the adapted weights' own: "random" for an untrained one of the same architecture, or the
+            folder of a finished run or a model. The controls.
+        start: "pretrained", or "random" to train from a random initialisation.
+        labels: "true", or "random" to train on permuted labels; dev labels stay as they are.
         lora_rank: rank of method="lora" and "pissa".
         lr: learning rate of what the method trains; None takes `methods.default_rate`.
+        rate_rule: "flat" gives every coefficient of a layer the same rate, "spectrum" one in
+            proportion to its singular value (`methods.spectral_scale`), with the same mean.
         head_lr: learning rate of the head, None for the default.
         bias_lr: learning rate of biases and LayerNorm beside coefficients, None for the default.
         weight_decay: of trained matrices other than coefficients.
@@ -43,7 +56,7 @@ class GlueConfig:
     method: Method = "spectral"
     model: str | None = None
     data: str | None = None
-    path: Path = "fast"
+    path: Arithmetic = "fast"
     rank: Rank = 32
     core: Core = "diag"
     half_width: int = 1
@@ -52,8 +65,12 @@ class GlueConfig:
     target_modules: str = "all-linear"
     train_bias: bool = False
     train_layernorm: bool = False
+    basis_model: str | None = None
+    start: Literal["pretrained", "random"] = "pretrained"
+    labels: Literal["true", "random"] = "true"
     lora_rank: int = 8
     lr: float | None = None
+    rate_rule: Literal["flat", "spectrum"] = "flat"
     head_lr: float | None = None
     bias_lr: float | None = None
     weight_decay: float = 0.0
@@ -69,8 +86,21 @@ class GlueConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name, choices in (
+            ("method", METHODS),
+            ("rate_rule", RATE_RULES),
+            ("start", START),
+            ("labels", LABELS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if self.basis_model is not None and (self.method, self.basis) != ("spectral", "svd"):
+            raise ValueError(
+                "basis_model gives the singular vectors of method='spectral' with basis='svd', got "
+                f"method={self.method!r} and basis={self.basis!r}"
+            )
         for name in ("lora_rank", "epochs", "batch_size", "max_length", "save_steps"):
             _check_count(name, getattr(self, name))
         if self.max_train_rows is not None:
@@ -95,7 +125,8 @@ class GlueConfig:
             core=self.core,
             half_width=self.half_width,
             select=self.select,
-            basis=self.basis,
+            # other weights' vectors replace these, and are no singular basis of the adapted ones either
+            basis="random" if self.basis_model else self.basis,
             target_modules=self.target_modules,
             modules_to_save=heads,
             train_bias=self.train_bias,
@@ -106,6 +137,13 @@ class GlueConfig:
 
     def label(self) -> str:
         """A short name of the method and its size, for tables and folders."""
+        controls = [
+            "scratch" if self.start == "random" else "",
+            "random-labels" if self.labels == "random" else "",
+        ]
+        return "-".join(p for p in [self._method_label(), *controls] if p)
+
+    def _method_label(self) -> str:
         if self.method in ("lora", "pissa"):
             return f"{self.method}-r{self.lora_rank}"
         if self.method != "spectral":
@@ -117,6 +155,8 @@ class GlueConfig:
             f"k{self.rank}",
             select if select != "leading" else "",
             self.basis if self.basis != "svd" else "",
+            f"of-{Path(self.basis_model).name}" if self.basis_model else "",
+            "spectrum" if self.rate_rule == "spectrum" else "",
             "bias" if self.train_bias else "",
             "ln" if self.train_layernorm else "",
             self.path if self.path != "fast" else "",

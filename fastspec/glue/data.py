@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,6 +48,12 @@ class Split:
             return self
         labels = None if self.labels is None else self.labels[:rows]
         return dataclasses.replace(self, texts=self.texts[:rows], labels=labels)
+
+    def permuted(self, seed: int) -> Split:
+        """The same texts with the labels of other rows: nothing to learn but the rows by heart."""
+        labels = list(self.labels or [])
+        random.Random(seed).shuffle(labels)
+        return dataclasses.replace(self, labels=labels)
 
 
 @dataclasses.dataclass

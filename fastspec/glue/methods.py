@@ -38,6 +38,8 @@ RATES = {
     "full": Rate(1e-4, "customary for encoders of this size; not searched"),
     "head": Rate(1e-3, f"{_FIRST_LOOK}: 72.0"),
 }
+TRAINED = "trained.safetensors"
+
 HEAD_RATE = Rate(1e-3, f"{_FIRST_LOOK}, with every method")
 BIAS_RATE = Rate(1e-3, f"{_FIRST_LOOK}: biases and LayerNorm beside coefficients")
 
@@ -227,7 +229,7 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 def save(model: nn.Module, config: GlueConfig, folder: Path) -> int:
     """Write the trained part to `folder` in the method's own format; returns the weights' bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    if config.method == "spectral":
+    if _own_basis(config):
         import fastspec
 
         fastspec.save_adapter(model, folder)
@@ -238,5 +240,27 @@ def save(model: nn.Module, config: GlueConfig, folder: Path) -> int:
         from safetensors.torch import save_file
 
         state = {k: v.contiguous().cpu() for k, v in trained_state(model).items()}
-        save_file(state, folder / "trained.safetensors")
+        save_file(state, folder / TRAINED)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def restore(model: nn.Module, config: GlueConfig, folder: Path) -> None:
+    """Inverse of `save`, in place, for a model to which the method was applied."""
+    if _own_basis(config):
+        import fastspec
+
+        fastspec.load_adapter(model, folder)
+        return
+    from safetensors.torch import load_file
+
+    if config.method in ("lora", "pissa"):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    else:
+        load_trained_state(model, load_file(folder / TRAINED))
+
+
+def _own_basis(config: GlueConfig) -> bool:
+    """Whether a fastspec adapter describes the run: its factors come from the adapted weights alone."""
+    return config.method == "spectral" and config.basis_model is None

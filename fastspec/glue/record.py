@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULT = "result.json"
+DIVERGED = "diverged.json"
 COMPARED_STEPS = 50
 
 

@@ -21,10 +21,17 @@ FLOOR = "frozen floor"
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Median ms of a training step, and the median over rounds of its ratio to the floor's step."""
+    """A training step against the floor's.
+
+    Args:
+        milliseconds: median time.
+        ratio: median over rounds of its ratio to the floor's time.
+        saved: bytes kept for the backward pass (`saved_bytes`), over the floor's.
+    """
 
     milliseconds: float
     ratio: float
+    saved: float
 
 
 class InputShift(nn.Module):
@@ -98,13 +105,33 @@ def step_times(
             elapsed = steps[label](batch)
             if i >= warmup:
                 times[label].append(elapsed)
+    batch = {k: v.to(device) for k, v in batches[0].items()}
+    saved = {label: saved_bytes(step.model, batch) for label, step in steps.items()}
     return {
         label: StepTime(
             statistics.median(values),
             statistics.median(a / b for a, b in zip(values, times[FLOOR], strict=True)),
+            saved[label] / saved[FLOOR],
         )
         for label, values in times.items()
     }
+
+
+def saved_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward pass, the model's own aside."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**batch).loss
+    del loss
+    return sum(kept.values())
 
 
 class _Step:

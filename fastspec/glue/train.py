@@ -6,19 +6,23 @@ import dataclasses
 import math
 import shutil
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastspec.files import write_json
-from fastspec.glue import data, methods
+from fastspec.glue import data, methods, restore
 from fastspec.glue import model as models
 from fastspec.glue.config import GlueConfig
 from fastspec.glue.data import Source, Split
-from fastspec.glue.record import RESULT, environment, read_json
-from fastspec.glue.tasks import TASKS, predictions
+from fastspec.glue.record import DIVERGED, RESULT, environment, read_json
+from fastspec.glue.tasks import TASKS, Task, predictions
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 CONFIG = "config.json"
 INPUTS = "inputs.json"
@@ -26,33 +30,53 @@ ADAPTER = "adapter"
 
 
 @dataclasses.dataclass
-class Prepared:
-    """A model ready to train and what it was made from."""
+class Built:
+    """A model to which a method was applied, and what it was made from."""
 
+    config: GlueConfig
     model: nn.Module
     tokenizer: Any
-    source: Source
     heads: list[str]
     name: str
     fingerprint: str
 
 
-def prepare(config: GlueConfig) -> Prepared:
-    """Find the rows, load the model with a head drawn from the seed, apply the method."""
-    task = TASKS[config.task]
+@dataclasses.dataclass
+class Prepared(Built):
+    """A model ready to train, and its rows."""
+
+    source: Source
+
+
+def build(config: GlueConfig, task: Task) -> Built:
+    """Load the model with a head for `task` drawn from the seed, and apply the method."""
     name = models.resolve(config.model)
-    models.go_offline_if(Path(name).is_dir() and data.is_local(task, config.data))
-    source = data.load(task, config.data)
     from transformers import set_seed
 
     set_seed(config.seed)
     with models.quiet():
         tokenizer = models.load_tokenizer(name)
-        model = models.load_classifier(name, source.task)
+        model = models.load_classifier(name, task)
+        if config.start == "random":
+            model = restore.untrained(model)
         fingerprint = models.body_fingerprint(model)
         heads = methods.head_modules(model)
         model = methods.apply(model, config)
-    return Prepared(model, tokenizer, source, heads, name, fingerprint)
+        if config.basis_model is not None:
+            restore.use_basis_of(model, restore.basis_weights(config, model))
+    return Built(config, model, tokenizer, heads, name, fingerprint)
+
+
+def prepare(config: GlueConfig) -> Prepared:
+    """Find the rows and build the model for them."""
+    task = TASKS[config.task]
+    local = Path(models.resolve(config.model)).is_dir() and data.is_local(task, config.data)
+    models.go_offline_if(local)
+    source = data.load(task, config.data)
+    if config.labels == "random":
+        source.train = source.train.permuted(config.seed)
+    built = build(config, source.task)
+    return Prepared(**vars(built), source=source)
 
 
 def tokenise(tokenizer: Any, split: Split, max_length: int) -> Any:
@@ -76,11 +100,13 @@ def run(
     *,
     overwrite: bool = False,
     progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Finetune, score and record one configuration; returns what `result.json` holds.
 
     A finished run of the same configuration in `output` is returned as it is, an unfinished one is
-    continued from its last whole checkpoint, with the numbers of an uninterrupted run.
+    continued from its last whole checkpoint, with the numbers of an uninterrupted run. `callbacks` are
+    transformers', called along with the run's own.
 
     Raises:
         ValueError: `output` holds a run of another configuration, or its rows or the pretrained
@@ -108,10 +134,10 @@ def run(
             f"{config.label()}: trains {counts['adapter']:,} parameters ({share:.3f} %) "
             f"and a head of {counts['head']:,}, out of {counts['total']:,}"
         )
-    trainer = _trainer(config, prepared, train, folder, progress)
+    trainer = _trainer(config, prepared, train, folder, progress, callbacks)
     from transformers import set_seed
 
-    from fastspec.glue.trainer import last_checkpoint
+    from fastspec.glue.trainer import DivergedError, last_checkpoint
 
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None and progress:
@@ -119,7 +145,11 @@ def run(
     # building the methods has drawn different amounts of random numbers; dropout starts alike
     set_seed(config.seed)
     with models.quiet():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except DivergedError as e:
+            write_json(folder / DIVERGED, {"error": str(e)})
+            raise
         _predict_unlabelled(trainer, prepared, config, folder)
     size = methods.save(prepared.model, config, folder / ADAPTER)
     result = _result(config, prepared, train, counts, trainer, folder)
@@ -137,10 +167,11 @@ def _claim(folder: Path, config: GlueConfig, overwrite: bool) -> dict[str, Any] 
     if overwrite and (folder / CONFIG).exists():
         for path in [*folder.glob("checkpoint-*"), folder / "epochs", folder / ADAPTER]:
             shutil.rmtree(path, ignore_errors=True)
-        for name in (RESULT, CONFIG, INPUTS):
+        for name in (RESULT, CONFIG, INPUTS, DIVERGED):
             (folder / name).unlink(missing_ok=True)
     if (folder / CONFIG).exists():
-        there = read_json(folder / CONFIG)
+        # fields that an older version did not write have their default
+        there = GlueConfig.from_dict(read_json(folder / CONFIG)).to_dict()
         differing = [k for k in fields if there.get(k) != fields[k]]
         if differing:
             what = ", ".join(f"{k} {there.get(k)!r} (asked: {fields[k]!r})" for k in differing)
@@ -169,7 +200,14 @@ def _check_inputs(folder: Path, prepared: Prepared) -> None:
     write_json(path, inputs)
 
 
-def _trainer(config: GlueConfig, prepared: Prepared, train: Split, folder: Path, progress: bool):
+def _trainer(
+    config: GlueConfig,
+    prepared: Prepared,
+    train: Split,
+    folder: Path,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback] = (),
+):
     from transformers import DataCollatorWithPadding, TrainingArguments
 
     from fastspec.glue.trainer import Checkpoints, GlueTrainer, Progress
@@ -196,9 +234,9 @@ def _trainer(config: GlueConfig, prepared: Prepared, train: Split, folder: Path,
         seed=config.seed,
     )
     source = prepared.source
-    callbacks: list[Any] = [Checkpoints(config.save_steps, steps_per_epoch)]
+    own: list[Any] = [Checkpoints(config.save_steps, steps_per_epoch)]
     if progress:
-        callbacks.append(Progress(f"{config.task} {config.label()}"))
+        own.append(Progress(f"{config.task} {config.label()}"))
     return GlueTrainer(
         prepared.model,
         folder,
@@ -206,7 +244,7 @@ def _trainer(config: GlueConfig, prepared: Prepared, train: Split, folder: Path,
         train=tokenise(prepared.tokenizer, train, config.max_length),
         data_collator=DataCollatorWithPadding(prepared.tokenizer),
         processing_class=prepared.tokenizer,
-        callbacks=callbacks,
+        callbacks=[*own, *callbacks],
         glue=config,
         task=source.task,
         heads=prepared.heads,

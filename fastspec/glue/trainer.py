@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from fastspec.files import write_json
 from fastspec.glue import methods
 from fastspec.glue.config import GlueConfig
+from fastspec.glue.optimizer import ScaledAdamW, spectral_scales
 from fastspec.glue.tasks import Task, predictions, score_task
 
 WEIGHTS = "trained.safetensors"
@@ -188,7 +189,10 @@ class GlueTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = methods.parameter_groups(self.network, self.heads, self.glue)
-            self.optimizer = torch.optim.AdamW(groups)
+            if self.glue.method == "spectral" and self.glue.rate_rule == "spectrum":
+                self.optimizer = ScaledAdamW(groups, spectral_scales(self.network))
+            else:
+                self.optimizer = torch.optim.AdamW(groups)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochLengthSampler:

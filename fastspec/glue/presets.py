@@ -1,0 +1,16 @@
+"""Named configurations of the spectral method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+ATTENTION = r".*(query|key|value|attention\.output\.dense|[qkvo]_proj)"
+MLP = r".*\.(intermediate|output)\.dense"
+
+# name to fields of `GlueConfig`; what docs/results.md says about them is why they are here
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "coefficients": {"core": "diag", "rank": "full"},
+    "band": {"core": "band", "rank": "full"},
+    "dense": {"core": "dense", "rank": 32},
+}

@@ -1,0 +1,109 @@
+"""The rows of the suites: what is run, at which learning rates, with how many seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fastspec.glue.config import RANDOM_MODEL
+from fastspec.glue.presets import ATTENTION, PRESETS
+
+PRESET = "band"
+SEEDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a suite's table.
+
+    Args:
+        name: of the row and of its folders.
+        fields: of `GlueConfig`.
+        rates: learning rates tried on the first seed; the best dev score takes the others.
+        seeds: seeds run at the chosen rate.
+        like: a row whose chosen rate is taken over in place of a search.
+        basis_of: a row whose run with the same seed gives the basis.
+    """
+
+    name: str
+    fields: Mapping[str, Any] = dataclasses.field(hash=False)
+    rates: tuple[float, ...] = ()
+    seeds: int = 1
+    like: str | None = None
+    basis_of: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.rates) == bool(self.like):
+            raise ValueError(f"row {self.name!r} needs either rates to search or a row to be like")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSize:
+    """How long a task is trained in a suite: epochs, rows a step, training rows (None: all)."""
+
+    epochs: int
+    batch_size: int = 32
+    max_train_rows: int | None = None
+
+
+TASK_SIZES = {
+    "cola": TaskSize(epochs=4),
+    "sst2": TaskSize(epochs=3, max_train_rows=8000),
+    "rte": TaskSize(epochs=3, batch_size=16),
+}
+OTHER_TASKS = TaskSize(epochs=3, max_train_rows=8000)
+
+DIAG, BAND, DENSE = (1e-2, 3e-2, 5e-2), (1e-2, 2e-2, 3e-2), (5e-3, 1e-2, 2e-2)
+LOW_RANK, FULL = (5e-4, 1e-3, 2e-3), (5e-5, 1e-4, 2e-4)
+_DENSE = PRESETS["dense"]
+_ATTENTION = {"core": "dense", "rank": 43, "target_modules": ATTENTION}
+
+HEADLINE = (
+    Row("head", {"method": "head"}, (1e-3, 3e-3, 1e-2), SEEDS),
+    Row("coefficients", PRESETS["coefficients"], DIAG, SEEDS),
+    Row("preset", PRESETS[PRESET], BAND, SEEDS),
+    Row("lora-r8", {"method": "lora", "lora_rank": 8}, LOW_RANK, SEEDS),
+    Row("full", {"method": "full"}, FULL, SEEDS),
+)
+PARITY = Row(
+    "preset, reference path", {**PRESETS[PRESET], "path": "reference"}, (), SEEDS, "preset"
+)
+SWEEP = (
+    Row("diag k=32", {"rank": 32}, DIAG),
+    Row("diag k=128", {"rank": 128}, DIAG),
+    Row(
+        "coefficients, biases, LayerNorm",
+        {**PRESETS["coefficients"], "train_bias": True, "train_layernorm": True, "bias_lr": 5e-3},
+        DIAG,
+    ),
+    Row("dense 32", _DENSE, DENSE),
+    Row("dense 43, attention", _ATTENTION, DENSE),
+    Row("bitfit", {"method": "bitfit"}, (1e-3, 2e-3, 4e-3)),
+    Row("lora-r1", {"method": "lora", "lora_rank": 1}, LOW_RANK),
+    Row("pissa-r8", {"method": "pissa", "lora_rank": 8}, LOW_RANK),
+)
+CONTROLS = (
+    Row("dense 32", _DENSE, DENSE),
+    Row("dense 32, random basis", {**_DENSE, "basis": "random"}, DENSE),
+    Row("dense 32, untrained model's basis", {**_DENSE, "basis_model": RANDOM_MODEL}, DENSE),
+    Row("full, from scratch", {"method": "full", "start": "random"}, FULL),
+    Row("dense 32, from-scratch model's basis", _DENSE, DENSE, basis_of="full, from scratch"),
+    Row("dense 32, trailing", {**_DENSE, "select": "trailing"}, DENSE),
+)
+SEARCH = (
+    Row("dense 32", _DENSE, DENSE),
+    Row("dense 43, attention", _ATTENTION, DENSE),
+)
+RANGES = tuple(
+    Row(f"diag {a}:{b}", {"select": (a, b)}, DIAG)
+    for a, b in ((0, 96), (96, 192), (192, 288), (288, 384))
+)
+
+SUITES: Mapping[str, tuple[Row, ...]] = {
+    "small": HEADLINE,
+    "full": (*HEADLINE, PARITY, *SWEEP),
+    "controls": CONTROLS,
+    "search": SEARCH,
+    "ranges": RANGES,
+}

@@ -1,0 +1,168 @@
+"""The suite: which runs it makes, in which order, and what its report says of them."""
+
+import argparse
+import csv
+import sys
+
+import pytest
+from glue_support import make_model, make_task
+
+from fastspec.cli import main
+from fastspec.glue import report, suite
+from fastspec.glue.cli import add_arguments
+from fastspec.glue.config import GlueConfig
+from fastspec.glue.rows import SUITES, TASK_SIZES, Row
+from fastspec.glue.suite import Job, Suite, SuiteError, choose, flags, make
+from fastspec.glue.tasks import TASKS
+
+ROWS = (
+    Row("a", {"rank": 4}, (1e-3, 1e-2, 1e-1), seeds=3),
+    Row("a, reference path", {"rank": 4, "path": "reference"}, seeds=2, like="a"),
+    Row("scratch", {"method": "full", "start": "random"}, (1e-4, 1e-3)),
+    Row("b", {"rank": 4}, (1e-3, 1e-2), basis_of="scratch"),
+)
+# the score rises with the rate up to 1e-2 and falls with the seed; 1e-1 diverges
+FAKE = """
+import json, pathlib, sys
+folder, rate, seed = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+folder.mkdir()
+(folder.parent.parent / "order.txt").open("a").write(str(folder.relative_to(folder.parent.parent)) + "\\n")
+if rate == 0.1:
+    (folder / "diverged.json").write_text(json.dumps({"error": "the loss is nan at step 3"}))
+    sys.exit(2)
+score = 60 + 1000 * rate - seed
+(folder / "result.json").write_text(json.dumps({
+    "config": {"seed": seed, "epochs": 3, "batch_size": 32}, "losses": [0.7, 0.6],
+    "best": {"score": score}, "last": {"score": score - 5},
+    "parameters": {"adapter": 100, "head": 10, "total": 10000},
+    "data": {"rows": {"trained on": 44, "dev": 2}, "sha256": {"train": "0"}},
+    "predictions": {"last": {"dev": [0, int("reference" in str(folder))]}}, "regression_tolerance": 0.0,
+    "model": {"fingerprint": "f" * 64}, "step_ms": 5.0,
+}))
+"""
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Runs that take no time and know their score."""
+
+    def command(config, folder, threads):
+        return [sys.executable, "-c", FAKE, str(folder), str(config.lr), str(config.seed)]
+
+    monkeypatch.setattr(suite, "command", command)
+
+
+def test_the_suite_makes_every_run_once_and_in_order(tmp_path, fake):
+    s = Suite(tmp_path, ROWS, tasks=("rte",))
+    said = []
+    make(s, jobs=2, threads=1, report=said.append)
+    order = (tmp_path / "rte" / "order.txt").read_text().split()
+    assert len(order) == len(set(order)) == len(said)
+    assert set(order) == {
+        *(f"a/lr{r}-seed0" for r in ("0.001", "0.01", "0.1")),
+        "a/lr0.01-seed1",
+        "a/lr0.01-seed2",
+        "a-reference-path/lr0.01-seed0",
+        "a-reference-path/lr0.01-seed1",
+        "scratch/lr0.0001-seed0",
+        "scratch/lr0.001-seed0",
+        "b/lr0.001-seed0",
+        "b/lr0.01-seed0",
+    }
+    assert order.index("scratch/lr0.001-seed0") < order.index("b/lr0.001-seed0")
+    assert order.index("a/lr0.1-seed0") < order.index("a-reference-path/lr0.01-seed0")
+    assert any("the loss is nan at step 3" in line for line in said)
+    assert s.config(Job("rte", ROWS[3], 1e-3, 0)).basis_model == str(
+        tmp_path / "rte" / "scratch" / "lr0.001-seed0"
+    )
+    make(s, jobs=2, threads=1, report=said.append)
+    assert len(said) == len(order)
+
+
+def test_the_report_says_what_is_there_and_what_is_not(tmp_path, fake):
+    s = Suite(tmp_path, ROWS, tasks=("rte", "cola"))
+    with pytest.raises(ValueError, match="no run of this suite is finished"):
+        report.write_report(s, tmp_path / "report")
+    make(Suite(tmp_path, ROWS[:2], tasks=("rte",)), jobs=2, threads=1, report=lambda _: None)
+    make(Suite(tmp_path, ROWS[:1], tasks=("cola",), seeds=1), 2, 1, report=lambda _: None)
+    text = report.write_report(s, tmp_path / "report")
+    row = next(line for line in text.splitlines() if line.startswith("| a |"))
+    cells = [c.strip() for c in row.strip("|").split("|")]
+    assert cells == [
+        "a",
+        "100 (1.000 %)",
+        "110 (1.100 %)",
+        "69.0 (68.0 to 70.0)",
+        "70.0, 1 of 3 seeds",
+        "69.5",
+        "64.5",
+        "0.01, 0.01",
+    ]
+    assert "scratch" not in text
+    assert "| a | rte | 1 | 0.0e+00 | +0.00 | +0.00 | 1 of 2 |" in text
+    assert "rte 44 rows, 3 epochs" in text
+    lines = list(csv.DictReader((tmp_path / "report" / "runs.csv").open()))
+    # the diverged rate leaves no line
+    assert len(lines) == 4 + 2 + 2
+    chosen = {(r["task"], r["row"], r["rate"], r["seed"]) for r in lines if r["chosen"] == "1"}
+    assert ("rte", "a", "0.01", "2") in chosen
+    assert ("rte", "a", "0.001", "0") not in chosen
+    assert (tmp_path / "report" / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unfinished_search_is_marked(tmp_path, fake):
+    s = Suite(tmp_path, ROWS[:1], tasks=("rte",))
+    job = Job("rte", ROWS[0], 1e-3, 0)
+    job.folder(tmp_path).parent.mkdir(parents=True)
+    suite._make(s, job, 1, [])
+    assert s.chosen_rate("rte", ROWS[0]) is None
+    assert "0.001 (1 of 3 tried)" in report.markdown(s)
+
+
+def test_a_run_that_fails_ends_the_suite_with_its_output(tmp_path, monkeypatch):
+    program = "import sys; sys.exit('no such thing')"
+    monkeypatch.setattr(suite, "command", lambda *_: [sys.executable, "-c", program])
+    with pytest.raises(SuiteError, match=r"lr0.0001-seed0 failed with status 1:\nno such thing"):
+        make(Suite(tmp_path, ROWS[2:3], tasks=("rte",)), jobs=1, threads=1)
+
+
+def test_flags_give_the_configuration_back():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    every = [row for rows in SUITES.values() for row in rows if row.basis_of is None]
+    for row in every:
+        config = Suite("out", (*every,)).config(Job("sst2", row, 2e-3, 1))
+        args = parser.parse_args(flags(config))
+        fields = {name: getattr(args, name) for name in GlueConfig.__dataclass_fields__}
+        assert GlueConfig(**fields) == config
+
+
+def test_rows_bring_along_the_rows_they_need():
+    names = [row.name for row in choose("full", ["preset, reference path"])]
+    assert names == ["preset", "preset, reference path"]
+    with pytest.raises(ValueError, match="suite small has no row 'nothing'"):
+        choose("small", ["nothing"])
+    with pytest.raises(ValueError, match="needs the row 'a', which was left out"):
+        Suite("out", ROWS[1:2])
+    with pytest.raises(ValueError, match="either rates to search or a row to be like"):
+        Row("odd", {})
+    assert set(TASK_SIZES) <= set(TASKS)
+
+
+def test_the_command_makes_a_suite_of_real_runs(tmp_path, capsys, monkeypatch):
+    model = make_model(tmp_path / "model")
+    make_task(tmp_path / "glue", TASKS["rte"], train=16, dev=8)
+    rows = (Row("tiny", {"rank": 4, "epochs": 1}, (1e-2,)),)
+    monkeypatch.setitem(SUITES, "small", rows)
+    base = ["glue", "--suite", "small", "--tasks", "rte", "--model", str(model)]
+    base += ["--data", str(tmp_path / "glue"), "--output", str(tmp_path / "out"), "--threads", "1"]
+    assert main([*base, "--time"]) == 0
+    out = capsys.readouterr().out
+    assert "rte tiny, rate 0.01, seed 0: best dev epoch" in out
+    table = (tmp_path / "out" / "report-small" / "table.md").read_text()
+    assert table in out + "\n"
+    step, saved = (float(c) for c in table.splitlines()[2].strip("| ").split("|")[-2:])
+    assert step > 0
+    assert 0.5 < saved < 2.5
+    assert main([*base, "--report"]) == 0
+    assert "best dev epoch" in capsys.readouterr().out
