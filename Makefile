@@ -10,13 +10,14 @@ endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench cuda-check clean
 
 help:
 	@echo "make demo    install, build, and adapt a real pretrained model: a table and a picture"
 	@echo "make test    install, build, lint and run every test"
 	@echo "make bench   the benchmarks (pytest bench/), machine otherwise idle"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make cuda-check   compile the CUDA part (nvcc, no GPU; downloads a 5 GB torch), into docs/cuda.md"
 	@echo "make clean   remove the virtual environment and build products"
 
 install: $(VENV)/.installed
@@ -43,6 +44,20 @@ lint: install
 
 bench: install
 	$(BIN)/python -m pytest bench
+
+# A copy of the sources, so that the compiled part of the checkout stays the one of its own torch.
+CUDA_VENV := build/cuda-venv
+CUDA_COPY := build/cuda-check
+cuda-check:
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -q "setuptools>=77" wheel ninja numpy safetensors torch==2.14.1
+	rm -rf $(CUDA_COPY) && mkdir -p $(CUDA_COPY)
+	cp -r fastspec kernels csrc setup.py pyproject.toml README.md LICENSE $(CUDA_COPY)
+	rm -f $(CUDA_COPY)/fastspec/*.so
+	cd $(CUDA_COPY) && TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" $(abspath $(CUDA_VENV))/bin/python setup.py -q build_ext --inplace
+	cd $(CUDA_COPY) && PYTHONPATH=. $(abspath $(CUDA_VENV))/bin/python csrc/cuda_check.py > cuda.md
+	cp $(CUDA_COPY)/cuda.md docs/cuda.md
+	cat docs/cuda.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -1,4 +1,5 @@
 // Registration of the CPU operators, and how a stack is divided among threads.
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -6,8 +7,11 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <vector>
 
+#include "jacobi.h"
 #include "krylov.h"
+#include "stacks.h"
 
 namespace fastspec {
 namespace {
@@ -34,12 +38,6 @@ void for_each_matrix(int64_t count, const std::function<void(int64_t)>& work) {
   if (failure) std::rethrow_exception(failure);
 }
 
-void check_stack(const at::Tensor& a, const char* name) {
-  TORCH_CHECK_VALUE(a.dim() == 3, name, " must be a stack [L, m, n], got ", a.sizes());
-  TORCH_CHECK_TYPE(a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble, name,
-                   " must be float32 or float64, got ", a.scalar_type());
-}
-
 at::Tensor leading_subspace_cpu(const at::Tensor& w,  // [L, m, n], m >= n
                                 int64_t k, double tol, double floor, int64_t max_steps,
                                 int64_t seed, int64_t width, int64_t gram_short) {
@@ -55,12 +53,37 @@ at::Tensor leading_subspace_cpu(const at::Tensor& w,  // [L, m, n], m >= n
 
 // Eigenvectors of symmetric matrices [L, n, n], in ascending order of their values.
 at::Tensor eigenvectors_cpu(const at::Tensor& a) {
-  check_stack(a, "a");
-  TORCH_CHECK_VALUE(a.size(1) == a.size(2), "a must hold square matrices, got ", a.sizes());
+  check_symmetric_stack(a);
   auto vectors = at::empty_like(a);
   for_each_matrix(a.size(0),
                   [&](int64_t i) { vectors[i].copy_(std::get<1>(at::linalg_eigh(a[i]))); });
   return vectors;
+}
+
+template <typename T>
+void jacobi_one(const at::Tensor& a, const at::Tensor& values, const at::Tensor& rows) {
+  const int n = a.size(0), even = jacobi_even(n);
+  const auto work = at::empty_like(a);
+  std::vector<T> packed(even * (even + 1) / 2);
+  std::vector<JacobiRotation<T>> rotations(even / 2);
+  std::vector<int> place(n);
+  int latest;
+  jacobi_eigh<T>(a.const_data_ptr<T>(), n, {packed.data(), rotations.data(), place.data(), &latest},
+                 work.mutable_data_ptr<T>(), values.mutable_data_ptr<T>(), rows.mutable_data_ptr<T>());
+}
+
+// Eigenvalues [L, n], ascending, and eigenvectors [L, n, n] in columns, of symmetric matrices of which the
+// lower triangles are read. The code that runs on a GPU; on a CPU LAPACK is faster (bench/test_eigh.py).
+std::tuple<at::Tensor, at::Tensor> jacobi_eigh_cpu(const at::Tensor& matrices) {
+  check_jacobi_stack(matrices);
+  const auto a = matrices.contiguous();
+  auto values = at::empty({a.size(0), a.size(1)}, a.options());
+  auto rows = at::empty_like(a);
+  for_each_matrix(a.size(0), [&](int64_t i) {
+    AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "jacobi_eigh",
+                               [&] { jacobi_one<scalar_t>(a[i], values[i], rows[i]); });
+  });
+  return {values, rows.mT()};
 }
 
 }  // namespace
@@ -70,11 +93,13 @@ TORCH_LIBRARY_FRAGMENT(fastspec, m) {
       "leading_subspace(Tensor w, int k, float tol, float floor, int max_steps, int seed, int width, "
       "int gram_short) -> Tensor");
   m.def("eigenvectors(Tensor a) -> Tensor");
+  m.def("jacobi_eigh(Tensor a) -> (Tensor values, Tensor vectors)");
 }
 
 TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
   m.impl("leading_subspace", leading_subspace_cpu);
   m.impl("eigenvectors", eigenvectors_cpu);
+  m.impl("jacobi_eigh", jacobi_eigh_cpu);
 }
 
 }  // namespace fastspec

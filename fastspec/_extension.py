@@ -1,8 +1,9 @@
-"""The compiled part (csrc/): loaded on first use; a failure is remembered with its reason."""
+"""The compiled parts (csrc/): loaded on first use; a failure is remembered with its reason."""
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -13,14 +14,30 @@ _FOLDER = Path(__file__).parent
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why the compiled operators can't be used, or None where they are loaded and ready."""
-    libraries = sorted(_FOLDER.glob("_C*.so"))
-    if not libraries:
-        note = _FOLDER / "_build.txt"
-        return note.read_text().strip() if note.exists() else "it was not built at installation"
+    return _load("_C")
+
+
+@functools.cache
+def cuda_unavailable_reason() -> str | None:
+    """Why the compiled operators have no CUDA kernels, or None where those are loaded too."""
+    return unavailable_reason() or _load("_C_cuda")
+
+
+def _load(part: str) -> str | None:
+    if os.environ.get("FASTSPEC_NO_EXT") == "1":
+        return "switched off by FASTSPEC_NO_EXT=1"
+    library = _FOLDER / f"{part}.so"
+    if not library.exists():
+        notes = _FOLDER / "_build.txt"
+        for line in notes.read_text().splitlines() if notes.exists() else ():
+            name, _, reason = line.partition(": ")
+            if name == part:
+                return reason
+        return "it was not built at installation"
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(library))
     except OSError as e:
-        return f"{libraries[0].name} does not load (built for another torch?): {e}"
+        return f"{library.name} does not load (built for another torch?): {e}"
     return None
 
 

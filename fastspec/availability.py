@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+from fastspec import _extension
+
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
@@ -25,7 +27,7 @@ class Backends(dict[str, Backend]):
     """Name to `Backend`; prints as a table."""
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:12} {backend}" for name, backend in self.items())
+        return "\n".join(f"{name:14} {backend}" for name, backend in self.items())
 
     __repr__ = __str__
 
@@ -33,11 +35,12 @@ class Backends(dict[str, Backend]):
 def backends() -> Backends:
     """Which implementations of fastspec are there, and why any is not.
 
-    Keys: "aten" (always), "extension" (the compiled csrc/), "triton", "cuda", and the optional
-    libraries "transformers", "datasets", "accelerate" and "peft".
+    Keys: "aten" (always), "extension" (the compiled csrc/), "extension_cuda" (its CUDA kernels),
+    "triton", "cuda", and the optional libraries "transformers", "datasets", "accelerate" and "peft".
     """
     out = Backends(aten=Backend(True, f"torch {torch.__version__}"))
-    out["extension"] = _extension()
+    out["extension"] = _compiled(_extension.unavailable_reason(), "compiled csrc/ loaded")
+    out["extension_cuda"] = _compiled(_extension.cuda_unavailable_reason(), "CUDA kernels loaded")
     out["triton"] = _module("triton", "needed for GPU kernels: pip install triton")
     out["cuda"] = _cuda()
     for name, extra in [
@@ -61,13 +64,8 @@ def _module(name: str, advice: str) -> Backend:
         return Backend(True, f"{name}, version unknown")
 
 
-def _extension() -> Backend:
-    if importlib.util.find_spec("fastspec._extension") is None:
-        return Backend(False, "this installation has no compiled part; ATen serves")
-    from fastspec import _extension
-
-    reason = _extension.unavailable_reason()
-    return Backend(reason is None, reason or "compiled csrc/ loaded")
+def _compiled(reason: str | None, loaded: str) -> Backend:
+    return Backend(reason is None, reason or loaded)
 
 
 def _cuda() -> Backend:
