@@ -25,7 +25,16 @@ _PUBLIC = {
     "save_adapter": "fastspec.adapter",
     "load_adapter": "fastspec.adapter",
     "parameter_groups": "fastspec.optim",
+    "add_task": "fastspec.multitask",
+    "set_task": "fastspec.multitask",
+    "replace_task": "fastspec.multitask",
+    "remove_task": "fastspec.multitask",
+    "list_tasks": "fastspec.multitask",
+    "load_tasks": "fastspec.multitask",
+    "task_bank": "fastspec.multitask",
+    "tasks": "fastspec.task_rows",
     "spectral_linear": "fastspec.functional",
+    "task_linear": "fastspec.task_functional",
     "backends": "fastspec.availability",
 }
 _SUBPACKAGES = ("peft",)
@@ -45,9 +54,20 @@ if TYPE_CHECKING:
         unmerge,
     )
     from fastspec.functional import spectral_linear
+    from fastspec.multitask import (
+        add_task,
+        list_tasks,
+        load_tasks,
+        remove_task,
+        replace_task,
+        set_task,
+        task_bank,
+    )
     from fastspec.nn import SpectralLinear
     from fastspec.optim import parameter_groups
     from fastspec.svd import TopkSVD, topk_svd
+    from fastspec.task_functional import task_linear
+    from fastspec.task_rows import tasks
 
 
 def __getattr__(name: str) -> Any:

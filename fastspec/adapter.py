@@ -18,7 +18,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: the model is not a spectralized one, or a value to save is not finite.
     """
-    adapted = _adaptation_of(model)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _adapter_tensors(model).items()}
+    adapted = adaptation_of(model)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter_tensors(model).items()}
     bad = next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
     if bad is not None:
         raise ValueError(f"{bad} holds NaN or infinity: nothing was written")
@@ -97,45 +97,90 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         AdapterError: damaged files, other base weights, another rank or kind of core, heads of another
             size, values that are not finite. The model is unchanged.
     """
-    folder = Path(folder)
-    meta = _read_config(folder / CONFIG_FILE)
-    config = _config_of(meta, model, folder)
-    adapted = next(spectral_layers(model), None) is not None
-    if adapted:
-        _check_same_config(_adaptation_of(model).config, config, folder)
-        expected: Expected = {n: (t.shape, t.dtype) for n, t in _adapter_tensors(model).items()}
-    else:
-        expected = _expected(model, config, folder)
-    limit = 8 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
-    tensors = _read_tensors(folder / TENSOR_FILE, meta["tensors_sha256"], expected, limit)
-    if _base_fingerprint(model, set(tensors)) != meta["base_fingerprint"]:
-        made_from = f" ({meta['base_model']})" if meta["base_model"] else ""
-        raise AdapterError(
-            f"{folder}: the adapter was made from other base weights{made_from}; coefficients only "
-            "mean something in the basis of their own model: load that one, in the same dtype"
-        )
-    if not adapted:
-        try:
-            spectralize(model, config)
-        except (ValueError, TypeError) as e:
-            raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
-    targets = _adapter_tensors(model)
+    config, (tensors,) = read_adapters(model, [folder])
+    if next(spectral_layers(model), None) is None:
+        spectralize_for(model, config, folder)
+    targets = adapter_tensors(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
     return model
 
 
-def _adaptation_of(model: nn.Module) -> Adaptation:
+def read_adapters(
+    model: nn.Module,
+    folders: Sequence[str | os.PathLike[str]],
+    sizes_free: Callable[[Sequence[str]], Collection[str]] = lambda heads: (),
+) -> tuple[SpectralConfig, list[dict[str, Tensor]]]:
+    """Read adapter folders and check each against `model`, which is plain or adapted alike.
+
+    Nothing is changed. The base weights are fingerprinted once.
+
+    Args:
+        sizes_free: from the names of the heads, the names of the tensors whose first dimension may
+            differ from the model's: those of their output layers.
+
+    Returns:
+        The config they share (the model's own if it is adapted), and the tensors of every folder.
+
+    Raises:
+        FileNotFoundError, AdapterError: as `load_adapter`; also folders of different configs.
+    """
+    config: SpectralConfig | None = None
+    expected: Expected | None = None
+    if next(spectral_layers(model), None) is not None:
+        config = adaptation_of(model).config
+        expected = {n: (t.shape, t.dtype) for n, t in adapter_tensors(model).items()}
+    limit = 8 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
+    free: Collection[str] = ()
+    fingerprint = None
+    told: dict[str, Any] = {}
+    found = []
+    for folder in map(Path, folders):
+        meta = _read_config(folder / CONFIG_FILE)
+        saying = {key: meta[key] for key in ("spectral", "layers", "modules_to_save")}
+        if saying != told:  # of a thousand folders nearly all say the same
+            own = _config_of(meta, model, folder)
+            config = config or own
+            expected = expected or _expected(model, own, folder)
+            _check_same_config(config, own, folder)
+            free, told = sizes_free(meta["modules_to_save"]), saying
+        assert config is not None
+        assert expected is not None
+        path = folder / TENSOR_FILE
+        tensors = _read_tensors(path, meta["tensors_sha256"], expected, limit, free)
+        fingerprint = fingerprint or _base_fingerprint(model, set(tensors))
+        if fingerprint != meta["base_fingerprint"]:
+            made_from = f" ({meta['base_model']})" if meta["base_model"] else ""
+            raise AdapterError(
+                f"{folder}: the adapter was made from other base weights{made_from}; coefficients only "
+                "mean something in the basis of their own model: load that one, in the same dtype"
+            )
+        found.append(tensors)
+    assert config is not None, "read_adapters needs at least one folder"
+    return config, found
+
+
+def spectralize_for(
+    model: nn.Module, config: SpectralConfig, folder: str | os.PathLike[str]
+) -> None:
+    """Adapt a plain model by the config of `read_adapters`; an AdapterError names the folder."""
+    try:
+        spectralize(model, config)
+    except (ValueError, TypeError) as e:
+        raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
+
+
+def adaptation_of(model: nn.Module) -> Adaptation:
     found = adaptation(model)
     if found is None:
         raise ValueError("the model has no adapter: call fastspec.spectralize(model, config) first")
     return found
 
 
-def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name to tensor (the model's own) of everything an adapter holds."""
-    adapted = _adaptation_of(model)
+    adapted = adaptation_of(model)
     config = adapted.config
     tensors: dict[str, Tensor] = {}
     for name, layer in spectral_layers(model):
@@ -178,7 +223,7 @@ def _config_of(meta: dict[str, Any], model: nn.Module, folder: Path) -> Spectral
 
 
 def _expected(model: nn.Module, config: SpectralConfig, folder: Path) -> Expected:
-    """What `_adapter_tensors` would be if the plain `model` were spectralized by `config`."""
+    """What `adapter_tensors` would be if the plain `model` were spectralized by `config`."""
     try:
         targets, heads = find_targets(model, config)
     except (ValueError, TypeError) as e:
@@ -258,7 +303,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: not a usable adapter config: {e}") from None
 
 
-def _read_tensors(path: Path, digest: str, expected: Expected, limit: int) -> dict[str, Tensor]:
+def _read_tensors(
+    path: Path, digest: str, expected: Expected, limit: int, sizes_free: Collection[str]
+) -> dict[str, Tensor]:
     """The tensors `expected`, and nothing else; at most `limit` bytes of them are read."""
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
     data = _read_bounded(path, min(size, limit) + MAX_HEADER_BYTES)
@@ -270,7 +317,7 @@ def _read_tensors(path: Path, digest: str, expected: Expected, limit: int) -> di
         tensors = load_tensors(data)
     except Exception as e:  # what it raises depends on which of its assumptions the file breaks
         raise AdapterError(f"{path}: not a usable safetensors file: {e!r}") from None
-    _check_tensors(tensors, expected, path.parent)
+    _check_tensors(tensors, expected, path.parent, sizes_free)
     return tensors
 
 
@@ -286,11 +333,16 @@ def _check_same_config(have: SpectralConfig, want: SpectralConfig, folder: Path)
         raise AdapterError(f"{folder}: the model was spectralized otherwise: {details}")
 
 
-def _check_tensors(tensors: dict[str, Tensor], expected: Expected, folder: Path) -> None:
+def _check_tensors(
+    tensors: dict[str, Tensor], expected: Expected, folder: Path, sizes_free: Collection[str]
+) -> None:
     for name, (shape, dtype) in expected.items():
         if name not in tensors:
             raise AdapterError(f"{folder}: the adapter lacks {name}, which this model expects")
-        if tensors[name].shape != shape:
+        have: tuple[int, ...] = tensors[name].shape
+        if name in sizes_free and len(have) == len(shape) and have[0] > 0:
+            have = (shape[0], *have[1:])
+        if have != shape:
             raise AdapterError(
                 f"{folder}: {name} is {list(tensors[name].shape)} in the adapter, but this model "
                 f"expects {list(shape)}: another rank, or a head of another size"

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastspec import reference
+from fastspec import reference, task_rows
 from fastspec.config import Basis, Core, Path, Select
 from fastspec.factors import Directions, Factors, factorize
 from fastspec.functional import delta_shape, spectral_linear
 from fastspec.plan import Plan, make_plan
+from fastspec.task_functional import task_linear
 
 
 class SpectralLayer(nn.Module):
@@ -29,7 +30,9 @@ class SpectralLayer(nn.Module):
     s: Tensor  # [k]
     vh: Tensor  # [k, in]
     delta: Tensor
+    delta_table: Tensor
     base_weight: Tensor | None
+    task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
 
     @staticmethod
     def _matrix(weight: Tensor) -> Tensor:
@@ -129,6 +132,9 @@ class SpectralLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        task = task_rows.current(self.task_bank)
+        if task is not None:
+            return self._with_tasks(x, task)
         if self.merged:
             return self._plain(x)
         w = self._matrix(self.weight)
@@ -147,6 +153,26 @@ class SpectralLayer(nn.Module):
             core=self.core,
             singular_basis=self.singular_basis,
             plan=self.forced_plan,
+        )
+
+    def _with_tasks(self, x: Tensor, task: Tensor) -> Tensor:
+        """Every row of the batch x [B, ..., in] with its own task's core; `delta` plays no part."""
+        w = self._matrix(self.weight if self.base_weight is None else self.base_weight)
+        if self.path == "reference":
+            return reference.task_linear(
+                x, w, self.bias, self.u, self.vh, self.delta_table, task, self.core
+            )
+        return task_linear(
+            x,
+            w,
+            self.bias,
+            self.u,
+            self.s,
+            self.vh,
+            self.delta_table,
+            task,
+            core=self.core,
+            singular_basis=self.singular_basis,
         )
 
     def effective_weight(self) -> Tensor:
@@ -195,6 +221,7 @@ class SpectralLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         delta, s = self.delta.data, self.s
+        table = self._buffers.get("delta_table")
         grad = None if self.delta.grad is None else self.delta.grad.data
         super()._apply(fn, recurse)
         if self.delta.dtype != torch.float32:
@@ -206,6 +233,8 @@ class SpectralLayer(nn.Module):
             self.s = s.to(self.s.device)
         if self.u.dtype != self._basis_dtype:
             self._basis_dtype = None
+        if table is not None and self.delta_table.dtype != torch.float32:
+            self.delta_table = table.to(self.delta_table.device)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

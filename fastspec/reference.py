@@ -81,3 +81,21 @@ def spectral_linear_backward(
     q = g @ u
     half_width = delta.shape[0] // 2 if core == "band" else 1
     return dx, core_storage(q.mT @ p, core, half_width)
+
+
+def task_linear(
+    x: Tensor,  # [B, ..., in]
+    w: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
+    u: Tensor,  # [out, k]
+    vh: Tensor,  # [k, in]
+    table: Tensor,  # [tasks, ...], each entry a delta
+    task: Tensor,  # [B]
+    core: str = "diag",
+) -> Tensor:  # [B, ..., out]
+    """Row b is `spectral_linear` with table[task[b]], or the frozen layer where task[b] < 0."""
+    rows = [
+        F.linear(row, w, bias) if t < 0 else spectral_linear(row, w, bias, u, vh, table[t], core)
+        for row, t in zip(x, task.tolist(), strict=True)
+    ]
+    return torch.stack(rows) if rows else F.linear(x, w, bias)

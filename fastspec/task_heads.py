@@ -1,0 +1,70 @@
+"""Heads of a mixed batch: every row through the head of its own task, heads of different sizes in one batch.
+
+The tables of an `nn.Linear` in a head are buffers beside its parameters: `weight_table` [tasks, size, in]
+and `bias_table` [tasks, size] where `size` is the widest task's, `sizes` [tasks], and the pretrained values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastspec import task_rows
+
+
+def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    """Forward hook of an `nn.Linear` in a head: its output [B, ..., size] where the batch names tasks.
+
+    What lies beyond a task's own size is -inf: softmax gives it no weight, argmax does not choose it.
+
+    Raises:
+        ValueError: the input's dimension 0 is not the batch.
+    """
+    task = task_rows.current(head.task_bank)
+    if task is None:
+        return None
+    x = args[0]
+    if x.dim() < 2 or len(x) != len(task):
+        raise ValueError(
+            f"a head got {list(x.shape)} in a batch of {len(task)} rows: its input was flattened, "
+            "expanded or reordered, and which row is whose can't be known here"
+        )
+    row = task.clamp_min(0)
+    weight = head.weight_table.index_select(0, row)  # [B, size, in]
+    blocks = x.flatten(1, -2) if x.dim() > 2 else x[:, None]  # [B, T, in]
+    if head.bias is None:
+        y = torch.bmm(blocks, weight.mT)
+    else:
+        y = torch.baddbmm(head.bias_table.index_select(0, row)[:, None], blocks, weight.mT)
+    y = y.view(*x.shape[:-1], -1)
+    base = F.linear(
+        x, head.weight_pretrained, head.bias_pretrained if head.bias is not None else None
+    )
+    base = F.pad(base, (0, y.shape[-1] - base.shape[-1]), value=float("-inf"))
+    per_row = (len(task), *(1,) * (x.dim() - 1))
+    own = head.sizes.index_select(0, row).view(per_row)
+    beyond = torch.arange(y.shape[-1], device=y.device) >= own
+    y = y.masked_fill(beyond, float("-inf"))
+    return torch.where((task < 0).view(per_row), base, y)
+
+
+def output_layer(head: nn.Module) -> nn.Linear | None:
+    """The layer of a head whose size is the task's: its last `nn.Linear`."""
+    linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def resize(model: Any, layer: nn.Linear, size: int) -> None:
+    """Give a head's output layer another size: new parameters, their values still to be set."""
+    former = layer.out_features
+    for name, p in list(layer.named_parameters(recurse=False)):
+        new = nn.Parameter(p.new_empty(size, *p.shape[1:]), requires_grad=p.requires_grad)
+        layer.register_parameter(name, new)
+    layer.out_features = size
+    # transformers computes its loss by these
+    if getattr(model, "num_labels", None) == former:
+        model.num_labels = size
+        model.config.num_labels = size
