@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "glue": ("fastspec.glue.cli", "finetune and score a model on GLUE"),
     "demo": ("fastspec.glue.demo", "finetune MiniLM in minutes: a table and a picture"),
+    "analyze": ("fastspec.analyze.cli", "study what finetuning does to singular vectors"),
     "factorize": ("fastspec.factorize", "write the leading singular triplets of a model to a file"),
     "backends": (
         "fastspec.availability",

@@ -156,7 +156,8 @@ def test_the_command_makes_a_suite_of_real_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SUITES, "small", rows)
     base = ["glue", "--suite", "small", "--tasks", "rte", "--model", str(model)]
     base += ["--data", str(tmp_path / "glue"), "--output", str(tmp_path / "out"), "--threads", "1"]
-    assert main([*base, "--time"]) == 0
+    status = main([*base, "--time"])
+    assert status == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "rte tiny, rate 0.01, seed 0: best dev epoch" in out
     table = (tmp_path / "out" / "report-small" / "table.md").read_text()

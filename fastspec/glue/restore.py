@@ -58,6 +58,13 @@ def finished(folder: str | os.PathLike[str]) -> Built:
     return built
 
 
+def merged(folder: str | os.PathLike[str]) -> Built:
+    """`finished`, as a plain model whose weights hold what the run trained."""
+    built = _built(folder, method="head", basis_model=None)
+    built.model.load_state_dict(effective_weights(finished(folder).model))
+    return built
+
+
 def starting_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The weights that the run in `folder` began with: the pretrained ones, or its random ones."""
     return effective_weights(_built(folder, method="head", basis_model=None).model)

@@ -1,0 +1,226 @@
+"""The pictures of `fastspec analyze`; every function takes results and writes one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastspec.analyze.alignment import Alignment
+from fastspec.analyze.gradients import GradientSpectrum
+from fastspec.analyze.runs import Stability
+from fastspec.analyze.transplant import Scored
+
+KINDS = ("attention", "mlp", "other")
+COLOURS = {"attention": "C0", "mlp": "C1", "other": "C2"}
+
+
+@contextmanager
+def figure(path: Path, columns: int, rows: int = 1, **kwargs: Any) -> Iterator[Any]:
+    """Axes [rows][columns] of a figure that is written to `path` afterwards."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(4.6 * columns, 3.5 * rows),
+        layout="constrained",
+        squeeze=False,
+        **kwargs,
+    )
+    try:
+        yield axes
+        for each in axes.flat:
+            each.grid(alpha=0.25)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=110)
+    finally:
+        plt.close(fig)
+
+
+def of_kind(alignments: Sequence[Alignment]) -> dict[str, list[Alignment]]:
+    """Alignments by kind, of the kinds that occur."""
+    found = {kind: [a for a in alignments if a.kind == kind] for kind in KINDS}
+    return {kind: group for kind, group in found.items() if group}
+
+
+def draw_alignment(alignments: Sequence[Alignment], path: Path) -> None:
+    """Matched cosines by rank and layer beside those of clusters, attention and MLP apart."""
+    from matplotlib import colormaps
+
+    groups = {k: g for k, g in of_kind(alignments).items() if k != "other"} or of_kind(alignments)
+    with figure(path, 2, len(groups), sharex="row", sharey=True) as axes:
+        for row, (kind, group) in zip(axes, groups.items(), strict=True):
+            layers = sorted({a.layer if a.layer is not None else 0 for a in group})
+            for i, layer in enumerate(layers):
+                colour = colormaps["viridis"](i / max(1, len(layers) - 1))
+                ours = [a for a in group if (a.layer or 0) == layer]
+                for panel, names in zip(
+                    row, (("left", "right"), ("cluster_left", "cluster_right")), strict=True
+                ):
+                    x, y = _mean_curve([getattr(a, n) for a in ours for n in names])
+                    panel.plot(x, y, color=colour, linewidth=1, label=f"layer {layer}")
+            chance = [(2 / (torch.pi * side)) ** 0.5 for a in group for side in a.shape]
+            row[0].axhline(
+                sum(chance) / len(chance), color="0.3", linestyle=":", label="random vectors"
+            )
+            row[0].set(title=f"{kind}: matched singular vectors", ylabel="mean |cosine|")
+            row[1].set(title=f"{kind}: spans of clusters")
+        for panel in axes[-1]:
+            panel.set(xlabel="rank of the singular value, from the largest", ylim=(0, 1.02))
+        axes[0][0].legend(fontsize="x-small", ncols=2)
+
+
+def draw_profile(alignments: Sequence[Alignment], path: Path) -> None:
+    """Stability by tenth of the rank range: matched vectors, spans, and what chance gives."""
+    groups = of_kind(alignments)
+    with figure(path, len(groups), sharey=True) as axes:
+        for panel, (kind, group) in zip(axes[0], groups.items(), strict=True):
+            most = max(len(a.blocks) for a in group)
+            whole = [a.blocks for a in group if len(a.blocks) == most]
+            mean = torch.stack(whole).mean(0)
+            x = [100 * (i + 0.5) / most for i in range(most)]
+            panel.plot(x, mean[:, 1], "o-", color="C0", label="span of the range")
+            panel.plot(x, mean[:, 0], "s-", color="C1", label="matched vectors")
+            panel.plot(x, mean[:, 2], ":", color="0.3", label="random spans")
+            panel.set(
+                title=f"{kind} ({len(group)} matrices)",
+                xlabel="rank range, per cent of all",
+                ylim=(0, 1.02),
+            )
+        axes[0][0].set_ylabel("mean cosine, before to after")
+        axes[0][0].legend(fontsize="small", loc="lower left")
+
+
+def draw_update(alignments: Sequence[Alignment], path: Path) -> None:
+    """Size of the update by layer, and how much of it and of the weight leading directions hold."""
+    with figure(path, 2) as axes:
+        size, share = axes[0]
+        for kind, group in of_kind(alignments).items():
+            places = [a.layer if a.layer is not None else -1 for a in group]
+            ratios = [float(a.s_update[0] / a.s[0]) for a in group]
+            size.plot(places, ratios, "o", color=COLOURS[kind], alpha=0.7, label=kind)
+            if kind == "other":
+                continue
+            x, y = _mean_curve([a.explained() for a in group], relative=True)
+            share.plot(x, y, color=COLOURS[kind], label=f"W, {kind}")
+            x, y = _mean_curve([a.update_captured for a in group], relative=True)
+            share.plot(x, y, "--", color=COLOURS[kind], label=f"update, {kind}")
+            x, y = _mean_curve(
+                [
+                    torch.arange(1, len(a.s) + 1).double() ** 2 / (a.shape[0] * a.shape[1])
+                    for a in group
+                ],
+                relative=True,
+            )
+            share.plot(x, y, ":", color=COLOURS[kind], label=f"random block, {kind}")
+        size.set(
+            xlabel="layer (-1: none)",
+            ylabel="$\\sigma_1(dW) / \\sigma_1(W)$",
+            title="size of the update",
+            ylim=(0, None),
+        )
+        share.set(
+            xlabel="leading directions, per cent of all",
+            ylabel="share of the squared norm",
+            title="what the leading directions hold",
+        )
+        size.legend(fontsize="small")
+        share.legend(fontsize="x-small")
+
+
+def draw_scores(scored: Sequence[Scored], path: Path, title: str, xlabel: str) -> None:
+    """Score against the share of triplets changed, a line for each kind of change."""
+    own = next(s.score for s in scored if s.what == "own")
+    with figure(path, 1) as axes:
+        panel = axes[0][0]
+        for i, what in enumerate(dict.fromkeys(s.what for s in scored if s.what != "own")):
+            points = sorted((100 * s.share, s.score) for s in scored if s.what == what)
+            panel.plot(*zip((0.0, own), *points, strict=True), "osD^v"[i % 5] + "-", label=what)
+        panel.axhline(own, color="0.4", linestyle=":", label="unchanged")
+        panel.set(title=title, xlabel=xlabel, ylabel="dev score [points]")
+        panel.legend(fontsize="small")
+
+
+def draw_gradients(spectra: Sequence[GradientSpectrum], path: Path) -> None:
+    """Spectra of summed gradients, relative to their largest value, and what the basis holds of them."""
+    steps = sorted({g.step for g in spectra})
+    with figure(path, 2) as axes:
+        for i, step in enumerate(steps):
+            ours = [g for g in spectra if g.step == step and g.kind != "other"]
+            x, y = _mean_curve([g.s / g.s[0] for g in ours], relative=True)
+            axes[0][0].semilogy(x, y, color=f"C{i}", label=f"{step} steps")
+            x, y = _mean_curve([g.captured for g in ours], relative=True)
+            axes[0][1].plot(x, y, color=f"C{i}", label=f"{step} steps")
+        axes[0][0].set(
+            xlabel="rank, per cent of all",
+            ylabel="singular value over the largest",
+            title="summed gradient",
+            ylim=(1e-4, 1.2),
+        )
+        axes[0][1].set(
+            xlabel="leading directions of W, per cent of all",
+            ylabel="share of the squared norm",
+            title="summed gradient in the basis of W",
+        )
+        axes[0][0].legend(fontsize="small")
+
+
+def draw_runs(runs: Sequence[Stability], path: Path) -> None:
+    """Stability of the leading tenth against the score, a point for each run."""
+    with figure(path, 2) as axes:
+        for panel, kind in zip(axes[0], ("attention", "mlp"), strict=True):
+            for i, task in enumerate(sorted({run.task for run in runs})):
+                lines = [run.summary() for run in runs if run.task == task]
+                x = [line[f"{kind}: subspace, leading tenth"] for line in lines]
+                panel.plot(
+                    x, [line["best dev score"] for line in lines], "osD^v"[i % 5], label=task
+                )
+            panel.set(
+                title=kind,
+                xlabel="stability: cosine of the leading tenth's spans",
+                ylabel="best dev score [points]",
+            )
+        axes[0][0].legend(fontsize="small")
+
+
+def draw_scale(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Stability under post-training against the number of pretraining images; spread over seeds."""
+    sizes = sorted({row["images"] for row in rows})
+    with figure(path, 2) as axes:
+        for panel, columns, ylabel in (
+            (axes[0][0], ("matched cosine", "subspace cosine"), "leading tenth, before to after"),
+            (axes[0][1], ("accuracy",), "test accuracy [%]"),
+        ):
+            for i, column in enumerate(columns):
+                values = [[r[column] for r in rows if r["images"] == size] for size in sizes]
+                middle = torch.tensor([sorted(v)[len(v) // 2] for v in values])
+                low = middle - torch.tensor([min(v) for v in values])
+                high = torch.tensor([max(v) for v in values]) - middle
+                panel.errorbar(
+                    [max(size, 10) for size in sizes],
+                    middle,
+                    yerr=torch.stack([low, high]).numpy(),
+                    fmt="os"[i] + "-",
+                    capsize=3,
+                    label=column,
+                )
+            panel.set(xscale="log", xlabel="pretraining images (10 stands for none)", ylabel=ylabel)
+            panel.legend(fontsize="small")
+        axes[0][0].set_title("stability under post-training")
+        axes[0][1].set_title("classification after post-training")
+
+
+def _mean_curve(curves: Sequence[Any], relative: bool = False) -> tuple[Any, Any]:
+    """The mean of curves over the rank, of those of the commonest length; x in ranks or per cent."""
+    lengths = [len(c) for c in curves]
+    k = max(set(lengths), key=lengths.count)
+    mean = torch.stack([c.double() for c in curves if len(c) == k]).mean(0)
+    x = torch.arange(1, k + 1)
+    return (100 * x / k if relative else x), mean

@@ -1,0 +1,147 @@
+"""What a finetuned model owes to its singular vectors: swap them, or drop some, and score it.
+
+The finetuned coefficients s_i stay. A swap puts s_i p_i q_i^T in place of s_i u_i v_i^T for the leading
+k triplets, where (p_i, q_i) are vectors of the pretrained model, of another task's model or random
+orthonormal ones; the zero control only takes the triplets out. A product p_i q_i^T has no sign of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastspec.analyze.alignment import decompose
+from fastspec.analyze.weights import pairs
+from fastspec.svd import TopkSVD
+
+FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
+RANDOM, ZERO, PRETRAINED, OTHER = "random", "zero", "pretrained", "other task"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The score of one changed model.
+
+    Args:
+        what: the source of the vectors, or the end that was masked.
+        share: of the triplets of every matrix that were changed, in [0, 1].
+        score: in points.
+    """
+
+    what: str
+    share: float
+    score: float
+
+
+class Matrices:
+    """The adapted matrices of a model with their singular triplets.
+
+    Args:
+        model: a plain model, which is changed in place and restored.
+        kinds: "attention", "mlp", "other": which matrices are taken.
+    """
+
+    def __init__(
+        self, model: nn.Module, kinds: Sequence[str] = ("attention", "mlp", "other")
+    ) -> None:
+        state = model.state_dict()
+        self.found = [p for p in pairs(state, state) if p.kind in kinds]
+        if not self.found:
+            raise ValueError(f"the model has no matrix of the kinds {', '.join(kinds)}")
+        self.parameters: list[Tensor] = [model.get_parameter(p.name).data for p in self.found]
+        self.svds = decompose([p.before for p in self.found])
+
+    def vectors_in(self, weights: Mapping[str, Tensor]) -> list[TopkSVD]:
+        """The singular triplets of the matrices of these names in other weights."""
+        own = {p.name: p.before for p in self.found}
+        return decompose([p.after for p in pairs(own, weights)])
+
+    def random(self, seed: int) -> list[TopkSVD]:
+        """Random orthonormal vectors in place of every matrix's own, the values being kept."""
+        g = torch.Generator().manual_seed(seed)
+        return [
+            dataclasses.replace(
+                svd, u=_orthonormal(svd.u.shape, g), vh=_orthonormal(svd.vh.mT.shape, g).mT
+            )
+            for svd in self.svds
+        ]
+
+    def restore(self) -> None:
+        for parameter, pair in zip(self.parameters, self.found, strict=True):
+            parameter.copy_(pair.before.view_as(parameter))
+
+    def replace(self, vectors: Sequence[TopkSVD] | None, start: float, stop: float) -> None:
+        """Put other vectors in the place of the triplets in a range of shares; None takes them out."""
+        for i, (parameter, pair, own) in enumerate(
+            zip(self.parameters, self.found, self.svds, strict=True)
+        ):
+            k = len(own.s)
+            part = slice(round(start * k), round(stop * k))
+            new = pair.before - _product(own.u, own.s, own.vh, part)
+            if vectors is not None:
+                new += _product(vectors[i].u, own.s, vectors[i].vh, part)
+            parameter.copy_(new.view_as(parameter))
+
+
+def swap(
+    model: nn.Module,
+    score: Callable[[nn.Module], float],
+    sources: Mapping[str, Mapping[str, Tensor]],
+    *,
+    shares: Sequence[float] = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0),
+    kinds: Sequence[str] = ("attention", "mlp", "other"),
+    seed: int = 0,
+) -> Iterator[Scored]:
+    """Scores with the vectors of `sources` (weights by name), and the random and zero controls, in
+    place of the leading shares of the model's own; the first is the model's own score, at share 0."""
+    matrices = Matrices(model, kinds)
+    yield Scored("own", 0.0, score(model))
+    vectors: dict[str, list[TopkSVD] | None] = {
+        name: matrices.vectors_in(weights) for name, weights in sources.items()
+    }
+    vectors[RANDOM] = matrices.random(seed)
+    vectors[ZERO] = None
+    for name, found in vectors.items():
+        for share in shares:
+            yield Scored(name, share, _scored(matrices, model, score, found, 0.0, share))
+
+
+def mask(
+    model: nn.Module,
+    score: Callable[[nn.Module], float],
+    *,
+    shares: Sequence[float] = FRACTIONS,
+    kinds: Sequence[str] = ("attention", "mlp", "other"),
+) -> Iterator[Scored]:
+    """Scores without the leading and without the trailing shares of the triplets of every matrix."""
+    matrices = Matrices(model, kinds)
+    yield Scored("own", 0.0, score(model))
+    for share in shares:
+        yield Scored("leading", share, _scored(matrices, model, score, None, 0.0, share))
+        yield Scored("trailing", share, _scored(matrices, model, score, None, 1 - share, 1.0))
+
+
+def _scored(
+    matrices: Matrices,
+    model: nn.Module,
+    score: Callable[[nn.Module], float],
+    vectors: Sequence[TopkSVD] | None,
+    start: float,
+    stop: float,
+) -> float:
+    try:
+        matrices.replace(vectors, start, stop)
+        return score(model)
+    finally:
+        matrices.restore()
+
+
+def _product(u: Tensor, s: Tensor, vh: Tensor, part: slice) -> Tensor:
+    return (u[:, part] * s[part]) @ vh[part]
+
+
+def _orthonormal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(*shape, generator=generator))[0]
