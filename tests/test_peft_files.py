@@ -1,6 +1,8 @@
 """The PEFT bridge on disk: adapter folders, transformers' own adapters, and export as LoRA."""
 
 import json
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -20,7 +22,7 @@ from peft_support import (
     shift,
 )
 from safetensors.torch import load_file, save_file
-from support import assert_close, minilm
+from support import assert_close, minilm, minilm_path
 
 from fastspec.adapter import AdapterError
 from fastspec.peft import SpectralConfig, convert_to_lora, save_as_lora
@@ -279,3 +281,18 @@ class TestAsLora:
             convert_to_lora(adapted("mlp"), "x")
         with pytest.raises(ValueError, match="trains biases"):
             convert_to_lora(adapted("mlp", bias="all"))
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    page = Path(__file__).parent.parent / "docs" / "peft.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("path/to/encoder", str(minilm_path())), names)
+    assert (tmp_path / "runs/rte/adapter_model.safetensors").stat().st_size < 16_000
+    assert names["logits"].shape == (3, 2)
+    names["model"].set_adapter("rte")
+    ids = names["batch"]["input_ids"]
+    torch.testing.assert_close(
+        names["lora"](ids).logits, names["model"](ids).logits, rtol=0, atol=1e-5
+    )

@@ -13,6 +13,7 @@ from fastspec import reference
 from fastspec.config import Core
 from fastspec.factors import Directions, Factors
 from fastspec.functional import delta_shape, spectral_linear
+from fastspec.task_functional import task_linear
 
 BASE = "__base__"  # PEFT's name for "no adapter" among the `adapter_names` of a batch
 
@@ -181,20 +182,15 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         return self._adapted(x, active)
 
     def _adapted(self, x: Tensor, adapters: list[str]) -> Tensor:
-        factors, delta, core = self._combined(adapters)
-        base = self.get_base_layer()
-        weight: Any = base.weight
+        """The whole batch through the given adapters together."""
+        f, delta, core = self._combined(adapters)
         return spectral_linear(
-            x,
-            weight.mT if self._transposed else weight,
-            base.bias,  # type: ignore[arg-type]
-            factors.u,
-            factors.s,
-            factors.vh,
-            delta,
-            core=core,
-            singular_basis=factors.singular,
+            x, *self._frozen(), f.u, f.s, f.vh, delta, core=core, singular_basis=f.singular
         )
+
+    def _frozen(self) -> tuple[Tensor, Tensor | None]:
+        base: Any = self.get_base_layer()
+        return (base.weight.mT if self._transposed else base.weight), base.bias
 
     def _combined(self, adapters: list[str]) -> tuple[Factors, Tensor, Core]:
         """One adapter that does what the given ones do together: W + sum_a U_a C_a Vh_a."""
@@ -228,15 +224,30 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call "
                 "`unmerge_adapter` first."
             )
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple | None, list[int]] = {}
         for row, name in enumerate(names):
-            groups.setdefault(name if name in self.fastspec_delta else BASE, []).append(row)
-        parts = [
-            self.base_layer(x[rows]) if name == BASE else self._adapted(x[rows], [name])
-            for name, rows in groups.items()
-        ]
+            kind = self._kind(name) if name in self.fastspec_delta else None
+            groups.setdefault(kind, []).append(row)
+        if len(groups.keys() - {None}) <= 1:
+            return self._tabled(x, names)
+        parts = [self._tabled(x[rows], [names[row] for row in rows]) for rows in groups.values()]
         order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
         return torch.cat(parts)[order.argsort()]
+
+    def _tabled(self, x: Tensor, names: list[str]) -> Tensor:
+        """Rows that name adapters of one kind, or none: their cores in one table, one call."""
+        adapters = sorted({name for name in names if name in self.fastspec_delta})
+        if not adapters:
+            return self.base_layer(x)
+        if all(name == adapters[0] for name in names):
+            return self._adapted(x, adapters)
+        position = {name: i for i, name in enumerate(adapters)}
+        task = torch.tensor([position.get(name, -1) for name in names], device=x.device)
+        f, core = self.factors(adapters[0]), self.fastspec_form[adapters[0]].core
+        table = torch.stack([self.fastspec_delta[name] for name in adapters])
+        return task_linear(
+            x, *self._frozen(), f.u, f.s, f.vh, table, task, core=core, singular_basis=f.singular
+        )
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
