@@ -61,6 +61,7 @@ class Costs:
 
 COSTS = Costs()
 KERNEL_RANK = 256  # the widest that fastspec.kernels takes
+DYNAMIC_ROWS = 2048  # rows assumed by a compiled or exported graph that takes any number
 
 
 def make_plan(
@@ -88,6 +89,11 @@ def make_plan(
         needs_delta: whether the gradient of the coefficients is wanted.
         singular_basis: whether `W V = U S` holds to rounding, which the short-side form rests on.
     """
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+        if not has_static_value(n):
+            n = DYNAMIC_ROWS  # to compare a varying size would compile again on every side of it
     wide = dtype in (torch.float32, torch.float64)
     thin = costs.thin_price(k)
     weight = in_features * out_features
