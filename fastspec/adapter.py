@@ -128,7 +128,8 @@ def read_adapters(
     """
     config: SpectralConfig | None = None
     expected: Expected | None = None
-    if next(spectral_layers(model), None) is not None:
+    adapted = next(spectral_layers(model), None) is not None
+    if adapted:
         config = adaptation_of(model).config
         expected = {n: (t.shape, t.dtype) for n, t in adapter_tensors(model).items()}
     limit = 8 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
@@ -144,6 +145,8 @@ def read_adapters(
             config = config or own
             expected = expected or _expected(model, own, folder)
             _check_same_config(config, own, folder)
+            if adapted:
+                _check_same_layers(model, meta["layers"], folder)
             free, told = sizes_free(meta["modules_to_save"]), saying
         assert config is not None
         assert expected is not None
@@ -331,6 +334,16 @@ def _check_same_config(have: SpectralConfig, want: SpectralConfig, folder: Path)
             for f in differing
         )
         raise AdapterError(f"{folder}: the model was spectralized otherwise: {details}")
+
+
+def _check_same_layers(model: nn.Module, want: Mapping[str, int], folder: Path) -> None:
+    have = {name: layer.rank for name, layer in spectral_layers(model)}
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise AdapterError(
+                f"{folder}: the model was spectralized otherwise: {name} has rank {want.get(name)} in "
+                f"the adapter and {have.get(name)} in the model (None: not adapted)"
+            )
 
 
 def _check_tensors(
