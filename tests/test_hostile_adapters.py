@@ -72,8 +72,7 @@ def refused(folder, model=None):
     text, attributes, before = frozen_state(model)
     try:
         load_adapter(model, folder)
-    except (AdapterError, FileNotFoundError) as e:
-        assert str(e)
+    except (AdapterError, FileNotFoundError):
         assert repr(model) == text
         assert set(vars(model)) == attributes
         after = frozen_state(model)[2]
@@ -247,7 +246,7 @@ def test_every_tensor_in_double_precision(good, tmp_path):
 
     content, config = good
     wide = save({name: t.double() for name, t in load(content).items()})
-    with folder_of(wide, config) as folder, pytest.raises(AdapterError, match="float64.*float32"):
+    with folder_of(wide, config) as folder, pytest.raises(AdapterError, match=r"float64.*float32"):
         load_adapter(plain(), folder)
 
 
