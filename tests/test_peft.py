@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import get_peft_model
 from peft.tuners.tuners_utils import replicate_layers
 from peft_support import (
@@ -347,20 +348,33 @@ def test_torch_compile_whole_and_once():
     assert torch.equal(output(compiled), output(model))
 
 
-def test_the_fused_path_of_transformer_encoder_layers_is_not_taken():
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_the_fused_paths_of_encoders_are_not_taken(padded):
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
     model = get_peft_model(
-        nn.TransformerEncoder(block, 1, enable_nested_tensor=False),
-        SpectralConfig(r=4, target_modules=["linear1", "linear2"]),
+        nn.TransformerEncoder(block, 2), SpectralConfig(r=4, target_modules=["linear1", "linear2"])
     ).eval()
     shift(model)
     x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
     with torch.no_grad():
-        fast = model(x)
-    assert_close(fast, model(x))  # with gradients on, torch never takes it
+        fast = model(x, src_key_padding_mask=mask)
+    kept = torch.ones(2, 5, dtype=torch.bool) if mask is None else ~mask
+    slow = model(x, src_key_padding_mask=mask)  # with gradients on, torch never takes them
+    assert_close(fast[kept], slow[kept])
     with model.disable_adapter():
-        assert not torch.allclose(fast, model(x))
+        assert not torch.allclose(fast, model(x, src_key_padding_mask=mask))
+
+
+def test_printing_says_what_runs():
+    model = adapted("mlp", core="dense")
+    shown = str(layers(model)[0])
+    assert "default: dense of rank 4, plan=" in shown
+    assert "FrozenBasis(rank=4, select=leading, basis=svd, dtype=float32)" in shown
+    model.merge_adapter()
+    assert "merged=['default']" in str(layers(model)[0])
 
 
 class TestRefused:
@@ -390,13 +404,32 @@ class TestRefused:
                 "0: the layer has forward hooks",
             ),
             (
+                lambda: nn.Sequential(add_hook_to_module(nn.Linear(8, 8), AlignDevicesHook())),
+                {"target_modules": ["0"]},
+                "0: the layer has forward hooks or a forward of its own",
+            ),
+            (
+                lambda: fastspec.spectralize(mlp(), fastspec.SpectralConfig(rank=2)),
+                {"target_modules": ["lin0"]},
+                "lin0: SpectralLinear is an nn.Linear with a forward of its own",
+            ),
+            (
                 mlp,
                 {"r": 11, "target_modules": ["lin1", "lin0"]},
                 "lin0: rank 11 .* 10 of them; give",
             ),
             (mlp, {"target_modules": ["nothing"]}, "nothing.* not found in the base model"),
         ],
-        ids=["embedding", "attention", "meta", "hooks", "rank", "no match"],
+        ids=[
+            "embedding",
+            "attention",
+            "meta",
+            "hooks",
+            "accelerate's hooks",
+            "adapted",
+            "rank",
+            "no match",
+        ],
     )
     @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
     def test_by_name(self, make, options, message):

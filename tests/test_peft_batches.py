@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from peft_support import CORES, IDS, bert, gpt2, layers, mlp, mlp_config, output, shift
+from peft_support import CORES, IDS, bert, gpt2, layers, mlp, mlp_config, output, shift, t5
 from support import assert_close
 
 from fastspec.peft import SpectralConfig
@@ -125,6 +125,18 @@ def test_generation_names_rows_too_also_with_beams(beams):
     how = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "attention_mask": IDS > 0}
     mixed = model.generate(input_ids=IDS, adapter_names=NAMES, **how)
     for name in set(NAMES) - {"__base__"}:
+        model.set_adapter(name)
+        alone = model.generate(input_ids=IDS, **how)
+        rows = [i for i, n in enumerate(NAMES) if n == name]
+        assert torch.equal(mixed[rows], alone[rows])
+
+
+def test_beams_repeat_the_rows_of_a_decoder_but_not_of_its_encoder():
+    config = SpectralConfig(r=4, task_type="SEQ_2_SEQ_LM")
+    model = three_adapters(t5, config, config, config)
+    how = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "attention_mask": IDS > 0}
+    mixed = model.generate(input_ids=IDS, adapter_names=NAMES, **how)
+    for name in ("one", "two", "three"):
         model.set_adapter(name)
         alone = model.generate(input_ids=IDS, **how)
         rows = [i for i, n in enumerate(NAMES) if n == name]

@@ -13,6 +13,7 @@ from fastspec import reference
 from fastspec.config import Core
 from fastspec.factors import Directions, Factors
 from fastspec.functional import delta_shape, spectral_linear
+from fastspec.plan import make_plan
 from fastspec.task_functional import task_linear
 
 BASE = "__base__"  # PEFT's name for "no adapter" among the `adapter_names` of a batch
@@ -49,11 +50,8 @@ class FrozenBasis(nn.Module):
         have = self.directions
         if wanted == have:
             return 0
-        if have.basis != "svd" or (have.basis, have.tol, have.seed) != (
-            wanted.basis,
-            wanted.tol,
-            wanted.seed,
-        ):
+        alike = (have.basis, have.tol, have.seed) == (wanted.basis, wanted.tol, wanted.seed)
+        if have.basis == "random" or not alike:
             return None
         short_side = min(self.u.shape[0], self.vh.shape[1])
         (start, stop), (a, b) = have.triplets(short_side), wanted.triplets(short_side)
@@ -137,7 +135,6 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         """A new adapter at zero; `use_basis` has to follow before the first forward."""
         zeros = torch.zeros(delta_shape(core, k, half_width), device=self.base_weight.device)
         self.fastspec_delta[adapter] = nn.Parameter(zeros)
-        self.fastspec_form[adapter] = Form(core, 0)
 
     def shared_basis(self, wanted: Directions) -> FrozenBasis | None:
         """A basis another adapter of this layer brought that holds the wanted triplets."""
@@ -147,11 +144,14 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
                 return basis
         return None
 
-    def use_basis(self, adapter: str, basis: FrozenBasis, directions: Directions) -> None:
+    def use_basis(
+        self, adapter: str, core: Core, basis: FrozenBasis, directions: Directions
+    ) -> None:
+        """Say what the adapter's coefficients stand between: `directions`, which `basis` holds."""
         offset = basis.offset_of(directions)
         assert offset is not None
         self.fastspec_basis[adapter] = basis
-        self.fastspec_form[adapter] = Form(self.fastspec_form[adapter].core, offset)
+        self.fastspec_form[adapter] = Form(core, offset)
 
     def factors(self, adapter: str) -> Factors:
         """The adapter's factors: views of the basis it shares."""
@@ -333,7 +333,19 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
         for name, delta in self.fastspec_delta.items():
-            parts.append(f"{name}: {self.fastspec_form[name].core} {tuple(delta.shape)}")
+            core, k = self.fastspec_form[name].core, delta.shape[-1]
+            plan = make_plan(
+                2048,
+                self.in_features,
+                self.out_features,
+                k,
+                core=core,
+                dtype=self.base_weight.dtype,
+                device=self.base_weight.device.type,
+                needs_delta=delta.requires_grad,
+                singular_basis=self.factors(name).singular,
+            )
+            parts.append(f"{name}: {core} of rank {k}, plan={plan} at 2048 rows")
         if self.merged:
             parts.append(f"merged={self.merged_adapters}")
         return ", ".join(parts)

@@ -52,6 +52,7 @@ class SpectralModel(BaseTuner):
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
             )
             self._make_bases(adapter_name, config)  # type: ignore[arg-type]
+            _avoid_fused_inference(model)
         except Exception:
             if len(self.peft_config) == 1:
                 for module in model.modules():
@@ -91,9 +92,6 @@ class SpectralModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # its fused inference path reads linear1.weight and linear2.weight past their forward
-            parent.activation_relu_or_gelu = 0
 
     def _make_bases(self, adapter_name: str, config: SpectralConfig) -> None:
         """Give every layer of the adapter its factors, and check or note the base weights' fingerprint."""
@@ -112,7 +110,7 @@ class SpectralModel(BaseTuner):
             basis = layer.shared_basis(wanted[name])
             if basis is not None:
                 fingerprints[name] = basis.fingerprint
-                layer.use_basis(adapter_name, basis, wanted[name])
+                layer.use_basis(adapter_name, config.core, basis, wanted[name])
             else:
                 fingerprints[name] = tensor_fingerprint(layer.base_weight)
                 w = layer.base_matrix()
@@ -139,7 +137,7 @@ class SpectralModel(BaseTuner):
         for names, factors in zip(missing.values(), made, strict=True):
             basis = FrozenBasis(factors, wanted[names[0]], fingerprints[names[0]])
             for name in names:
-                layers[name].use_basis(adapter_name, basis, wanted[name])
+                layers[name].use_basis(adapter_name, config.core, basis, wanted[name])
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -194,6 +192,15 @@ def _with_adapter_names(
     return args, kwargs | {"adapter_names": adapter_names}
 
 
+def _avoid_fused_inference(model: nn.Module) -> None:
+    """Switch off what reads linear1.weight and linear2.weight of an encoder past their forward."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
 def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
     """Refuse what the layer can't stand in for."""
     if not isinstance(target, (nn.Linear, Conv1D)):
@@ -206,9 +213,9 @@ def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
             f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so it can't be "
             "adapted: name it in exclude_modules"
         )
-    if target._forward_hooks or target._forward_pre_hooks:
+    if target._forward_hooks or target._forward_pre_hooks or "forward" in vars(target):
         raise ValueError(
-            f"{name}: the layer has forward hooks (offloading, weight norm, or the user's own), which an "
-            "adapted layer does not run: remove them, or name it in exclude_modules"
+            f"{name}: the layer has forward hooks or a forward of its own (offloading, weight norm, or the "
+            "user's), which an adapted layer does not run: remove them, or name it in exclude_modules"
         )
     _check_layer(name, target)
