@@ -16,21 +16,22 @@ from fastspec.adapter import (
     read_adapters,
     spectralize_for,
 )
+from fastspec.bank import CAPACITY, TaskBank, output_tensors
 from fastspec.config import SpectralConfig
 from fastspec.targets import spectral_layers
-from fastspec.task_bank import CAPACITY, TaskBank, output_tensors
 
 
-def task_bank(model: nn.Module, capacity: int = CAPACITY) -> TaskBank:
-    """The model's bank of tasks, made now if it has none, with room for `capacity` tasks at least.
+def task_bank(model: nn.Module, capacity: int | None = None) -> TaskBank:
+    """The model's bank of tasks, made now if it has none, with room for `capacity` tasks if given.
 
     Raises:
         ValueError: the model is no spectralized one.
     """
     bank: TaskBank | None = getattr(model, "task_bank", None)
     if bank is None:
-        return TaskBank(model, capacity)
-    bank._reserve(capacity, ())
+        return TaskBank(model, CAPACITY if capacity is None else capacity)
+    if capacity is not None:
+        bank.reserve(capacity)
     return bank
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fastspec.task_bank import TaskBank
+    from fastspec.bank import TaskBank
 
 TaskNames = Sequence["str | None"] | Tensor
 
@@ -150,10 +150,14 @@ def after_call(model: nn.Module, *_: Any) -> None:
 
 
 def _check_call(model: Any, index: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
-    if getattr(model, "is_gradient_checkpointing", False) and model.training:
+    if (
+        torch.is_grad_enabled()
+        and model.training
+        and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    ):
         raise ValueError(
             "gradient checkpointing runs layers again in the backward pass, where the batch's tasks are "
-            "not known any more: model.gradient_checkpointing_disable() to name tasks, or set_task()"
+            "not known any more: switch it off to name tasks, or train one task at a time by set_task()"
         )
     names = (getattr(model, "main_input_name", "input_ids"), "input_ids", "inputs_embeds")
     given = [kwargs[name] for name in names if kwargs.get(name) is not None] + list(args)

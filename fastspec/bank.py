@@ -50,7 +50,7 @@ class Slot:
         former = getattr(self.owner, f"{self.leaf}_table", None)
         if former is not None and former.shape == (capacity, *shape):
             return
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             table = torch.zeros(capacity, *shape, dtype=self.live.dtype, device=self.live.device)
             if former is not None:
                 table[tuple(slice(n) for n in former.shape)] = former
@@ -77,6 +77,7 @@ class TaskBank:
         ValueError: the model is no spectralized one, or holds biases or norms that were trained already.
     """
 
+    @torch.inference_mode(False)  # what is made here is written to later, anywhere
     def __init__(self, model: nn.Module, capacity: int = CAPACITY) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
@@ -158,6 +159,10 @@ class TaskBank:
             device=device,
         )
 
+    def reserve(self, count: int) -> None:
+        """Make room for `count` tasks in all, by doubling the tables."""
+        self._grow(count, ())
+
     @torch.no_grad()
     def add(self, tasks: Mapping[str, Mapping[str, Tensor]]) -> None:
         """New tasks, all or none; tensors that a task lacks start as the pretrained model's.
@@ -173,7 +178,7 @@ class TaskBank:
                     f"the task {name!r} is there already: replace_task() or remove_task()"
                 )
         checked = [self._checked(name, values) for name, values in tasks.items()]
-        self._reserve(len(self) + len(tasks), checked)
+        self._grow(len(self) + len(tasks), checked)
         taken = set(self._rows.values())
         free = [row for row in range(self.capacity) if row not in taken][: len(tasks)]
         self._write(free, checked)
@@ -184,7 +189,7 @@ class TaskBank:
         """New values for a task, in place; see `fastspec.replace_task`."""
         row = self._row(name)
         checked = [self._checked(name, values)]
-        self._reserve(len(self), checked)
+        self._grow(len(self), checked)
         self._write([row], checked)
         if name == self.active:
             self._load(name)
@@ -317,8 +322,9 @@ class TaskBank:
             checked[slot.name] = value
         return checked
 
-    def _reserve(self, count: int, checked: Sequence[Mapping[str, Tensor]]) -> None:
-        """Room for `count` tasks and for the sizes of new ones."""
+    @torch.inference_mode(False)
+    def _grow(self, count: int, checked: Sequence[Mapping[str, Tensor]]) -> None:
+        """Room for `count` tasks in all and for the sizes of new ones."""
         capacity = self.capacity
         while capacity < count:
             capacity *= 2
@@ -334,10 +340,10 @@ class TaskBank:
                 )
             if grows:
                 slot.lay_out(capacity, size)
-        for owner in {slot.owner for slot in self.slots if hasattr(slot.owner, "sizes")}:
-            more = capacity - self.capacity
-            if more:
-                owner.sizes = torch.cat([owner.sizes, owner.sizes.new_zeros(more)])  # type: ignore
+        if capacity > self.capacity:
+            for owner in {slot.owner for slot in self.slots if hasattr(slot.owner, "sizes")}:
+                sizes: Tensor = owner.sizes  # type: ignore[assignment]
+                owner.sizes = torch.cat([sizes, sizes.new_zeros(capacity - self.capacity)])
         self.capacity = capacity
 
     def _write(self, rows: list[int], checked: Sequence[Mapping[str, Tensor]]) -> None:

@@ -1,0 +1,161 @@
+"""Adapter folders as tasks: many at once, all or none; heads of other sizes."""
+
+import time
+
+import pytest
+import torch
+from support import assert_close
+from test_convert import IDS, Net
+from torch import nn
+
+import fastspec
+from fastspec import SpectralConfig, load_tasks, save_adapter, spectralize
+from fastspec.adapter import AdapterError
+
+
+def plain(seed=0, labels=3):
+    torch.manual_seed(seed)
+    model = Net().eval()
+    if labels != 3:
+        model.head = nn.Linear(16, labels)
+    return model
+
+
+def trained(seed, labels=3, **options):
+    model = spectralize(plain(labels=labels), SpectralConfig(**{"rank": 4, **options}))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(0.3 * torch.randn(p.shape, generator=g))
+    return model
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three folders, one of them with a wider head, and what does not belong."""
+    for seed, labels in enumerate((3, 5, 3)):
+        save_adapter(trained(seed, labels), tmp_path / "runs" / f"t{seed}")
+    (tmp_path / "runs" / "notes.txt").write_text("no adapter")
+    (tmp_path / "runs" / "empty").mkdir()
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_folders_become_tasks(runs, adapted):
+    model = plain()
+    if adapted:
+        spectralize(model, SpectralConfig(rank=4))
+    bank = load_tasks(model, runs / "*")
+    assert fastspec.list_tasks(model) == list(bank) == ["t0", "t1", "t2"]
+    for seed, labels in enumerate((3, 5, 3)):
+        want = trained(seed, labels)(IDS)
+        assert_close(model(IDS, tasks=[f"t{seed}"] * 2)[..., :labels], want)
+        fastspec.set_task(model, f"t{seed}")
+        assert torch.equal(model(IDS), want)
+    fastspec.set_task(model, None)
+    assert torch.equal(model(IDS), plain()(IDS))
+
+
+def test_a_task_is_saved_as_any_adapter(runs, tmp_path):
+    model = plain()
+    load_tasks(model, runs / "*")
+    fastspec.set_task(model, "t1")
+    save_adapter(model, tmp_path / "again")
+    assert (tmp_path / "again" / "adapter.safetensors").read_bytes() == (
+        runs / "t1" / "adapter.safetensors"
+    ).read_bytes()
+
+
+def test_one_folder(runs):
+    model = plain()
+    fastspec.add_task(model, "one", runs / "t0")
+    fastspec.add_task(model, "two", runs / "t1")
+    y = model(IDS, tasks=["one", "two"])
+    fastspec.replace_task(model, "one", runs / "t2")
+    other = model(IDS, tasks=["one", "two"])
+    assert torch.equal(other[1], y[1])
+    assert_close(other[:1, ..., :3], trained(2)(IDS)[:1])
+
+
+def test_names(runs, tmp_path):
+    bank = load_tasks(plain(), runs / "*", name=lambda folder: folder.name.upper())
+    assert list(bank) == ["T0", "T1", "T2"]
+    save_adapter(trained(3), tmp_path / "elsewhere" / "t0")
+    twice = [runs / "t0", tmp_path / "elsewhere" / "t0"]
+    with pytest.raises(ValueError, match=r"two .* named 't0'.*folder\.parent\.name"):
+        load_tasks(plain(), twice)
+    bank = load_tasks(plain(), twice, name=lambda folder: f"{folder.parent.name}/{folder.name}")
+    assert list(bank) == ["runs/t0", "elsewhere/t0"]
+    model = plain()
+    load_tasks(model, [runs / "t0"])
+    with pytest.raises(ValueError, match="'t0' is there already"):
+        load_tasks(model, runs / "*")
+
+
+def refused(folders, message, error=AdapterError):
+    """Refused by a plain model and by one with tasks, both unchanged."""
+    model = plain()
+    text = repr(model)
+    with pytest.raises(error, match=message):
+        load_tasks(model, folders)
+    assert repr(model) == text
+    assert not hasattr(model, "task_bank")
+    model = spectralize(plain(), SpectralConfig(rank=4))
+    fastspec.add_task(model, "there")
+    y = model(IDS, tasks=["there", None])
+    with pytest.raises(error, match=message):
+        load_tasks(model, folders)
+    assert fastspec.list_tasks(model) == ["there"]
+    assert torch.equal(model(IDS, tasks=["there", None]), y)
+
+
+class TestAllOrNone:
+    def test_damaged(self, runs):
+        path = runs / "t2" / "adapter.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        refused(runs / "*", "t2.*truncated")
+
+    def test_other_base_weights(self, runs):
+        other = spectralize(plain(seed=1), SpectralConfig(rank=4))
+        save_adapter(other, runs / "t9")
+        refused(runs / "*", "t9.*other base weights")
+
+    def test_another_rank_or_core(self, runs):
+        save_adapter(trained(0, rank=5), runs / "t9")
+        refused(runs / "*", r"t9: .*(delta is \[5\].*expects \[4\]|rank 5 .* 4 in the model)")
+        save_adapter(trained(0, core="dense"), runs / "t9")
+        refused(runs / "*", "t9: .*core: the adapter has 'dense', the model 'diag'")
+
+    def test_a_head_that_disagrees_in_its_size(self, runs):
+        from test_adapter import rewrite
+
+        rewrite(runs / "t1", lambda t: t.update({"head.bias": torch.zeros(4)}))
+        refused(runs / "*", "t1: the tensors of head are not of one size")
+
+    def test_a_head_of_another_width(self, runs):
+        model = plain()
+        model.head = nn.Linear(7, 3)
+        with pytest.raises(AdapterError, match=r"head\.weight is \[3, 16\].*expects \[3, 7\]"):
+            load_tasks(model, runs / "*")
+
+    def test_nothing_there(self, tmp_path):
+        refused(tmp_path / "*", "no adapter folder there", FileNotFoundError)
+        refused([tmp_path / "nowhere"], "no such file", FileNotFoundError)
+        refused([], "folders is empty", ValueError)
+
+
+def test_many_folders(tmp_path):
+    """The base weights are read once; `pytest bench/ -k tasks` holds the real bar."""
+    model = trained(0)
+    for i in range(200):
+        model.blocks[0].up.delta.data.fill_(i / 200)
+        save_adapter(model, tmp_path / f"t{i}")
+    served = plain()
+    start = time.perf_counter()
+    bank = load_tasks(served, tmp_path / "*")
+    assert time.perf_counter() - start < 10
+    assert len(bank) == 200
+    assert bank.capacity == 256
+    fastspec.set_task(served, "t117")
+    assert_close(served.blocks[0].up.delta.detach(), torch.full((4,), 117 / 200))
