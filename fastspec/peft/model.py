@@ -18,7 +18,8 @@ from fastspec.adapter import AdapterError
 from fastspec.factors import factorize
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.peft.config import PeftType, SpectralConfig
-from fastspec.peft.layer import BASE, FrozenBasis, SpectralLinear
+from fastspec.peft.layer import BASE, SpectralLinear
+from fastspec.peft.state import FrozenBasis
 from fastspec.targets import _check_layer
 
 
