@@ -63,8 +63,7 @@ def compile_kernel(
     constants: Mapping[str, Any],
     capability: int,
     dtype: torch.dtype,
-    num_warps: int,
-    num_stages: int,
+    options: Mapping[str, int],
     descriptors: Mapping[str, tuple[int, int]] | None = None,
 ) -> Compiled:
     """Compile for a capability such as 90, as a launch with aligned, row-major operands would.
@@ -72,6 +71,7 @@ def compile_kernel(
     Args:
         kernel: a `triton.jit` function whose parameters follow this package's names.
         constants: values of its `constexpr` parameters, and of strides that are 1.
+        options: `num_warps` and `num_stages`.
         descriptors: block shapes of its `_desc` parameters.
 
     Raises:
@@ -97,8 +97,8 @@ def compile_kernel(
         if divisible:
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, dict(constants), aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    built = triton.compile(source, target=target, options=dict(options))
     return read(built.asm["ptx"], built.asm["cubin"], built.metadata)
 
 

@@ -164,8 +164,7 @@ def spectral_linear_fwd(
         absent(bias, x), table, absent(task, x), p,
         n, d, out, k, len(table), tiles_each,
         CORE=name, BIAS=bias is not None, PRECISION=dot_precision(x.dtype),
-        BLOCK_M=m, BLOCK_N=c, BLOCK_R=block_r, BLOCK_K=s,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.blocks(block_r), **tile.options,
     )  # fmt: skip
     return y, p
 
@@ -196,8 +195,7 @@ def spectral_linear_bwd(
         p, table, absent(task, g), shares,
         n, d, out, k, len(table), tiles_each,
         CORE=name, GRAD=needs_delta, PRECISION=dot_precision(g.dtype),
-        BLOCK_M=m, BLOCK_N=c, BLOCK_R=block_r, BLOCK_K=s,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.blocks(block_r), **tile.options,
     )  # fmt: skip
     if not needs_delta:
         return dx, None

@@ -6,6 +6,7 @@ than writing it. The kernel finds the layers through tables of addresses, so not
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastspec.kernels import tiles
 from fastspec.kernels.sigma_grad import dot_precision
+from fastspec.kernels.spectral_linear import turned, turns
 from fastspec.reference import core_matrix
 
 # ----------------------------------------------------------------------------------------- kernels
@@ -27,10 +29,11 @@ def merge_kernel(
     u_table,          # of [OUT, K]
     vh_table,         # of [K, IN]
     delta_table,      # of [K] float32; SCALED only
-    out_table,        # of [OUT, IN] contiguous
+    out_table,        # of [OUT, IN], in the layout of W
     OUT, IN, K,
-    stride_wo, stride_wi, stride_uo, stride_uk, stride_vk, stride_vi,
-    DTYPE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    stride_wo, stride_wi, stride_uo, stride_uk, stride_vk, stride_vi, stride_oo, stride_oi,
+    DTYPE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, TURN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     layer = tl.program_id(2)
@@ -60,11 +63,12 @@ def merge_kernel(
         if SCALED:
             delta = tl.load(delta_ptr + ranks, mask=rank_ok, other=0.0)
             u = (u.to(tl.float32) * delta[None, :]).to(DTYPE)
-        acc = tl.dot(u, vh, acc, input_precision=PRECISION)
+        acc = tl.dot(u, turned(vh, TURN), acc, input_precision=PRECISION)
     w_ptrs = w_ptr + rows[:, None] * stride_wo + cols[None, :] * stride_wi
     w = tl.load(w_ptrs, mask=row_ok & col_ok, other=0.0)
     merged = (w.to(tl.float32) + acc).to(DTYPE)
-    tl.store(out_ptr + rows[:, None] * IN + cols[None, :], merged, mask=row_ok & col_ok)
+    out_ptrs = out_ptr + rows[:, None] * stride_oo + cols[None, :] * stride_oi
+    tl.store(out_ptrs, merged, mask=row_ok & col_ok)
 # fmt: on
 
 
@@ -98,7 +102,8 @@ def merge(
         core: "diag", "band" or "dense"; for the last two U C is formed first, in float32.
 
     Returns:
-        One new contiguous tensor a layer, rounded once from float32.
+        One new tensor a layer, row-major or, where W is, column-major; the sum is rounded once from
+        float32.
 
     Raises:
         ValueError: layers differ in shape, strides, dtype or device, or the dtype has no kernel.
@@ -112,7 +117,7 @@ def merge(
         for left, u, delta in zip(lefts, us, deltas, strict=True):
             left.copy_(u.float() @ core_matrix(delta.float(), core))  # U C, rounded once
         us = deltas = lefts  # as deltas only an address, which the kernel leaves alone
-    outs = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in weights]
+    outs = [_room_like(w) for w in weights]
     deltas = [d.contiguous() for d in deltas]
     operands = {"weights": weights, "us": us, "vhs": vhs, "deltas": deltas, "outs": outs}
     for name, tensors in operands.items():
@@ -127,11 +132,46 @@ def merge(
     tile = TILES[tiles.kind(w.dtype)]
     grid = (triton.cdiv(d, tile.block_n), triton.cdiv(out, tile.block_m), len(weights))
     if w.numel():
-        merge_kernel[grid](
-            *addresses.to(w.device), out, d, k, *w.stride(), *u.stride(), *vh.stride(),
-            DTYPE=ELEMENT[w.dtype], SCALED=core == "diag", ALIGNED=not (addresses % 16).any().item(),
-            PRECISION=dot_precision(w.dtype),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        with torch.cuda.device_of(w):
+            merge_kernel[grid](
+                *addresses.to(w.device), out, d, k,
+                *w.stride(), *u.stride(), *vh.stride(), *outs[0].stride(),
+                DTYPE=ELEMENT[w.dtype], SCALED=core == "diag",
+                ALIGNED=not (addresses % 16).any().item(),
+                PRECISION=dot_precision(w.dtype), TURN=turns(w.dtype, vh.stride(0)),
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_k, **tile.options,
+            )  # fmt: skip
     return outs
+
+
+def merge_layers(
+    weights: Sequence[Tensor],  # each [out, in]
+    us: Sequence[Tensor],  # [out, k]
+    vhs: Sequence[Tensor],  # [k, in]
+    deltas: Sequence[Tensor],
+    cores: Sequence[str],
+) -> list[Tensor | None]:
+    """`merge` for the layers of a whole model: one launch for each kind of layer.
+
+    A kind is core, shapes, strides, dtype and device. None stands where the dtypes have no kernel.
+    """
+    kinds = defaultdict(list)
+    operands = list(zip(weights, us, vhs, deltas, strict=True))
+    for i, ((*matrices, delta), core) in enumerate(zip(operands, cores, strict=True)):
+        if {t.dtype for t in matrices} == {weights[i].dtype} and delta.dtype == torch.float32:
+            alike = [(t.shape, t.stride(), t.dtype, t.device) for t in (*matrices, delta)]
+            kinds[core, tuple(alike)].append(i)
+    merged: list[Tensor | None] = [None] * len(weights)
+    for (core, _), members in kinds.items():
+        if weights[members[0]].dtype in ELEMENT:
+            stacks = zip(*[operands[i] for i in members], strict=True)
+            for i, effective in zip(members, merge(*stacks, core=core), strict=True):
+                merged[i] = effective
+    return merged
+
+
+def _room_like(w: Tensor) -> Tensor:
+    """A new matrix of the shape of w, column-major where w is."""
+    if w.stride(0) == 1 and w.stride(1) != 1:
+        return torch.empty(w.mT.shape, dtype=w.dtype, device=w.device).mT
+    return torch.empty(w.shape, dtype=w.dtype, device=w.device)

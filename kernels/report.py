@@ -40,14 +40,14 @@ class Variant:
     loads_tiles: bool = True  # False: a reduction of vectors, whose loads need not be wide
 
     def compile(self, capability: int, dtype: torch.dtype) -> Compiled:
-        warps, stages = self.tile.num_warps, self.tile.num_stages
         return compile_kernel(
-            self.kernel, self.constants, capability, dtype, warps, stages, self.descriptors
+            self.kernel, self.constants, capability, dtype, self.tile.options, self.descriptors
         )
 
 
 def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     """Every kernel that the launchers may start on this chip with this arithmetic."""
+    constants: dict[str, Any]
     precision = "tf32" if kind == "tf32" else "ieee"
     dtype = KINDS[kind][0]
     fused = tiles.FUSED_RANK[kind]
@@ -61,12 +61,13 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
         block_r = tile.block_k if core == "given" else rank
         label = f"{core}, " + ("rank in chunks" if core == "given" else f"rank tile {rank}")
         label += "" if rows == MANY else ", few rows"
-        for direction, constants in (
-            ("fwd", {"BIAS": True, "stride_xi": 1, "stride_uk": 1}),
-            ("bwd", {"GRAD": core != "given", "stride_go": 1, "stride_uk": 1}),
-        ):
-            constants |= {"stride_wi": 1, "stride_vi": 1, "CORE": core, "PRECISION": precision}
-            constants |= {"WIDE": False, **_blocks(tile, block_r)}
+        own: dict[str, dict[str, Any]] = {
+            "fwd": {"BIAS": True, "TURN": False, "stride_xi": 1},
+            "bwd": {"GRAD": core != "given", "TURN": kind == "tf32", "stride_go": 1},
+        }
+        for direction, constants in own.items():
+            constants |= {"stride_wi": 1, "stride_uk": 1, "stride_vi": 1, **tile.blocks(block_r)}
+            constants |= {"CORE": core, "PRECISION": precision, "WIDE": False}
             kernel = getattr(spectral_linear, f"spectral_linear_{direction}_kernel")
             yield Variant(f"{direction}: {label}", kernel, constants, tile)
     if capability >= 90:
@@ -87,23 +88,19 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     rows_tile = tiles.Tile(64, 32, 0, 4, 3)
     kernel = sigma_grad.sum_by_task_kernel
     yield Variant("sigma_grad: rows by task", kernel, constants, rows_tile, loads_tiles=False)
-    constants = {"stride_wi": 1, "stride_uk": 1, "stride_vi": 1, "PRECISION": precision}
+    constants = {"stride_wi": 1, "stride_uk": 1, "stride_vi": 1, "stride_oi": 1}
     constants |= {"DTYPE": merge.ELEMENT[dtype], "SCALED": True, "ALIGNED": True}
+    constants |= {"PRECISION": precision, "TURN": kind == "tf32"}
     tile = merge.TILES[kind]
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tile.block_k}
     yield Variant("merge", merge.merge_kernel, constants, tile)
-
-
-def _blocks(tile: tiles.Tile, block_r: int) -> dict[str, int]:
-    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    return {**sizes, "BLOCK_R": block_r}
 
 
 def _descriptor_variants(
     core: str, rank: int, tile: tiles.Tile, precision: str
 ) -> Iterator[Variant]:
     m, n, k = tile.block_m, tile.block_n, tile.block_k
-    constants = {"CORE": core, "PRECISION": precision, **_blocks(tile, rank)}
+    constants: dict[str, Any] = {"CORE": core, "PRECISION": precision, **tile.blocks(rank)}
     label = f"descriptors, {core}, rank tile {rank}"
     forward = {"x_desc": (m, k), "w_desc": (n, k), "u_desc": (n, rank), "vh_desc": (rank, k)}
     kernel = hopper.spectral_linear_fwd_descriptor_kernel
@@ -195,10 +192,11 @@ Where a chip's newest matrix instruction is not what the table shows, the reason
 - fp32 has no matrix instruction on any of these chips: `fma`.
 - Tiles of 16 rows (few rows, decoding) and projections alone (32 rows) are below the 64 rows that one
   `wgmma` and the 64 or 128 that one `tcgen05.mma` take: `mma.sync`. These are bound by bytes, not flops.
-- tf32 backward on sm_90 and sm_100: `wgmma` and `tcgen05` read 4-byte operands with the depth contiguous
-  only, so the row-major W is transposed on its way into shared memory by 4-byte copies (the narrow ones).
 
-Other narrow copies move tiles that hold less than 16 bytes a thread (V at rank tile 32 on sm_80: 8 bytes).
+`wgmma` and `tcgen05` read 4-byte operands with the depth contiguous only. In a tf32 backward the row-major W
+runs the other way: it comes by 16-byte copies all the same, and passes through registers to be transposed.
+
+Narrow copies move tiles that hold less than 16 bytes a thread (V at rank tile 32 on sm_80: 8 bytes).
 """
 
 

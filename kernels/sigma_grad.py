@@ -234,7 +234,7 @@ def _tile(a: Tensor, k: int) -> tiles.Tile:
 
 def _depth_parts(a: Tensor, tile: tiles.Tile) -> int:
     """Parts of the depth, so that every multiprocessor has about two programs in flight."""
-    row_tiles = max(1, triton.cdiv(a.shape[0], tile.block_m))
+    row_tiles = max(1, triton.cdiv(tiles.hint(a.shape[0]), tile.block_m))
     wanted = triton.cdiv(2 * tiles.multiprocessors(a.device), row_tiles)
     return max(1, min(wanted, triton.cdiv(a.shape[1], 4 * tile.block_k)))
 
@@ -249,5 +249,5 @@ def _launch(
         a, v, p, out, n, d, k, steps, *a.stride(), *v.stride(),
         CORE=core, PRECISION=dot_precision(a.dtype),
         BLOCK_M=tile.block_m, BLOCK_R=tile.block_n, BLOCK_D=tile.block_k,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options,
     )  # fmt: skip

@@ -60,10 +60,11 @@ def scale(
     elif CORE == "task":
         rows = tl.arange(0, proj.shape[0])
         task = tl.load(task_ptr + row0 + rows, mask=row_ok, other=0).to(tl.int64)
-        # a task that does not exist makes its row NaN instead of reading foreign memory
-        known = ((task >= 0) & (task < TASKS))[:, None] & rank_ok[None, :]
+        adapted = (task >= 0)[:, None] & rank_ok[None, :]
+        # a task beyond the table makes its row NaN instead of reading foreign memory
+        known = adapted & (task < TASKS)[:, None]
         delta = tl.load(delta_ptr + task[:, None] * K + ranks[None, :], mask=known, other=float("nan"))
-        scaled = tl.where(rank_ok[None, :], proj * delta, 0.0)
+        scaled = tl.where(adapted, proj * delta, 0.0)
     else:  # dense: p C^T forward, q C backward
         i = ranks[None, :] if FORWARD else ranks[:, None]
         j = ranks[:, None] if FORWARD else ranks[None, :]
@@ -73,9 +74,20 @@ def scale(
 
 
 @triton.jit
+def turned(t, TURN: tl.constexpr):
+    """The operand t itself, by way of registers with TURN.
+
+    wgmma and tcgen05 read 4-byte operands with the depth contiguous only. A tile whose rows run the other
+    way would be transposed by its copies into shared memory, 4 bytes each. What arithmetic has touched comes
+    from registers: the copies are of 16 bytes then, and the tile is transposed on its way back.
+    """
+    return t + 0.0 if TURN else t
+
+
+@triton.jit
 def walk(
     a_base, b_base, v_base, a_offs, b_offs, v_offs, row_ok, col_ok, rank_ok, D, a_step, b_step, v_step,
-    PROJECT: tl.constexpr, PRECISION: tl.constexpr,
+    PROJECT: tl.constexpr, PRECISION: tl.constexpr, TURN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """A B for one output tile and, with PROJECT, A V from the same loads of A; both float32."""
@@ -86,10 +98,10 @@ def walk(
         d_ok = depth < D - d
         a = tl.load(a_base + a_offs, mask=row_ok[:, None] & d_ok[None, :], other=0.0)
         b = tl.load(b_base + b_offs, mask=d_ok[:, None] & col_ok[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, turned(b, TURN), acc, input_precision=PRECISION)
         if PROJECT:
             v = tl.load(v_base + v_offs, mask=d_ok[:, None] & rank_ok[None, :], other=0.0)
-            proj = tl.dot(a, v, proj, input_precision=PRECISION)
+            proj = tl.dot(a, turned(v, TURN), proj, input_precision=PRECISION)
             v_base += v_step
         a_base += a_step
         b_base += b_step
@@ -99,7 +111,7 @@ def walk(
 @triton.jit
 def add_correction(
     acc, scaled, given_base, c_base, stride_cr, stride_cn, row_ok, col_ok, K,
-    CORE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    CORE: tl.constexpr, PRECISION: tl.constexpr, TURN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """acc + core(A V) C for one output tile; the thin product's operands are in the input's dtype."""
@@ -111,12 +123,12 @@ def add_correction(
             r_ok = ranks < K - r
             s = tl.load(given_base + s_offs, mask=row_ok[:, None] & r_ok[None, :], other=0.0)
             c = tl.load(c_base + c_offs, mask=r_ok[:, None] & col_ok[None, :], other=0.0)
-            acc = tl.dot(s, c, acc, input_precision=PRECISION)
+            acc = tl.dot(s, turned(c, TURN), acc, input_precision=PRECISION)
             given_base += BLOCK_R
             c_base += tl.full([], BLOCK_R, tl.int64) * stride_cr
     else:
         c = tl.load(c_base + c_offs, mask=(ranks < K)[:, None] & col_ok[None, :], other=0.0)
-        acc = tl.dot(scaled, c, acc, input_precision=PRECISION)
+        acc = tl.dot(scaled, turned(c, TURN), acc, input_precision=PRECISION)
     return acc
 
 
@@ -134,7 +146,8 @@ def spectral_linear_fwd_kernel(
     p_ptr,            # [N, K] contiguous; not with CORE="given"
     N, IN, OUT, K, TASKS, tiles_each,
     stride_xn, stride_xi, stride_wo, stride_wi, stride_uo, stride_uk, stride_vk, stride_vi,
-    CORE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    CORE: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, TURN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -158,7 +171,7 @@ def spectral_linear_fwd_kernel(
             acc, p = walk(
                 x_base, w_base, vh_ptr, x_offs, w_offs, vh_offs, row_ok, col_ok, rank_ok, IN,
                 step * stride_xi, step * stride_wi, step * stride_vi,
-                True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K,
+                True, PRECISION, TURN, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K,
             )
             if split == 0:
                 p_offs = offsets(BLOCK_M, K, BLOCK_R, 1, False)
@@ -171,11 +184,11 @@ def spectral_linear_fwd_kernel(
             acc, _ = walk(
                 x_base, w_base, vh_ptr, x_offs, w_offs, vh_offs, row_ok, col_ok, rank_ok, IN,
                 step * stride_xi, step * stride_wi, step * stride_vi,
-                False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K,
+                False, PRECISION, TURN, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K,
             )
         acc = add_correction(
             acc, scaled, given_ptr + row0 * K, u_ptr + col0 * stride_uo, stride_uk, stride_uo,
-            row_ok, col_ok, K, CORE, PRECISION, WIDE, BLOCK_M, BLOCK_N, BLOCK_R,
+            row_ok, col_ok, K, CORE, PRECISION, TURN, WIDE, BLOCK_M, BLOCK_N, BLOCK_R,
         )
         if BIAS:
             bias = tl.load(bias_ptr + col0 + tl.arange(0, BLOCK_N), mask=col_ok, other=0.0)
@@ -198,7 +211,8 @@ def spectral_linear_bwd_kernel(
     grad_ptr,         # float32, as in `reduce_gradient`, a slot a row tile; GRAD only
     N, IN, OUT, K, TASKS, tiles_each,
     stride_gn, stride_go, stride_wo, stride_wi, stride_uo, stride_uk, stride_vk, stride_vi,
-    CORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    CORE: tl.constexpr, GRAD: tl.constexpr,
+    PRECISION: tl.constexpr, TURN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     dtype: tl.constexpr = g_ptr.dtype.element_ty
@@ -223,7 +237,7 @@ def spectral_linear_bwd_kernel(
             acc, q = walk(
                 g_base, w_base, u_ptr, g_offs, w_offs, u_offs, row_ok, col_ok, rank_ok, OUT,
                 step * stride_go, step * stride_wo, step * stride_uo,
-                True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K,
+                True, PRECISION, TURN, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K,
             )
             if GRAD and split == 0:
                 reduce_gradient(q, p_ptr, grad_ptr, slot, row0, row_ok, 0, rank_ok, K, CORE, PRECISION)
@@ -234,11 +248,11 @@ def spectral_linear_bwd_kernel(
             acc, _ = walk(
                 g_base, w_base, u_ptr, g_offs, w_offs, u_offs, row_ok, col_ok, rank_ok, OUT,
                 step * stride_go, step * stride_wo, step * stride_uo,
-                False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K,
+                False, PRECISION, TURN, BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K,
             )
         acc = add_correction(
             acc, scaled, given_ptr + row0 * K, vh_ptr + col0 * stride_vi, stride_vk, stride_vi,
-            row_ok, col_ok, K, CORE, PRECISION, WIDE, BLOCK_M, BLOCK_N, BLOCK_R,
+            row_ok, col_ok, K, CORE, PRECISION, TURN, WIDE, BLOCK_M, BLOCK_N, BLOCK_R,
         )
         dx_ptrs = dx_ptr + row0 * IN + col0 + offsets(BLOCK_M, IN, BLOCK_N, 1, WIDE)
         tl.store(dx_ptrs, acc.to(dtype), mask=row_ok[:, None] & col_ok[None, :])
@@ -266,8 +280,8 @@ def spectral_linear_fwd(
         x, w, bias, u, vh: one dtype (float32, bfloat16, float16) and device, any strides.
         delta: float32 storage of the core: [k], [k, k], [2h + 1, k], or a table [tasks, k] with task.
         core: "diag", "dense" or "band" (run as a dense core: k^2 is small beside in * out).
-        task: the task of each row, integers [N]; core="diag" only. Rows whose task is not in the table
-            come out NaN.
+        task: the task of each row, integers [N]; core="diag" only. Rows with a negative one are not
+            adapted, rows whose task is beyond the table come out NaN.
         tile: sizes to use instead of the table's.
 
     Returns:
@@ -293,9 +307,8 @@ def spectral_linear_fwd(
         n, d, out, k, len(delta), tiles_each,
         *x.stride(), *w.stride(), *u.stride(), *vh.stride(),
         CORE=name, BIAS=bias is not None, PRECISION=dot_precision(x.dtype),
-        WIDE=_spans_2_31(tile, k, x, w, u, vh, y),
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r, BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        TURN=turns(x.dtype, w.stride(1)), WIDE=_spans_2_31(tile, k, x, w, u, vh, y),
+        **tile.blocks(block_r), **tile.options,
     )  # fmt: skip
     return y, p
 
@@ -343,9 +356,8 @@ def spectral_linear_bwd(
             n, d, out, k, len(table), tiles_each,
             *g.stride(), *w.stride(), *u.stride(), *vh.stride(),
             CORE=name, GRAD=in_kernel, PRECISION=dot_precision(g.dtype),
-            WIDE=_spans_2_31(tile, k, g, w, u, vh, dx),
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=block_r, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            TURN=turns(g.dtype, w.stride(0)), WIDE=_spans_2_31(tile, k, g, w, u, vh, dx),
+            **tile.blocks(block_r), **tile.options,
         )  # fmt: skip
     if in_kernel:
         grad = finish_gradient(shares, core, task, n_tasks, half_width)
@@ -382,8 +394,9 @@ def _apply_core(
         c = delta.to(proj.dtype)
         return proj @ (c.mT if forward else c)
     if task is not None:
-        known = (task >= 0) & (task < len(delta))
-        delta = delta[torch.where(known, task, 0)].masked_fill(~known[:, None], float("nan"))
+        beyond, absent_task = (task >= len(delta))[:, None], (task < 0)[:, None]
+        delta = delta[task.clamp(0, len(delta) - 1)].masked_fill(beyond, float("nan"))
+        return (proj * delta).masked_fill(absent_task, 0.0).to(proj.dtype)
     return (proj * delta).to(proj.dtype)
 
 
@@ -397,8 +410,14 @@ def plan(
     # a rank that comes in chunks is a prolonged depth: chunks of the depth's own step
     block_r = beside or tile.block_k
     row_tiles, column_tiles = triton.cdiv(n, tile.block_m), triton.cdiv(out, tile.block_n)
-    each = tiles.split_columns(row_tiles, column_tiles, tiles.multiprocessors(a.device))
+    typical = triton.cdiv(tiles.hint(n), tile.block_m)
+    each = tiles.split_columns(typical, column_tiles, tiles.multiprocessors(a.device))
     return block_r, tile, (row_tiles, triton.cdiv(column_tiles, each)), each
+
+
+def turns(dtype: torch.dtype, depth_stride: int) -> bool:
+    """Whether the operands of a product go by way of registers (see `turned`)."""
+    return tiles.kind(dtype) == "tf32" and depth_stride != 1
 
 
 def _spans_2_31(tile: tiles.Tile, k: int, *operands: Tensor) -> bool:

@@ -67,6 +67,16 @@ class Tile:
         step = self.block_m + self.block_n + block_r
         return self.num_stages * step * self.block_k * itemsize
 
+    def blocks(self, block_r: int) -> dict[str, int]:
+        """The sizes as the tile programs' constants, beside a projection of `block_r` columns."""
+        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+        return {**sizes, "BLOCK_R": block_r}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told beside the constants."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 Kind = Literal["16bit", "tf32", "fp32"]
 
@@ -86,6 +96,7 @@ TABLE = {
     **{(g, "fp32", True): Tile(16, 64, 16, 4, 3) for g in ("ampere", "hopper", "blackwell")},
 }
 FEW_ROWS = 32
+MANY_ROWS = 4096  # what a number of rows that nobody knows yet is taken for
 COLUMNS = 160  # of 128 rows in 8 warps: 80 registers a thread hold accumulators
 FUSED_RANK: dict[Kind, int] = {"16bit": 64, "tf32": 32, "fp32": 0}
 
@@ -131,7 +142,7 @@ def choose_tile(
     With descriptors the copy engine keeps the addresses, and the registers they leave are enough for
     the widest rank beside a full output tile.
     """
-    tile = TABLE[generation(capability), kind, n_rows <= FEW_ROWS]
+    tile = TABLE[generation(capability), kind, bool(n_rows <= FEW_ROWS)]
     if not descriptors and tile.block_n + block_r > COLUMNS:
         tile = dataclasses.replace(tile, block_n=tile.block_n // 2)
     return fit_stages(tile, _itemsize(kind), block_r, chip(capability).block_shared)
@@ -158,6 +169,11 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def hint(n: int) -> int:
+    """A size where it decides nothing but speed: a symbolic one, of a compiled dynamic shape, by its hint."""
+    return n if isinstance(n, int) else n.node.hint or MANY_ROWS
 
 
 def split_columns(row_tiles: int, column_tiles: int, multiprocessors: int) -> int:

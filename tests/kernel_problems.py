@@ -45,7 +45,7 @@ def problem(n: int, d: int, out: int, k: int, core: str, dtype=torch.float32, se
 
 
 def exact(t: dict, core: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, p, dx, d delta) in float64, a row at a time where rows carry tasks."""
+    """(y, p, dx, d delta) in float64; where rows carry tasks, those of one at a time, -1 being none."""
     d = {key: v.double() if v is not None and v.is_floating_point() else v for key, v in t.items()}
     p = d["x"] @ d["vh"].mT
     rest = (d["w"], d["u"], d["vh"])
@@ -55,10 +55,12 @@ def exact(t: dict, core: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return y, p, dx, grad
     y, dx = torch.zeros_like(d["g"]), torch.zeros_like(d["x"])
     grad = torch.zeros_like(d["delta"])
-    for task, delta in enumerate(d["delta"]):
+    for task in d["task"].unique():
         own = d["task"] == task
-        if own.any():
-            x, g = d["x"][own], d["g"][own]
-            y[own] = reference.spectral_linear(x, rest[0], d["bias"], *rest[1:], delta)
-            dx[own], grad[task] = reference.spectral_linear_backward(g, x, *rest, delta)
+        x, g = d["x"][own], d["g"][own]
+        delta = d["delta"][task] if task >= 0 else torch.zeros_like(d["delta"][0])
+        y[own] = reference.spectral_linear(x, rest[0], d["bias"], *rest[1:], delta)
+        dx[own], share = reference.spectral_linear_backward(g, x, *rest, delta)
+        if task >= 0:
+            grad[task] = share
     return y, p, dx, grad

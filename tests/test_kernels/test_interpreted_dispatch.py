@@ -9,7 +9,7 @@ import torch
 from kernel_problems import exact, problem, tf32
 from support import assert_close
 
-from fastspec.kernels import dispatch
+from fastspec.kernels import choice, dispatch
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTSPEC_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTSPEC_BACKEND", raising=False)
-    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(choice, "_choices", {})
     return tmp_path / "cache"
 
 
@@ -31,7 +31,7 @@ def timed(monkeypatch):
         seen.append(call())
         return seen[-1]
 
-    monkeypatch.setattr(dispatch, "measure", measure)
+    monkeypatch.setattr(choice, "measure", measure)
     return seen
 
 
@@ -40,7 +40,7 @@ def candidates(**times):
 
 
 def choose(kind="kind", k=32, dtype=torch.bfloat16, **times):
-    return dispatch.choose(kind, candidates(**times), CPU, dtype, k)
+    return choice.Call(kind, candidates(**times), torch.empty(1, dtype=dtype), k).choose()
 
 
 def test_the_fastest_is_timed_once_and_kept_on_disk(timed, own_cache, monkeypatch):
@@ -48,7 +48,7 @@ def test_the_fastest_is_timed_once_and_kept_on_disk(timed, own_cache, monkeypatc
     assert choose(**times) == "triton"
     assert sorted(timed) == [1.0, 2.0, 3.0]
     assert choose(**times) == "triton"
-    monkeypatch.setattr(dispatch, "_choices", {})  # another process
+    monkeypatch.setattr(choice, "_choices", {})  # another process
     assert choose(**{**times, "aten": 0.1}) == "triton"
     assert len(timed) == 3
     (file,) = own_cache.iterdir()
@@ -63,17 +63,17 @@ def test_a_choice_that_no_longer_serves_is_timed_again(timed):
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"kind": "cuda"}', "null"])
 def test_a_damaged_cache_is_replaced(content, timed, own_cache):
     own_cache.mkdir()
-    path = dispatch.choices(CPU).path
+    path = choice.choices(CPU).path
     path.write_text(content)
-    dispatch._choices.clear()
+    choice._choices.clear()
     assert choose(aten=3.0, triton=1.0) == "triton"
     assert json.loads(path.read_text()) == {"kind": "triton"}
 
 
 def test_processes_keep_each_others_choices(timed, own_cache, monkeypatch):
     assert choose("first", aten=3.0, triton=1.0) == "triton"
-    mine = dispatch.choices(CPU)
-    monkeypatch.setattr(dispatch, "_choices", {})
+    mine = choice.choices(CPU)
+    monkeypatch.setattr(choice, "_choices", {})
     assert choose("second", aten=1.0, triton=3.0) == "aten"
     mine.remember("third", "merged")
     stored = json.loads(mine.path.read_text())
@@ -112,15 +112,15 @@ def test_deterministic_mode_does_not_time(timed, own_cache):
 
 
 def test_kinds_of_call():
-    a = torch.empty(33, 8)
-    kind = dispatch.describe("fwd", "diag", a, 8, 16, 4, True, False)
+    a, w = torch.empty(3, 11, 8), torch.empty(16, 8)
+    kind = choice.describe("fwd", "diag", a, w, 4, True, False)
     assert kind == "fwd diag float32 fp32 n64 8->16 k4 10"
-    assert dispatch.describe("fwd", "diag", a[:1], 8, 16, 4).split()[4] == "n1"
+    assert choice.describe("fwd", "diag", a[0, :1], w, 4).split()[4] == "n1"
     with tf32(True):
-        assert dispatch.describe("fwd", "diag", a, 8, 16, 4, True, False) != kind
+        assert choice.describe("fwd", "diag", a, w, 4, True, False) != kind
 
 
-@pytest.mark.parametrize("name", dispatch.NAMES)
+@pytest.mark.parametrize("name", choice.NAMES)
 @pytest.mark.parametrize("core", ["diag", "band", "dense"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_candidate_computes_the_same(name, core, bias, monkeypatch):

@@ -10,6 +10,7 @@ from support import assert_close, relative_error
 
 from fastspec import reference
 from fastspec.kernels import hopper, tiles
+from fastspec.kernels import merge as merging
 from fastspec.kernels.merge import merge
 from fastspec.kernels.sigma_grad import dot_precision, project, sigma_grad
 from fastspec.kernels.tiles import Tile
@@ -58,9 +59,30 @@ def test_merge(core, dtype, transposed):
         deltas = [t["delta"] for t in layers]
         watch.reachable = [t for group in (*parts, deltas) for t in group]
         merged = merge(*parts, deltas, core)
+    assert all((w.stride(0) == 1) == transposed for w in merged)
     for t, got in zip(layers, merged, strict=True):
         w, u, vh, delta = (t[key].double() for key in ("w", "u", "vh", "delta"))
         assert_close(got, reference.effective_weight(w, u, vh, delta, core))
+
+
+def test_merge_layers_of_a_model(monkeypatch):
+    """Layers of two kinds among each other: two launches, every layer its own weight, float64 left out."""
+    sizes = [(40, 24), (33, 50), (40, 24), (33, 50), (40, 24)]
+    layers = [problem(1, d, out, 9, "diag", seed=i) for i, (out, d) in enumerate(sizes)]
+    layers.append(
+        {k: v.double() for k, v in problem(1, 24, 40, 9, "diag").items() if v is not None}
+    )
+    calls = []
+    monkeypatch.setattr(
+        merging, "merge", lambda *a, core: calls.append(len(a[0])) or merge(*a, core)
+    )
+    groups = [[t[key] for t in layers] for key in ("w", "u", "vh", "delta")]
+    merged = merging.merge_layers(*groups, ["diag"] * len(layers))
+    assert calls == [3, 2]
+    assert merged.pop() is None
+    for t, got in zip(layers, merged, strict=False):
+        w, u, vh, delta = (t[key].double() for key in ("w", "u", "vh", "delta"))
+        assert_close(got, reference.effective_weight(w, u, vh, delta, "diag"))
 
 
 def test_merge_wants_equal_layers():

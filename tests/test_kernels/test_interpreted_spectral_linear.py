@@ -181,11 +181,26 @@ def test_zero_coefficients_change_nothing():
 
 
 @pytest.mark.usefixtures("arithmetic")
-def test_tasks_outside_the_table():
+def test_rows_without_a_task():
+    """They are the frozen layer's bit for bit, and no coefficient hears of them."""
+    t = problem(40, 50, 60, 20, "task")
+    t["task"][[3, 17, 39]] = torch.tensor([-1, -1, -7])
+    y, _, dx, grad = run(t, "task")
+    for got, want in zip((y, dx, grad), [exact(t, "task")[i] for i in (0, 2, 3)], strict=True):
+        assert_close(got, want)
+    nothing = {**t, "u": torch.zeros_like(t["u"]), "vh": torch.zeros_like(t["vh"])}
+    frozen_y, _, frozen_dx, _ = run(nothing, "task")
+    free = t["task"] < 0
+    assert torch.equal(y[free], frozen_y[free])
+    assert torch.equal(dx[free], frozen_dx[free])
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_tasks_beyond_the_table():
     """Their rows are NaN, nobody else's is, and no coefficient hears of them."""
     t = problem(40, 50, 60, 20, "task")
     want = exact(t, "task")
-    t["task"][[3, 17]] = torch.tensor([5, -1])
+    t["task"][[3, 17]] = torch.tensor([5, 2**40])
     y, _, dx, grad = run(t, "task")
     bad = torch.zeros(40, dtype=torch.bool)
     bad[[3, 17]] = True

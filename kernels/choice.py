@@ -1,0 +1,171 @@
+"""Which candidate serves a kind of call on a GPU: timed once on the user's own card, then remembered.
+
+A kind of call is its operator, core, dtype, sizes (rows to the next power of two) and what it must
+return. Its fastest candidate is kept in memory and in one file per device and versions under
+`cache_dir()`. `FASTSPEC_BACKEND` forces a candidate. Nothing is timed in deterministic mode (another run
+could choose, and so round, differently), while a CUDA graph is captured, while torch.compile traces, or
+where there is one candidate only: the `rule` decides then, while tracing after what was timed before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastspec import __version__
+from fastspec.files import write_json
+from fastspec.kernels import tiles
+
+NAMES = ("triton", "descriptors", "merged", "aten")
+
+
+def cache_dir() -> Path:
+    """`$FASTSPEC_CACHE`, or `fastspec` in the user's cache folder; made when first written to."""
+    if folder := os.environ.get("FASTSPEC_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastspec"
+
+
+class Choices:
+    """Kind of call -> candidate, backed by a JSON file that is only ever replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known = self._read()
+
+    def _read(self) -> dict[str, str]:
+        try:
+            found = json.loads(self.path.read_text())
+            return {k: v for k, v in found.items() if v in NAMES}
+        except (OSError, ValueError, AttributeError):  # none yet, or not ours: it will be replaced
+            return {}
+
+    def remember(self, kind: str, name: str) -> None:
+        """Keep the choice, with whatever other processes have written meanwhile."""
+        self.known = {**self._read(), **self.known, kind: name}
+        try:
+            write_json(self.path, dict(sorted(self.known.items())))
+        except OSError as e:
+            warnings.warn(f"timings are not kept between runs: {self.path}: {e}", stacklevel=2)
+
+
+_choices: dict[str, Choices] = {}
+
+
+def choices(device: torch.device) -> Choices:
+    """The choices for this device's model and these versions of the libraries."""
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = f"{__version__}-torch{torch.__version__}-triton{triton.__version__}"
+    name = re.sub(r"[^\w.+-]+", "_", f"{model}-{versions}") + ".json"
+    path = cache_dir() / name
+    return _choices.setdefault(str(path), Choices(path))
+
+
+# ------------------------------------------------------------------------------------------ choice
+
+
+def measure(call: Callable[[], object], device: torch.device) -> float:
+    """Median milliseconds of one call on a CUDA device, after two to compile and warm up."""
+    with torch.cuda.device(device):
+        for _ in range(2):
+            call()
+        times = []
+        for _ in range(7):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+    return sorted(times)[len(times) // 2]
+
+
+def rule(candidates: Collection[str], dtype: torch.dtype, k: int) -> str:
+    """The choice without timing: fused where the projection rides along for free, else ATen's plan."""
+    fused = k <= tiles.FUSED_RANK[tiles.kind(dtype)]
+    return next((n for n in ("descriptors", "triton") if fused and n in candidates), "aten")
+
+
+def forced_candidate() -> str | None:
+    """The candidate named by FASTSPEC_BACKEND.
+
+    Raises:
+        ValueError: it names none of `NAMES`.
+    """
+    forced = os.environ.get("FASTSPEC_BACKEND") or None
+    if forced is not None and forced not in NAMES:
+        raise ValueError(f"FASTSPEC_BACKEND must be one of {', '.join(NAMES)}, got {forced!r}")
+    return forced
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of an operator: its kind, and what can serve it by name."""
+
+    kind: str
+    candidates: Mapping[str, Callable[[], Any]]
+    operand: Tensor  # x or dL/dy
+    k: int
+    traceable: bool = True  # False: ATen's calls look at values
+
+    def run(self) -> Any:
+        """The result by this kind's candidate, which is timed here if it has to be."""
+        return self.candidates[self.choose()]()
+
+    def trace(self) -> Any:
+        """The result by calls that torch.compile sees, or None where the operator has to stay whole.
+
+        So it has where values decide, and where the descriptors were the fastest or are forced: PyTorch
+        does not trace them through `wrap_triton`, and the operator takes them at run time.
+        """
+        fastest = choices(self.operand.device).known.get(self.kind)
+        if not self.traceable or "descriptors" in (forced_candidate(), fastest):
+            return None
+        return self.candidates[self.choose(may_time=False)]()
+
+    def choose(self, *, may_time: bool = True) -> str:
+        """The name of the candidate for this kind of call.
+
+        A forced candidate that cannot serve this call (a wide rank, an input without a gradient) leaves
+        it to the `rule`, with a warning.
+        """
+        forced = forced_candidate()
+        if forced is not None:
+            if forced in self.candidates:
+                return forced
+            warnings.warn(f"FASTSPEC_BACKEND={forced} cannot serve: {self.kind}", stacklevel=2)
+        by_rule = rule(self.candidates, self.operand.dtype, self.k)
+        if forced or len(self.candidates) == 1 or torch.are_deterministic_algorithms_enabled():
+            return by_rule
+        found = choices(self.operand.device)
+        if found.known.get(self.kind) in self.candidates:
+            return found.known[self.kind]
+        device = self.operand.device
+        if not may_time or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return by_rule
+        times = {name: measure(call, device) for name, call in self.candidates.items()}
+        found.remember(self.kind, min(times, key=times.__getitem__))
+        return found.known[self.kind]
+
+
+def describe(direction: str, core: str, a: Tensor, weight: Tensor, k: int, *needs: bool) -> str:
+    """The kind of a call on `a` [..., columns], as the cache's key.
+
+    Row counts share one up to the next power of two.
+    """
+    rows = 1 << max(0, tiles.hint(math.prod(a.shape[:-1])) - 1).bit_length()
+    out, d = map(tiles.hint, weight.shape)
+    wants = "".join("01"[n] for n in needs)
+    dtype = str(a.dtype).removeprefix("torch.")
+    return f"{direction} {core} {dtype} {tiles.kind(a.dtype)} n{rows} {d}->{out} k{k} {wants}"
