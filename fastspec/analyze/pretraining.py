@@ -72,9 +72,9 @@ def run(study: Study, report: Callable[[str], None] = print) -> Iterator[dict[st
         test, labelled, rest = order.split([study.test, study.labelled, pool])
         for size in study.sizes:
             torch.manual_seed(seed)
-            autoencoder = build(study, images)
-            loss = pretrain(autoencoder, images[rest[:size]], study, seed) if size else float("nan")
-            encoder = autoencoder.vit
+            autoencoder = Autoencoder(tuple(images.shape[1:]), study.width, study.layers)
+            loss = pretrain(autoencoder, images[rest[:size]], study, seed) if size else ""
+            encoder = autoencoder.encoder
             before = {n: t.clone() for n, t in encoder.state_dict().items()}
             classifier = Classifier(encoder, int(labels.max()) + 1)
             posttrain(classifier, images[labelled], labels[labelled], study, seed)
@@ -85,7 +85,7 @@ def run(study: Study, report: Callable[[str], None] = print) -> Iterator[dict[st
                 "pretraining loss": loss,
                 "matched cosine": _mean(line["cosine, leading tenth"] for line in lines),
                 "subspace cosine": _mean(line["subspace, leading tenth"] for line in lines),
-                "|dW|/|W|": _mean(line["|dW|/|W|"] for line in lines),
+                "norm of dW over W": _mean(line["norm of dW over W"] for line in lines),
                 "accuracy": accuracy(classifier, images[test], labels[test]),
             }
             report(
@@ -114,47 +114,85 @@ def load_images(source: str) -> tuple[Tensor, Tensor]:
     return (images - images.mean()) / images.std(), labels
 
 
-def build(study: Study, images: Tensor) -> Any:
-    """A `transformers` ViTMAE for images of this size, with patches of a quarter of their side."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+class Encoder(nn.Module):
+    """A small vision transformer over any subset of an image's patches.
 
-    side = images.shape[-1]
-    return ViTMAEForPreTraining(
-        ViTMAEConfig(
-            image_size=side,
-            patch_size=side // 4,
-            num_channels=images.shape[1],
-            hidden_size=study.width,
-            num_hidden_layers=study.layers,
-            num_attention_heads=4,
-            intermediate_size=2 * study.width,
-            decoder_hidden_size=study.width // 2,
-            decoder_num_hidden_layers=1,
-            decoder_num_attention_heads=4,
-            decoder_intermediate_size=study.width,
-            mask_ratio=0.6,
-        )
-    )
+    Args:
+        shape: channels, height and width of the images; a patch is a quarter of the side.
+        width, layers: of the transformer.
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int, layers: int) -> None:
+        super().__init__()
+        self.patch = shape[-1] // 4
+        self.embed = nn.Linear(shape[0] * self.patch**2, width)
+        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.layers = _transformer(width, layers)
+        self.norm = nn.LayerNorm(width)
+
+    def patches(self, images: Tensor) -> Tensor:  # [N, c, h, w] -> [N, 16, c patch^2]
+        return F.unfold(images, self.patch, stride=self.patch).mT
+
+    def forward(self, patches: Tensor, places: Tensor) -> Tensor:
+        """Hidden states [N, p, width] of patches [N, p, ...] at `places` [N, p]."""
+        return self.norm(self.layers(self.embed(patches) + self.position[places]))
+
+
+class Autoencoder(nn.Module):
+    """An encoder that sees part of the patches, and a decoder of one layer that paints the others."""
+
+    SEEN = 6  # of 16
+
+    def __init__(self, shape: tuple[int, ...], width: int, layers: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(shape, width, layers)
+        self.mask = nn.Parameter(torch.zeros(width))
+        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.decoder = _transformer(width, 1)
+        self.paint = nn.Linear(width, self.encoder.embed.in_features)
+
+    def forward(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean squared error of the patches that the encoder does not see."""
+        patches = self.encoder.patches(images)
+        order = torch.rand(patches.shape[:2], generator=generator).argsort(1)
+        seen, hidden = order[:, : self.SEEN], order[:, self.SEEN :]
+        states = self.encoder(_take(patches, seen), seen)
+        blanks = self.mask.expand(*hidden.shape, -1)
+        states = torch.cat([states, blanks], 1) + self.position[order]
+        painted = self.paint(self.decoder(states)[:, self.SEEN :])
+        return F.mse_loss(painted, _take(patches, hidden))
 
 
 class Classifier(nn.Module):
-    """A ViTMAE encoder that masks nothing, the mean over its patches, and a linear head."""
+    """An encoder that sees every patch, the mean over them, and a linear head."""
 
-    def __init__(self, encoder: nn.Module, classes: int) -> None:
+    def __init__(self, encoder: Encoder, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, classes)  # type: ignore[union-attr, arg-type]
+        self.head = nn.Linear(encoder.norm.normalized_shape[0], classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = self.encoder(images).last_hidden_state
-        return self.head(hidden[:, 1:].mean(1))
+        places = torch.arange(16).expand(len(images), -1)
+        return self.head(self.encoder(self.encoder.patches(images), places).mean(1))
 
 
-def pretrain(model: Any, images: Tensor, study: Study, seed: int) -> float:
+def _transformer(width: int, layers: int) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(
+        width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+def _take(patches: Tensor, places: Tensor) -> Tensor:
+    return patches.gather(1, places[..., None].expand(-1, -1, patches.shape[-1]))
+
+
+def pretrain(model: Autoencoder, images: Tensor, study: Study, seed: int) -> float:
     """Masked reconstruction; returns the mean loss of the last tenth of the steps."""
+    generator = torch.Generator().manual_seed(seed)
     losses = _train(
         model,
-        lambda rows: model(images[rows]).loss,
+        lambda rows: model(images[rows], generator),
         len(images),
         study.pretraining_steps,
         study,
@@ -168,7 +206,6 @@ def posttrain(
     classifier: Classifier, images: Tensor, labels: Tensor, study: Study, seed: int
 ) -> None:
     """Full finetuning with cross-entropy."""
-    classifier.encoder.config.mask_ratio = 0.0  # type: ignore[union-attr]
     _train(
         classifier,
         lambda rows: F.cross_entropy(classifier(images[rows]), labels[rows]),

@@ -50,7 +50,7 @@ class Stability:
         }
         for kind in ("attention", "mlp"):
             rows = [a.summary() for a in self.alignments if a.kind == kind]
-            for column in ("cosine, leading tenth", "subspace, leading tenth", "|dW|/|W|"):
+            for column in ("cosine, leading tenth", "subspace, leading tenth", "norm of dW over W"):
                 values = [row[column] for row in rows]
                 line[f"{kind}: {column}"] = sum(values) / len(values) if values else ""
         return line

@@ -47,7 +47,7 @@ class Matrices:
     def __init__(
         self, model: nn.Module, kinds: Sequence[str] = ("attention", "mlp", "other")
     ) -> None:
-        state = model.state_dict()
+        state = {name: t.clone() for name, t in model.state_dict().items()}
         self.found = [p for p in pairs(state, state) if p.kind in kinds]
         if not self.found:
             raise ValueError(f"the model has no matrix of the kinds {', '.join(kinds)}")
