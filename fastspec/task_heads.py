@@ -27,9 +27,9 @@ def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | Non
     if task is None:
         return None
     x = args[0]
-    if x.dim() < 2 or len(x) != len(task):
+    if x.dim() < 2 or x.shape[0] != task.shape[0]:
         raise ValueError(
-            f"a head got {list(x.shape)} in a batch of {len(task)} rows: its input was flattened, "
+            f"a head got {list(x.shape)} in a batch of {task.shape[0]} rows: its input was flattened, "
             "expanded or reordered, and which row is whose can't be known here"
         )
     row = task.clamp_min(0)
@@ -44,7 +44,7 @@ def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | Non
         x, head.weight_pretrained, head.bias_pretrained if head.bias is not None else None
     )
     base = F.pad(base, (0, y.shape[-1] - base.shape[-1]), value=float("-inf"))
-    per_row = (len(task), *(1,) * (x.dim() - 1))
+    per_row = (task.shape[0], *(1,) * (x.dim() - 1))
     own = head.sizes.index_select(0, row).view(per_row)
     beyond = torch.arange(y.shape[-1], device=y.device) >= own
     y = y.masked_fill(beyond, float("-inf"))
