@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import mapping
-from peft.tuners.tuners_utils import BaseTuner, delete_adapter
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _maybe_include_all_linear_layers,
+    delete_adapter,
+)
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -68,8 +72,16 @@ class SpectralModel(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None:
+        if peft_config.target_modules in (None, "all-linear"):
             peft_config.target_modules = "all-linear"
+            _maybe_include_all_linear_layers(peft_config, self.model)
+            attentions = [
+                name
+                for name, module in self.model.named_modules()
+                if isinstance(module, nn.MultiheadAttention)
+            ]
+            # which read its weight without calling it
+            peft_config.target_modules -= {f"{name}.out_proj" for name in attentions}
         return peft_config
 
     def _create_and_replace(
