@@ -112,6 +112,40 @@ def table(title: str, timing: Timing) -> str:
     return "\n".join(lines)
 
 
+def draw(name: str, title: str, timing: Timing, bars: Mapping[str, float]) -> Path | None:
+    """The ratios as a picture, bench/results/<name>.png, best on top; None without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    ratios = sorted(timing.ratios.items(), key=lambda item: -item[1].median)
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.34 * len(ratios)), layout="constrained")
+    for y, (label, r) in enumerate(ratios):
+        ours = label in bars
+        axes.barh(y, r.median, color="tab:blue" if ours else "0.75", height=0.7)
+        axes.plot([r.low, r.high], [y, y], color="black", linewidth=1)
+        axes.annotate(
+            f"{r.median:.3f}", (max(r.high, r.median), y), (4, 0), textcoords="offset points",
+            va="center", fontsize=8,
+        )  # fmt: skip
+        if ours:
+            axes.plot([bars[label]] * 2, [y - 0.45, y + 0.45], color="tab:red", linewidth=2)
+    axes.set_yticks(range(len(ratios)), [label for label, _ in ratios])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlim(left=min(0.9, *(r.low for _, r in ratios)))
+    axes.set_xlabel("time over the frozen model's (median, quartiles; red: our bar)")
+    axes.set_title(title, fontsize=10)
+    path = RESULTS / f"{name}.png"
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(path)
+    return path
+
+
 def store(name: str, value: object) -> Path:
     """Write one measurement, with what is needed to read it later, to bench/results/<name>.json."""
     path = RESULTS / f"{name}.json"

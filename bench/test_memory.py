@@ -1,9 +1,12 @@
-"""Saved activations of a training step against the frozen model's (design section 2, F1)."""
+"""Memory of a training step against the frozen model's: saved activations and the peak (F1, F2)."""
 
 import harness
 import pytest
 import torch
 from models import PEERS, Step, Workload, build, floor, spectral
+from torch.profiler import ProfilerActivity, profile
+
+from fastspec.targets import spectral_layers
 
 LOADS = [Workload("minilm", 32, 64), Workload("bert-base", 8, 128)]
 BAR = 1.05
@@ -44,3 +47,38 @@ def test_quick_saved_activations(load, show):
     harness.store(f"memory-{load}", ratios)
     assert ratios["diag k=32"] <= BAR
     assert ratios["dense k=32"] <= BAR
+
+
+def peak_bytes(step: Step) -> int:
+    """Most bytes that torch's allocator held at once in a step, above what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    total = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total)
+    return peak
+
+
+@pytest.mark.parametrize("load", LOADS, ids=str)
+@pytest.mark.parametrize("core", ["diag", "dense"])
+def test_quick_peak_growth_is_one_scratch_weight(load, core, show):
+    """Over the frozen model's peak: p of every layer, which F1 counts as saved, and one scratch weight."""
+    base = build(load.model)
+    frozen = peak_bytes(floor(base, load))
+    step = Step(base, spectral(32, core), load)
+    growth = peak_bytes(step) - frozen  # of the first step: the scratch is made in it
+    layers = [layer for _, layer in spectral_layers(step.model)]
+    saved = sum(4 * load.batch * load.length * layer.rank for layer in layers)
+    scratch = max(layer.weight.nbytes for layer in layers)
+    mib = 2**20
+    show(
+        f"\n{load}, {core}: peak {growth / mib:+.1f} MiB over the frozen model's {frozen / mib:.0f} MiB: "
+        f"p of all layers {saved / mib:.1f} MiB, one scratch weight {scratch / mib:.1f} MiB"
+    )
+    harness.store(
+        f"peak-{core}-{load}",
+        {"frozen": frozen, "growth": growth, "saved_p": saved, "scratch": scratch},
+    )
+    assert growth <= saved + scratch

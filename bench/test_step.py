@@ -38,12 +38,14 @@ def measure(load, prepares, rounds, name, show):
     timing = harness.pairwise(base_step, steps, rounds)
     show(harness.table(f"{load}: whole training step over the frozen floor's", timing))
     harness.store(f"step-{name}-{load}", dataclasses.asdict(timing))
+    bars = {label: bar for (workload, label), bar in BARS.items() if workload == load}
+    harness.draw(f"step-{name}-{load}", f"Training step, {load}", timing, bars)
     if not timing.counts:
         pytest.skip(f"noise {100 * timing.noise:.1f} %: the run does not count")
     over = {
         label: (timing.ratios[label].median, bar)
-        for (workload, label), bar in BARS.items()
-        if workload == load and label in steps and timing.ratios[label].median > bar
+        for label, bar in bars.items()
+        if label in steps and timing.ratios[label].median > bar
     }
     assert not over, f"over the bar (measured, bar): {over}"
     return timing

@@ -29,7 +29,7 @@ using OptTensor = std::optional<Tensor>;
 constexpr double SIGMA_FLOOR = 1e-2;
 
 enum class Core { Diag, Band, Dense };
-enum class Form { Merged, Factored, Spectral };
+enum class Form { Merged, Resident, Factored, Spectral };
 enum class Gradient { None, TwoSided, Short, Dense };
 
 template <class Enum>
@@ -48,18 +48,21 @@ struct Plan {
       : core(choice<Core>(core_name, "core",
                           {{"diag", Core::Diag}, {"band", Core::Band}, {"dense", Core::Dense}})),
         form(choice<Form>(form_name, "forward",
-                          {{"merged", Form::Merged}, {"factored", Form::Factored}, {"spectral", Form::Spectral}})),
+                          {{"merged", Form::Merged}, {"resident", Form::Resident}, {"factored", Form::Factored}, {"spectral", Form::Spectral}})),
         gradient(choice<Gradient>(gradient_name, "gradient",
                                   {{"none", Gradient::None}, {"two_sided", Gradient::TwoSided},
                                    {"short", Gradient::Short}, {"dense", Gradient::Dense}})) {}
 
+  // Whether one product with W + U C Vh computes the layer.
+  bool one_product() const { return form == Form::Merged || form == Form::Resident; }
   bool saves_p() const { return gradient == Gradient::TwoSided || gradient == Gradient::Short; }
 };
 
 // The frozen factors and the core of one layer: u [out, k], s [k], vh [k, in].
 struct Layer {
-  const Tensor &weight, &u, &s, &vh, &delta;
+  const Tensor &weight, &u, &s, &vh, &delta;  // weight is W + U C Vh itself where the form is resident
   Core core;
+  Form form;
 
   int64_t out_features() const { return weight.size(0); }
   int64_t in_features() const { return weight.size(1); }
@@ -153,6 +156,7 @@ void merge_rows(const Tensor& weight, const Tensor& left_in, const Tensor& right
 
 // W + U C Vh in scratch (F2): valid until the next call on this thread takes the buffer.
 Tensor merged(const Layer& layer) {
+  if (layer.form == Form::Resident) return layer.weight;
   // the untouched weight: the first step is the pretrained model's bit for bit
   if (all_zero(layer.delta)) return layer.weight;
   const int64_t rows = layer.out_features(), cols = layer.in_features();
@@ -223,15 +227,15 @@ std::tuple<Tensor, Tensor> spectral_linear(
     const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
     std::string_view gradient) {
   const Plan plan(core, form, gradient);
-  const Layer layer{weight, u, s, vh, delta, plan.core};
+  const Layer layer{weight, u, s, vh, delta, plan.core, plan.form};
   const int64_t in = layer.in_features(), out = layer.out_features(), k = u.size(1);
   const auto dtype = x.scalar_type();
   const Tensor x2 = x.reshape({-1, in});
 
   const bool p_from_y = plan.gradient == Gradient::Short && out < in;
   Tensor p, y;
-  if (plan.form != Form::Merged || (plan.saves_p() && !p_from_y)) p = project(x2, vh.to(dtype).t());
-  if (plan.form == Form::Merged) {
+  if (!plan.one_product() || (plan.saves_p() && !p_from_y)) p = project(x2, vh.to(dtype).t());
+  if (plan.one_product()) {
     y = at::linear(x, merged(layer).to(dtype), bias);
   } else if (plan.form == Form::Factored) {
     y = at::linear(x, weight.to(dtype), bias);
@@ -264,7 +268,7 @@ std::tuple<Tensor, Tensor> spectral_linear_backward(
     const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
     std::string_view gradient, bool needs_dx, bool needs_delta) {
   const Plan plan(core, form, gradient);
-  const Layer layer{weight, u, s, vh, delta, plan.core};
+  const Layer layer{weight, u, s, vh, delta, plan.core, plan.form};
   const int64_t in = layer.in_features(), out = layer.out_features();
   const auto dtype = g.scalar_type();
   const Tensor g2 = g.reshape({-1, out});

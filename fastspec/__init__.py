@@ -20,6 +20,7 @@ _PUBLIC = {
     "spectralize": "fastspec.convert",
     "merge": "fastspec.convert",
     "unmerge": "fastspec.convert",
+    "keep_merged": "fastspec.convert",
     "trainable_parameters": "fastspec.convert",
     "print_trainable_parameters": "fastspec.convert",
     "save_adapter": "fastspec.adapter",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from fastspec.config import SpectralConfig
     from fastspec.conv1d import SpectralConv1D
     from fastspec.convert import (
+        keep_merged,
         merge,
         print_trainable_parameters,
         spectralize,

@@ -17,6 +17,8 @@ from torch import Tensor
 # more than 1/share on the short side: the call then takes the two-sided form. For a dense core the same
 # bound stands on 1 / cond_1(diag(S) + C), which for a diagonal core is the same share.
 SIGMA_FLOOR = 1e-2
+# The forms that compute by one product with W_eff; where it is resident, that is the given weight.
+ONE_PRODUCT = ("merged", "resident")
 
 
 class _Scratch(threading.local):
@@ -96,8 +98,12 @@ def merge(weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str, out: 
     return out
 
 
-def _merged(weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str) -> Tensor:
+def _effective(
+    weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str, form: str
+) -> Tensor:
     """W_eff in scratch (F2): valid until the next call on this thread takes the buffer."""
+    if form == "resident":
+        return weight
     if weight.device.type == "cpu" and not delta.any():
         return weight  # the untouched weight: the first step is the pretrained model's bit for bit
     rows, cols = weight.shape
@@ -146,10 +152,10 @@ def spectral_linear(
     x2 = x.reshape(-1, in_features)
 
     p_from_y = gradient == "short" and out_features < in_features
-    needs_p = form != "merged" or (saves_p and not p_from_y)
+    needs_p = form not in ONE_PRODUCT or (saves_p and not p_from_y)
     p = x2 @ vh.to(dtype).mT if needs_p else None
-    if p is None or form == "merged":
-        y = F.linear(x, _merged(weight, u, vh, delta, core).to(dtype), bias)
+    if p is None or form in ONE_PRODUCT:
+        y = F.linear(x, _effective(weight, u, vh, delta, core, form).to(dtype), bias)
     elif form == "factored":
         y = F.linear(x, weight.to(dtype), bias)
         z = apply_core(p, delta, core, transpose=True)
@@ -203,7 +209,7 @@ def spectral_linear_backward(
             dx2 = g2 @ weight.to(dtype)
             dx2.addmm_(apply_core(q, delta, core), vh.to(dtype))
         else:
-            dx2 = g2 @ _merged(weight, u, vh, delta, core).to(dtype)
+            dx2 = g2 @ _effective(weight, u, vh, delta, core, form).to(dtype)
     dx = dx2.view(*g.shape[:-1], in_features) if dx2 is not None else g.new_empty(0)
     if not needs_delta:
         return dx, delta.new_empty(0)

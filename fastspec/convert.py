@@ -161,6 +161,13 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
+def keep_merged(model: nn.Module, keep: bool = True) -> nn.Module:
+    """Keep a merged copy of every adapted weight between calls (see `SpectralLinear.keep_merged`)."""
+    for _, layer in spectral_layers(model):
+        layer.keep_merged(keep)
+    return model
+
+
 def _percent(part: int, total: int) -> str:
     return f"{100 * part / total if total else 0:10.4f} %"
 

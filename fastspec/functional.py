@@ -27,6 +27,7 @@ def spectral_linear(
     core: str = "diag",
     singular_basis: bool = False,
     plan: Plan | None = None,
+    effective: Tensor | None = None,
 ) -> Tensor:
     """y = x (W + U C Vh)^T + b  with the core C stored in `delta` (arXiv 2605.07302).
 
@@ -42,6 +43,8 @@ def spectral_linear(
             as nothing was cast since. Allows the short-side gradient (design section 2, F3).
         plan: forces a plan; None takes the cost model's. A plan that is not legal here (a short side
             without a singular basis) is refused.
+        effective: W + U C Vh for this very `delta`, in float32 or float64, where the caller keeps it: it
+            is then not made again. Excludes `plan`.
 
     Returns:
         [..., out], in the dtype of x (of autocast, where that is on).
@@ -69,6 +72,14 @@ def spectral_linear(
         raise TypeError(
             f"x must have the weight's dtype {weight.dtype}, got {x.dtype}: cast it, or use autocast"
         )
+    if effective is not None:
+        if plan is not None:
+            raise ValueError("effective and plan exclude each other")
+        if effective.shape != weight.shape or effective.dtype != weight.dtype:
+            raise ValueError(
+                f"effective must be {list(weight.shape)} in {weight.dtype} as the weight, got "
+                f"{list(effective.shape)} in {effective.dtype}"
+            )
     needs_delta = delta.requires_grad and torch.is_grad_enabled()
     if plan is None:
         # sizes may be symbolic while torch.compile traces: then they can't be looked up
@@ -84,12 +95,15 @@ def spectral_linear(
             needs_dx=x.requires_grad,
             needs_delta=needs_delta,
             singular_basis=singular_basis,
+            resident=effective is not None,
         )
     else:
         _check_plan(plan, weight, u.shape[1], core, x.dtype, device, singular_basis)
     gradient = plan.gradient if needs_delta else "none"
     if needs_delta and gradient == "none":
         raise ValueError("plan.gradient is 'none' but delta requires a gradient")
+    if effective is not None:
+        weight = effective
     return ops.spectral_linear(x, bias, weight, u, s, vh, delta, core, plan.forward, gradient)
 
 
@@ -103,6 +117,8 @@ def _check_plan(
     singular_basis: bool,
 ) -> None:
     """Refuse a forced plan whose identities do not hold here."""
+    if plan.forward == "resident":
+        raise ValueError("plan.forward='resident' can't be forced: give `effective` instead")
     if plan.gradient == "short" and not (singular_basis and core != "band"):
         raise ValueError(
             "plan.gradient='short' needs singular_basis=True and a diag or dense core: take 'two_sided'"

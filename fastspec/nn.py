@@ -32,6 +32,7 @@ class SpectralLayer(nn.Module):
     delta: Tensor
     delta_table: Tensor
     base_weight: Tensor | None
+    _kept: tuple[Tensor, Tensor] | None  # W + U C Vh and the coefficients it is for (`keep_merged`)
     task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
 
     @staticmethod
@@ -65,6 +66,7 @@ class SpectralLayer(nn.Module):
         self.half_width = half_width
         self.path: Path = path
         self.forced_plan: Plan | None = None
+        self.keep_merged(False)
         matrix = self._matrix(self.weight)
         k = directions.rank
         directions.triplets(min(matrix.shape))
@@ -110,6 +112,7 @@ class SpectralLayer(nn.Module):
         if self.merged:
             self.unmerge()
         factors = factorize([self._matrix(self.weight)], [self.directions], ["weight"])[0]
+        self._kept = None
         self.u, self.s, self.vh = factors.u, factors.s, factors.vh
         self._basis_dtype = self.weight.dtype if factors.singular else None
 
@@ -153,7 +156,38 @@ class SpectralLayer(nn.Module):
             core=self.core,
             singular_basis=self.singular_basis,
             plan=self.forced_plan,
+            effective=self._kept_weight() if self.keeps_merged else None,
         )
+
+    def keep_merged(self, keep: bool = True) -> None:
+        """Keep one copy of W + U C Vh between calls, made again only when the coefficients changed.
+
+        It saves both merges of a step: for evaluation, and for training where many batches pass between
+        two optimiser steps. It costs the memory of one more weight. It has no effect where it can't help
+        or could not be checked for free: on a GPU, in 16 bits, under autocast, while compiling, or with
+        a forced plan.
+        """
+        self.keeps_merged = keep
+        self._kept = None
+
+    def _kept_weight(self) -> Tensor | None:
+        """W + U C Vh as a view [out, in], refreshed where needed; None where it is not to be used."""
+        weight, delta = self.weight, self.delta.detach()
+        if (
+            torch.compiler.is_compiling()
+            or self.forced_plan is not None
+            or weight.device.type != "cpu"
+            or weight.dtype.itemsize < 4
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        if not delta.any():
+            return self._matrix(weight)  # bit for bit the pretrained layer, without a copy
+        if self._kept is None or not torch.equal(self._kept[1], delta):
+            # a new tensor: a graph may still hold the old one for its backward
+            with torch.inference_mode(False):  # kept beyond it, for training too
+                self._kept = (self._merged_weight(), delta.clone())
+        return self._matrix(self._kept[0])
 
     def _with_tasks(self, x: Tensor, task: Tensor) -> Tensor:
         """Every row of the batch x [B, ..., in] with its own task's core; `delta` plays no part."""
@@ -181,6 +215,15 @@ class SpectralLayer(nn.Module):
         Raises:
             ValueError: the result is not finite.
         """
+        out = self._merged_weight()
+        if not bool(torch.isfinite(out).all()):
+            raise ValueError(
+                "the merged weight is not finite: the coefficients (`delta`) hold NaN, infinity or "
+                "values beyond the range of the weight"
+            )
+        return out
+
+    def _merged_weight(self) -> Tensor:
         base = self.weight if self.base_weight is None else self.base_weight
         wide = torch.promote_types(base.dtype, torch.float32)
         w = reference.effective_weight(
@@ -190,11 +233,6 @@ class SpectralLayer(nn.Module):
             self.delta.detach().to(wide),
             self.core,
         )
-        if not bool(torch.isfinite(w).all()):
-            raise ValueError(
-                "the merged weight is not finite: the coefficients (`delta`) hold NaN, infinity or "
-                "values beyond the range of float32"
-            )
         out = torch.empty_like(base)
         self._matrix(out).copy_(w)
         return out
@@ -220,6 +258,7 @@ class SpectralLayer(nn.Module):
             self.weight, self.base_weight = self.base_weight, None  # type: ignore[assignment]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._kept = None
         delta, s = self.delta.data, self.s
         table = self._buffers.get("delta_table")
         grad = None if self.delta.grad is None else self.delta.grad.data

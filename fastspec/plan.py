@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-Forward = Literal["merged", "factored", "spectral"]
+Forward = Literal["merged", "resident", "factored", "spectral"]
 Gradient = Literal["none", "two_sided", "short", "dense"]
-FORWARDS = ("merged", "factored", "spectral")
+FORWARDS = ("merged", "resident", "factored", "spectral")
 GRADIENTS = ("none", "two_sided", "short", "dense")
 
 
@@ -23,7 +23,8 @@ class Plan:
 
     Args:
         forward: `"merged"`: W + U C Vh is written to a scratch buffer and multiplied once, in the
-            forward and again in the backward (F2); `"factored"`: the plain product plus two thin ones;
+            forward and again in the backward (F2); `"resident"`: the same with a copy that the caller
+            keeps (`SpectralLinear.keep_merged`); `"factored"`: the plain product plus two thin ones;
             `"spectral"`: with a complete basis W = U S Vh, so y = (x Vh^T) (diag(S) + C)^T U^T and
             p and q come for nothing.
         gradient: `"none"`: no coefficient gradient is asked for; `"two_sided"`: p = x Vh^T, q = g U
@@ -45,11 +46,27 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
-    """Relative costs of a machine, in units of one flop of a large square GEMM.
+class Work:
+    """What a plan adds to the two plain products of a layer (negative where it leaves them out).
 
-    `thin` is the price of a flop in a product whose inner or outer size is k, by k; `byte` that of a
-    byte moved. The defaults are estimates for a CPU, not calibrated on any one machine.
+    Args:
+        flops: of products as large as the layer's own.
+        thin_flops: of products whose inner or outer size is k.
+        bytes: moved by passes over a matrix beside the products.
+    """
+
+    flops: int
+    thin_flops: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Relative costs of a machine, in units of one flop of a large square product.
+
+    `thin` is the price of a flop in a product whose inner or outer size is k, by the largest k it stands
+    for; `byte` that of a byte moved. The defaults come from `python bench/calibrate.py` on two AVX-512
+    cores with the compiled part.
     """
 
     thin: tuple[tuple[int, float], ...] = ((16, 3.0), (64, 1.6), (128, 1.2), (1 << 30, 1.0))
@@ -58,10 +75,60 @@ class Costs:
     def thin_price(self, k: int) -> float:
         return next(price for limit, price in self.thin if k <= limit)
 
+    def of(self, work: Work, k: int) -> float:
+        return work.flops + self.thin_price(k) * work.thin_flops + self.byte * work.bytes
+
 
 COSTS = Costs()
 KERNEL_RANK = 256  # the widest that fastspec.kernels takes
 DYNAMIC_ROWS = 2048  # rows assumed by a compiled or exported graph that takes any number
+
+
+def work_of(
+    plan: Plan,
+    n: int,
+    in_features: int,
+    out_features: int,
+    k: int,
+    itemsize: int = 4,
+    needs_dx: bool = True,
+) -> Work:
+    """What `plan` adds for `n` rows (tokens) of one layer, in one forward and backward (F2 to F4)."""
+    forward, gradient = plan.forward, plan.gradient
+    weight = in_features * out_features
+    flops = thin = moved = 0
+    one_product = forward in ("merged", "resident")
+
+    # The factored correction and the complete basis share their first products, p and q, with the
+    # gradient: only what the gradient would not compute anyway counts against them.
+    p_from_x = (
+        not one_product
+        or gradient == "two_sided"
+        or (gradient == "short" and in_features <= out_features)
+    )
+    q_from_g = (
+        (not one_product and needs_dx)
+        or gradient == "two_sided"
+        or (gradient == "short" and out_features <= in_features)
+    )
+    thin += 2 * n * k * (in_features * p_from_x + out_features * q_from_g)
+    if gradient == "short":  # y U has the size of g U, dx V that of x V
+        thin += 2 * n * k * (out_features * (not p_from_x) + in_features * (not q_from_g))
+
+    if forward == "merged":  # once a direction: a product of the weight's size, read and written
+        thin += 2 * k * weight * (1 + needs_dx)
+        moved += 2 * weight * itemsize * (1 + needs_dx)
+    elif not one_product:
+        wide = out_features + in_features * needs_dx
+        thin += 2 * n * k * wide
+        moved += 2 * n * wide * itemsize
+    if forward == "spectral":
+        flops -= 2 * n * weight * (1 + needs_dx)
+    if gradient == "dense":
+        flops += 2 * n * weight
+        thin += 2 * k * weight
+        moved += weight * itemsize
+    return Work(flops, thin, moved)
 
 
 def make_plan(
@@ -76,6 +143,7 @@ def make_plan(
     needs_dx: bool = True,
     needs_delta: bool = True,
     singular_basis: bool = True,
+    resident: bool = False,
     costs: Costs = COSTS,
 ) -> Plan:
     """The cheapest legal plan for `n` rows (tokens) and one layer.
@@ -88,52 +156,50 @@ def make_plan(
         needs_dx: whether the gradient of the input is wanted.
         needs_delta: whether the gradient of the coefficients is wanted.
         singular_basis: whether `W V = U S` holds to rounding, which the short-side form rests on.
+        resident: whether the caller keeps W + U C Vh and gives it in the weight's place.
     """
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
 
         if not has_static_value(n):
             n = DYNAMIC_ROWS  # to compare a varying size would compile again on every side of it
-    wide = dtype in (torch.float32, torch.float64)
-    thin = costs.thin_price(k)
-    weight = in_features * out_features
     itemsize = 8 if dtype == torch.float64 else 4
 
-    # F2. One merge is 2 k in out flops and two passes over a weight; it happens once a direction. The
-    # factored correction shares its first product (p or q) with the gradient, so only what the
-    # gradient would not compute anyway counts against it.
-    merge = 2 * k * weight * thin + 2 * weight * itemsize * costs.byte
-    expand_y = 2 * n * k * out_features * thin + 2 * n * out_features * itemsize * costs.byte
-    expand_dx = 2 * n * k * in_features * thin + 2 * n * in_features * itemsize * costs.byte
-    project_x = 2 * n * k * in_features * thin
-    project_g = 2 * n * k * out_features * thin
+    def cost(plan: Plan) -> float:
+        work = work_of(plan, n, in_features, out_features, k, itemsize, needs_dx)
+        return costs.of(work, k)
 
-    def total(forward: Forward, gradient: Gradient) -> float:
-        merged = forward == "merged"
-        p_from_x = not merged or gradient == "two_sided"
-        p_from_x = p_from_x or (gradient == "short" and in_features <= out_features)
-        q_from_g = (not merged and needs_dx) or gradient == "two_sided"
-        q_from_g = q_from_g or (gradient == "short" and out_features <= in_features)
-        cost = p_from_x * project_x + q_from_g * project_g
-        if forward == "spectral":
-            # the second product of each direction is all there is
-            cost += expand_y + expand_dx * needs_dx
-            cost -= (
-                2 * n * weight * (1 + needs_dx)
-            )  # the plain products, which every other form makes
-        elif merged:
-            cost += merge * (1 + needs_dx)
-        else:
-            cost += expand_y + expand_dx * needs_dx
-        if gradient == "short":
-            if not p_from_x:
-                cost += project_g  # y U has the size of g U
-            if not q_from_g:
-                cost += project_x  # dx V has the size of x V
-        if gradient == "dense":
-            cost += 2 * n * weight + 2 * k * weight * thin + weight * itemsize * costs.byte
-        return cost
+    return min(
+        legal_plans(
+            in_features,
+            out_features,
+            k,
+            core=core,
+            dtype=dtype,
+            device=device,
+            needs_dx=needs_dx,
+            needs_delta=needs_delta,
+            singular_basis=singular_basis,
+            resident=resident,
+        ),
+        key=cost,
+    )
 
+
+def legal_plans(
+    in_features: int,
+    out_features: int,
+    k: int,
+    *,
+    core: str,
+    dtype: torch.dtype,
+    device: str,
+    needs_dx: bool,
+    needs_delta: bool,
+    singular_basis: bool,
+    resident: bool = False,
+) -> list[Plan]:
+    """The plans worth weighing for a layer; arguments as for `make_plan`."""
     gradients: list[Gradient] = ["two_sided", "dense"] if needs_delta else ["none"]
     if needs_delta and device == "cuda" and k <= KERNEL_RANK:
         gradients = ["two_sided"]  # the projection rides along in the kernels, and x is not saved
@@ -142,19 +208,14 @@ def make_plan(
     ):
         gradients.append("short")
     # In 16 bits a merged weight rounds the coefficients away: the correction is added instead.
+    wide = dtype in (torch.float32, torch.float64)
     forwards: list[Forward] = ["merged", "factored"] if wide else ["factored"]
+    if resident:
+        return [Plan("resident", gradient) for gradient in gradients]
+    plans = [Plan(forward, gradient) for forward in forwards for gradient in gradients]
     if spectral_is_legal(in_features, out_features, k, dtype, device, singular_basis):
-        forwards.append("spectral")
-    best, least = None, 0.0
-    for f in forwards:
-        for gr in gradients:
-            cost = total(f, gr)
-            if f == "spectral" and gr not in ("none", "two_sided"):
-                continue  # p and q are there already
-            if best is None or cost < least:
-                best, least = (f, gr), cost
-    assert best is not None
-    return Plan(*best)
+        plans.append(Plan("spectral", "two_sided" if needs_delta else "none"))
+    return plans
 
 
 def short_side_is_legal(

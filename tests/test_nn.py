@@ -112,6 +112,38 @@ class TestContract:
         assert torch.equal(layer.weight, base)
         assert torch.equal(layer(x), y)
 
+    def test_a_kept_merged_weight_follows_the_coefficients(self, kind, core, monkeypatch):
+        layer, lean = perturb(adapted(kind, core=core)), perturb(adapted(kind, core=core))
+        made = []
+        merge = type(layer)._merged_weight
+        monkeypatch.setattr(
+            type(layer), "_merged_weight", lambda self: made.append(1) or merge(self)
+        )
+        layer.keep_merged()
+        x, g = torch.randn(2, 9, 24), torch.randn(2, 9, 40)
+        with torch.inference_mode():
+            layer(x)
+        for scale in (0.1, 0.2, 0.3):
+            perturb(layer, scale)
+            perturb(lean, scale)
+            for _ in range(2):  # two batches between two optimiser steps
+                grads = []
+                for module in (layer, lean):
+                    xi = x.clone().requires_grad_()
+                    y = module(xi)
+                    y.backward(g)
+                    grads.append((y, xi.grad, module.delta.grad))
+                for a, b in zip(*grads, strict=True):
+                    assert_close(a, b)
+        assert len(made) == 3
+        layer.delta.data.zero_()  # past the version counter
+        with torch.no_grad():
+            assert torch.equal(layer(x), layer._plain(x))
+        layer.delta.data.fill_(0.5)
+        assert_close(layer(x), exact(layer, x))
+        layer.keep_merged(False)
+        assert layer._kept is None
+
     def test_to_linear(self, kind, core):
         layer = perturb(adapted(kind, core=core))
         plain, x = layer.to_linear(), torch.randn(4, 24)
