@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import replicate_layers
 from peft_support import (
     CASES,
     CORES,
@@ -260,6 +261,17 @@ class TestAsLora:
         lora = PeftModel.from_pretrained(bert(), tmp_path)
         model.set_adapter("one")
         assert_close(output(lora), output(model))
+
+    def test_layers_that_share_a_basis(self, tmp_path):
+        def replicated():
+            model = bert()
+            replicate_layers(model, [[0, 2], [0, 2]])
+            return model
+
+        model = get_peft_model(replicated(), SpectralConfig(r=4, task_type="SEQ_CLS")).eval()
+        shift(model)
+        save_as_lora(tmp_path, model)
+        assert_close(output(PeftModel.from_pretrained(replicated(), tmp_path)), output(model))
 
     def test_half_precision_weights_keep_float32_factors(self):
         model = get_peft_model(bert().bfloat16(), SpectralConfig(r=4, task_type="SEQ_CLS"))

@@ -60,7 +60,8 @@ def convert_to_lora(
     for name, layer in layers.items():
         del tensors[f"{PREFIX}{name}.fastspec_delta"]
         f, core = layer.factors(adapter_name), layer.core_matrix(adapter_name)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = f.vh.to(core.dtype).cpu().contiguous()
+        # a copy: layers may share a basis, tensors of one file may not
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = f.vh.to("cpu", core.dtype, copy=True)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = (f.u.to(core.dtype) @ core).cpu()
 
     ranks = {name: layer.fastspec_delta[adapter_name].shape[-1] for name, layer in layers.items()}
