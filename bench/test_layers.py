@@ -111,7 +111,7 @@ def compare(sizes, ranks, rows, rounds, name, show) -> None:
             timing = harness.pairwise(
                 lambda run=run: run(fast),
                 {label: lambda f=f, run=run: run(f) for label, f in PLAIN.items()},
-                rounds(5 if work > 2e9 else 9),
+                rounds(3 if work > 2e9 else 7),
                 warmup=1,
             )
             best = min(timing.ratios[label].median for label in PLAIN)

@@ -24,6 +24,8 @@ BARS = {
     (BASE, "band(1), all directions"): 1.45,
 }
 LOW_RANK = {"diag k=32": spectral(32), "dense k=32": spectral(32, "dense")}
+# A step of BERT-base takes seconds: beside it stand only those with times of their own (PiSSA's is LoRA's).
+MAIN_PEERS = ("eigentune 0.2 k=32", "PEFT LoRA r8", "full finetuning")
 ALL = {
     "diag, all directions": spectral("full"),
     "band(1), all directions": spectral("full", "band"),
@@ -62,14 +64,15 @@ def test_quick_minilm(rounds, show):
     measure(MINILM, LOW_RANK, rounds(8), "quick", show)
 
 
-@pytest.mark.parametrize(("load", "n"), [(MINILM, 15), (BASE_FEW_ROWS, 9), (BASE, 5)], ids=str)
+@pytest.mark.parametrize(("load", "n"), [(MINILM, 15), (BASE_FEW_ROWS, 7), (BASE, 3)], ids=str)
 def test_low_rank(load, n, rounds, show):
-    timing = measure(load, LOW_RANK | PEERS, rounds(n), "low-rank", show)
+    peers = {name: p for name, p in PEERS.items() if load == MINILM or name in MAIN_PEERS}
+    timing = measure(load, LOW_RANK | peers, rounds(n), "low-rank", show)
     ours = timing.ratios["diag k=32"].median
-    for peer in PEERS:
+    for peer in peers:
         assert ours < timing.ratios[peer].median, f"{peer} is faster"
 
 
-@pytest.mark.parametrize(("load", "n"), [(MINILM, 15), (BASE, 5)], ids=str)
+@pytest.mark.parametrize(("load", "n"), [(MINILM, 15), (BASE, 3)], ids=str)
 def test_all_directions(load, n, rounds, show):
     measure(load, ALL, rounds(n), "all-directions", show)

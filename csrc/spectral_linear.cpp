@@ -1,9 +1,9 @@
 // The operators fastspec::spectral_linear and its backward on a CPU, with their autograd: the formulas of
 // fastspec/aten.py, which serves where this is not built. Facts F1 to F4 are those of docs/design.md.
 //
-// What it buys over Python is time between the products, a quarter of a millisecond a layer and step, and
-// the thin products fused with what surrounds them: the scale 1/sigma of the short side, and the reduction
-// of q against p.
+// What it buys over Python: the time between the products (0.25 ms a layer and step there, 0.08 ms here, on
+// the processor of the README), and thin products fused with what surrounds them, the scale 1/sigma of the
+// short side and the reduction of q against p.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/custom_function.h>

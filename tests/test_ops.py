@@ -437,5 +437,11 @@ def test_errors_name_the_argument():
         call(0, p["x"], core="full")
     with pytest.raises(ValueError, match="singular_basis"):
         call(0, p["x"], plan=Plan("merged", "short"))
+    with pytest.raises(ValueError, match="give `effective` instead"):
+        call(0, p["x"], plan=Plan("resident", "two_sided"))
+    with pytest.raises(ValueError, match=r"effective must be \[12, 8\].*got \[8, 12\]"):
+        call(0, p["x"], effective=p["weight"].mT)
+    with pytest.raises(ValueError, match="exclude each other"):
+        call(0, p["x"], effective=p["weight"], plan=Plan("merged", "two_sided"))
     with pytest.raises(ValueError, match=r"complete singular basis.*k=3 of 8"):
         call(0, p["x"], plan=Plan("spectral", "two_sided"), singular_basis=True)
