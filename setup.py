@@ -67,9 +67,9 @@ def extensions() -> dict:
 
     class OptionalBuild(BuildExtension):
         def run(self) -> None:
-            wanted, built = self.extensions, []
+            wanted, built, compiler = self.extensions, [], self.compiler
             for extension in wanted:  # each by itself: a failing nvcc must not cost the CPU part
-                self.extensions = [extension]
+                self.extensions, self.compiler = [extension], compiler
                 try:
                     super().run()
                     built.append(extension)

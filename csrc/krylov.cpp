@@ -1,17 +1,22 @@
 #include "krylov.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Dispatch.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "dense.h"
+
 namespace fastspec {
 namespace {
 
 // Values within this many tolerances of one another may be copies of one value (see krylov.py).
 constexpr double kCopies = 30;
+// Basis vectors made in all, in short sides, after which a restarted iteration ends as it is.
+constexpr int64_t kRestartedLengths = 10;
 
 // Lower Cholesky factor of the b x b matrix `a`, in place. False where it is made of rounding errors.
 bool cholesky(std::vector<double>& a, int64_t b, double smallest_pivot) {
@@ -32,116 +37,166 @@ bool cholesky(std::vector<double>& a, int64_t b, double smallest_pivot) {
   return low > smallest_pivot;
 }
 
+// Inverse of the lower triangular b x b matrix `l`, into `out`.
+template <typename T>
+void invert_triangle(const std::vector<double>& l, int64_t b, T* out) {
+  std::vector<double> x(b * b, 0);
+  for (int64_t j = 0; j < b; ++j) {
+    for (int64_t i = j; i < b; ++i) {
+      double sum = i == j;
+      for (int64_t m = j; m < i; ++m) sum -= l[i * b + m] * x[m * b + j];
+      x[i * b + j] = sum / l[i * b + i];
+    }
+  }
+  std::copy(x.begin(), x.end(), out);
+}
+
 // W^T W, the blocks below the diagonal mirrored instead of multiplied: 5/8 of the work.
 at::Tensor gram_of(const at::Tensor& w) {
-  const int64_t n = w.size(1), block = (n + 3) / 4;
-  auto gram = at::empty({n, n}, w.options());
+  const int64_t n = w.size(2), block = (n + 3) / 4;
+  auto gram = at::empty({w.size(0), n, n}, w.options());
   for (int64_t start = 0; start < n; start += block) {
     const int64_t size = std::min(block, n - start), rest = n - start - size;
-    auto rows = gram.narrow(0, start, size).narrow(1, start, n - start);
-    at::mm_out(rows, w.narrow(1, start, size).t(), w.narrow(1, start, n - start));
-    if (rest)
-      gram.narrow(0, start + size, rest).narrow(1, start, size).copy_(rows.narrow(1, size, rest).t());
+    const auto own = w.narrow(2, start, size).mT(), others = w.narrow(2, start, n - start);
+    auto rows = gram.narrow(1, start, size).narrow(2, start, n - start);
+    if (w.size(0) == 1) {
+      auto only = rows[0];
+      at::mm_out(only, own[0], others[0]);
+    } else {
+      rows.copy_(at::bmm(own, others));
+    }
+    if (rest) {
+      gram.narrow(1, start + size, rest)
+          .narrow(2, start, size)
+          .copy_(rows.narrow(2, size, rest).mT());
+    }
   }
   return gram;
 }
 
-template <typename T>
+at::Tensor square(const at::Tensor& a, int64_t start, int64_t size) {
+  return a.narrow(1, start, size).narrow(2, start, size);
+}
+
+// One run over a stack, all matrices in step: basis Q [A, p, n] of orthonormal rows, T = Q W^T W Q^T
+// [A, p, p] and the next block [A, b, n].
 class Iteration {
  public:
   Iteration(const at::Tensor& w, const KrylovOptions& options, int64_t width)
       : w_(w),
-        short_(w.size(1)),
+        short_(w.size(2)),
         width_(width),
-        eps_(std::numeric_limits<T>::epsilon()),
+        most_(std::min(std::max(options.most, options.k + 2 * width), short_)),
+        eps_(w.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                            : std::numeric_limits<float>::epsilon()),
         generator_(at::detail::createCPUGenerator(options.seed)) {
     if (short_ <= options.gram_short) gram_ = gram_of(w);
-    next_ = std::get<0>(at::linalg_qr(random(width).t())).t().contiguous();
+    const auto start = std::get<0>(at::linalg_qr(random(width).t())).t();
+    next_ = start.expand({w.size(0), width, short_}).contiguous();
+    scale_ = at::zeros({w.size(0)}, w.options());
   }
 
   int64_t size() const { return size_; }
   bool complete() const { return size_ == short_; }
+  bool full() const { return size_ + next_.size(1) > most_; }
 
   // Takes the next block into the basis and makes the one after it.
   void step() {
-    const int64_t before = size_, b = next_.size(0), c = coupling_.defined() ? coupling_.size(0) : 0;
+    const int64_t before = size_, b = next_.size(1), c = coupling_.defined() ? coupling_.size(1) : 0;
     append();
-    const auto local = basis_.narrow(0, before - c, c + b);
-    auto block = basis_.narrow(0, before, b);
+    const auto local = basis_.narrow(1, before - c, c + b), block = basis_.narrow(1, before, b);
     if (c) {
-      t_.narrow(0, before - c, c).narrow(1, before, b).copy_(coupling_);
-      t_.narrow(0, before, b).narrow(1, before - c, c).copy_(coupling_.t());
+      t_.narrow(1, before - c, c).narrow(2, before, b).copy_(coupling_);
+      t_.narrow(1, before, b).narrow(2, before - c, c).copy_(coupling_.mT());
     }
-    auto rest = gram_.defined() ? at::mm(block, gram_) : at::mm(at::mm(block, w_.t()), w_);
-    const auto h = at::mm(rest, local.t());
-    const auto diagonal = h.narrow(1, c, b);
-    t_.narrow(0, before, b).narrow(1, before, b).copy_(diagonal);
-    scale_ = std::max(scale_, diagonal.diagonal().max().template item<double>());
+    auto rest = gram_.defined() ? product(block, gram_) : product(product(block, w_.mT()), w_);
+    // T is block tridiagonal: what W^T W q has along older blocks is rounding, removed below
+    const auto h = product(rest, local.mT());
+    const auto diagonal = h.narrow(2, c, b);
+    square(t_, before, b).copy_(diagonal);
+    scale_ = at::maximum(scale_, diagonal.diagonal(0, 1, 2).amax(1));
     const int64_t room = std::min(b, short_ - size_);
     if (room == 0) return;
-    rest.addmm_(h, local, 1, -1);
+    subtract_product(rest, h, local);
     orthonormalise(rest);
     if (room < b) {
-      next_ = next_.narrow(0, 0, room).contiguous();
-      coupling_ = coupling_.narrow(1, 0, room).contiguous();
+      next_ = next_.narrow(1, 0, room).contiguous();
+      coupling_ = coupling_.narrow(2, 0, room).contiguous();
     }
   }
 
-  // k leading eigenpairs of T, descending, and the norms of W^T W v - value v.
+  // Eigenpairs of T, descending, and the norms of W^T W v - value v of the first k.
   void ritz(int64_t k) {
-    const auto projected = t_.narrow(0, 0, size_).narrow(1, 0, size_);
-    auto [values, vectors] = at::linalg_eigh(projected);
-    values = values.narrow(0, size_ - k, k).flip(0);
-    vectors_ = vectors.narrow(1, size_ - k, k).flip(1);
-    values_.assign(k, 0);
-    errors_.assign(k, 0);
-    std::copy_n(values.contiguous().template data_ptr<T>(), k, values_.begin());
-    if (complete()) return;
-    const int64_t b = coupling_.size(0);
-    const auto leak = at::mm(coupling_.t(), vectors_.narrow(0, size_ - b, b));
-    const auto norms = at::linalg_vector_norm(leak, 2, at::IntArrayRef{0}).contiguous();
-    std::copy_n(norms.template data_ptr<T>(), k, errors_.begin());
+    const auto found = symmetric_eigh(square(t_, 0, size_));
+    values_ = std::get<0>(found).flip(1);
+    vectors_ = std::get<1>(found).flip(2);
+    errors_ = at::zeros({w_.size(0), k}, w_.options());
+    if (!complete()) {
+      const int64_t b = coupling_.size(1);
+      const auto last = vectors_.narrow(1, size_ - b, b).narrow(2, 0, k);
+      errors_ = at::linalg_vector_norm(product(coupling_.mT(), last), 2, at::IntArrayRef{1});
+    }
+    wanted_ = values_.narrow(1, 0, k);
   }
 
-  // Largest error over the one allowed; at most 1 when converged. What rounding leaves in T cannot be
-  // improved on, so it counts as converged here, and the measured residual decides.
-  double share_of_tolerance(double tol, double floor) const {
-    const double first = std::max<double>(values_[0], std::numeric_limits<T>::min());
-    double worst = 1e-30;
-    for (size_t i = 0; i < values_.size(); ++i) {
-      const double wanted = 0.5 * tol * std::max<double>(values_[i], floor * floor * first);
-      worst = std::max(worst, errors_[i] / std::max(wanted, 4 * eps_ * first));
-    }
-    return worst;
+  // Largest error over the one allowed, of each matrix; at most 1 when converged. What rounding leaves in
+  // T cannot be improved on, so it counts as converged here, and the measured residual decides.
+  at::Tensor share_of_tolerance(double tol, double floor) const {
+    const auto first = wanted_.narrow(1, 0, 1).clamp_min(std::numeric_limits<float>::min());
+    const auto allowed = at::maximum(at::maximum(wanted_, first * (floor * floor)) * (0.5 * tol),
+                                     first * (4 * eps_));
+    return (errors_ / allowed).amax(1).clamp_min(1e-30).to(at::kCPU, at::kDouble);
   }
 
   // Whether `width` values in a row coincide: a start block of b vectors reaches b copies at most.
-  bool crowded(double tol) const {
-    for (size_t i = 0; i + width_ <= values_.size(); ++i) {
-      if (values_[i] - values_[i + width_ - 1] <= kCopies * tol * values_[0]) return true;
-    }
-    return false;
+  at::Tensor crowded(double tol) const {
+    const int64_t k = wanted_.size(1);
+    if (k < width_) return at::zeros({w_.size(0)}, at::kBool);
+    const int64_t runs = k - width_ + 1;
+    const auto spread = wanted_.narrow(1, 0, runs) - wanted_.narrow(1, width_ - 1, runs);
+    return (spread <= wanted_.narrow(1, 0, 1) * (kCopies * tol)).any(1).cpu();
   }
 
-  at::Tensor right() const { return at::mm(basis_.narrow(0, 0, size_).t(), vectors_); }
+  at::Tensor right() const {
+    return product(basis_.narrow(1, 0, size_).mT(), vectors_.narrow(2, 0, wanted_.size(1)));
+  }
+
+  // Only the matrices `rows [A']` go on.
+  void keep(const at::Tensor& rows) {
+    for (auto* t : {&w_, &gram_, &basis_, &t_, &next_, &coupling_, &scale_, &values_, &vectors_}) {
+      if (t->defined()) *t = t->index_select(0, rows);
+    }
+  }
+
+  // The basis becomes the first `kept` Ritz vectors (thick restart: Wu and Simon, SIAM J. Matrix Anal. Appl.
+  // 22, 2000). T becomes their values, bordered by what couples them to the next block.
+  void restart(int64_t kept) {
+    const int64_t b = coupling_.size(1);
+    const auto best = vectors_.narrow(2, 0, kept);
+    basis_.narrow(1, 0, kept).copy_(product(best.mT(), basis_.narrow(1, 0, size_)));
+    coupling_ = product(best.narrow(1, size_ - b, b).mT(), coupling_);
+    t_.zero_();
+    square(t_, 0, kept).diagonal(0, 1, 2).copy_(values_.narrow(1, 0, kept));
+    size_ = kept;
+  }
 
  private:
   void append() {
-    const int64_t needed = size_ + next_.size(0);
-    const int64_t capacity = basis_.defined() ? basis_.size(0) : 0;
+    const int64_t needed = size_ + next_.size(1);
+    const int64_t capacity = basis_.defined() ? basis_.size(1) : 0;
     if (needed > capacity) {
-      const int64_t grown = std::min(short_, std::max({2 * capacity, 24 * width_, needed}));
-      auto basis = at::empty({grown, short_}, w_.options());
-      auto t = at::zeros({grown, grown}, w_.options());
+      const int64_t grown =
+          std::min(std::max(most_, needed), std::max({3 * capacity / 2, 30 * width_, needed}));
+      auto basis = at::empty({w_.size(0), grown, short_}, w_.options());
+      auto t = at::zeros({w_.size(0), grown, grown}, w_.options());
       if (size_) {
-        basis.narrow(0, 0, size_).copy_(basis_.narrow(0, 0, size_));
-        t.narrow(0, 0, size_).narrow(1, 0, size_).copy_(
-            t_.narrow(0, 0, size_).narrow(1, 0, size_));
+        basis.narrow(1, 0, size_).copy_(basis_.narrow(1, 0, size_));
+        square(t, 0, size_).copy_(square(t_, 0, size_));
       }
       basis_ = basis;
       t_ = t;
     }
-    basis_.narrow(0, size_, next_.size(0)).copy_(next_);
+    basis_.narrow(1, size_, next_.size(1)).copy_(next_);
     size_ = needed;
   }
 
@@ -149,104 +204,146 @@ class Iteration {
   // rest next_^T. `rest` is free of the last two blocks already. Normalised twice by Cholesky; where
   // that breaks down the subspace is invariant, and random vectors take the empty places.
   void orthonormalise(const at::Tensor& rest) {
-    const auto q = basis_.narrow(0, 0, size_);
-    const int64_t b = rest.size(0);
+    const auto q = basis_.narrow(1, 0, size_);
     next_ = rest.clone();
-    next_.addmm_(at::mm(rest, q.t()), q, 1, -1);
-    if (!normalise(64 * eps_ * scale_) || !normalise(0)) next_ = repaired(rest, q);
-    coupling_ = at::mm(rest, next_.t());
-    TORCH_INTERNAL_ASSERT(next_.size(0) == b);
-  }
-
-  // next_ <- L^-1 next_ with next_ next_^T = L L^T. False, with next_ spoiled, where L is no good.
-  bool normalise(double negligible) {
-    const int64_t b = next_.size(0);
-    const auto g = at::mm(next_, next_.t());
-    const T* gram = g.template data_ptr<T>();
-    std::vector<double> factor(gram, gram + b * b);
-    double high = 0;
-    for (int64_t i = 0; i < b; ++i) high = std::max(high, factor[i * b + i]);
-    // below sqrt(eps) of the largest row, what is left of another one is rounding
-    const double smallest = std::max(negligible, 8 * std::sqrt(eps_ * high));
-    if (!cholesky(factor, b, smallest)) return false;
-    T* rows = next_.template data_ptr<T>();
-    for (int64_t i = 0; i < b; ++i) {
-      T* row = rows + i * short_;
-      for (int64_t j = 0; j < i; ++j) {
-        const T f = static_cast<T>(factor[i * b + j]);
-        const T* other = rows + j * short_;
-        for (int64_t l = 0; l < short_; ++l) row[l] -= f * other[l];
-      }
-      const T inverse = static_cast<T>(1 / factor[i * b + i]);
-      for (int64_t l = 0; l < short_; ++l) row[l] *= inverse;
+    subtract_product(next_, product(rest, q.mT()), q);
+    std::vector<bool> broken(rest.size(0), false);
+    const auto negligible = (scale_ * (64 * eps_)).to(at::kCPU, at::kDouble);
+    normalise(negligible.const_data_ptr<double>(), broken);
+    normalise(nullptr, broken);
+    for (int64_t i = 0; i < rest.size(0); ++i) {
+      if (broken[i]) next_[i].copy_(repaired(rest[i], q[i], negligible[i].item<double>()));
     }
-    return true;
+    coupling_ = product(rest, next_.mT());
   }
 
-  at::Tensor repaired(const at::Tensor& rest, const at::Tensor& q) {
+  // next_ <- L^-1 next_ with next_ next_^T = L L^T; the b x b problems on the host, whatever the device.
+  // Marks as broken the blocks whose L is made of rounding errors.
+  void normalise(const double* negligible, std::vector<bool>& broken) {
+    const auto gram = product(next_, next_.mT()).cpu();
+    const auto inverse = at::zeros_like(gram);
+    const int64_t b = gram.size(1);
+    AT_DISPATCH_FLOATING_TYPES(gram.scalar_type(), "normalise", [&] {
+      const auto* g = gram.const_data_ptr<scalar_t>();
+      auto* out = inverse.mutable_data_ptr<scalar_t>();
+      for (size_t i = 0; i < broken.size(); ++i, g += b * b, out += b * b) {
+        if (!broken[i]) {
+          std::vector<double> factor(g, g + b * b);
+          double high = 0;
+          for (int64_t j = 0; j < b; ++j) high = std::max(high, factor[j * b + j]);
+          // below sqrt(eps) of the largest row, what is left of another one is rounding
+          const double smallest = 8 * std::sqrt(eps_ * high);
+          broken[i] = !cholesky(factor, b, std::max(smallest, negligible ? negligible[i] : 0.0));
+          if (!broken[i]) invert_triangle(factor, b, out);
+        }
+      }
+    });
+    next_ = product(inverse.to(next_.device()), next_);
+  }
+
+  at::Tensor repaired(const at::Tensor& rest, const at::Tensor& q, double negligible) {
     const auto svd = at::linalg_svd(rest, /*full_matrices=*/false);
-    const auto kept = (std::get<1>(svd) > 64 * eps_ * scale_).unsqueeze(1);
+    const auto kept = (std::get<1>(svd) > negligible).unsqueeze(1);
     auto fresh = random(rest.size(0));
     fresh.div_(at::linalg_vector_norm(fresh, 2, at::IntArrayRef{1}, /*keepdim=*/true));
     auto block = at::where(kept, std::get<2>(svd), fresh);
     for (int pass = 0; pass < 3; ++pass) {
       block = at::addmm(block, at::mm(block, q.t()), q, 1, -1);
-      block = std::get<0>(at::linalg_qr(block.t())).t().contiguous();
+      block = std::get<0>(at::linalg_qr(block.t())).t();
     }
     return block;
   }
 
+  // drawn on the CPU, so that a device changes nothing
   at::Tensor random(int64_t rows) {
-    return at::randn({rows, short_}, generator_, w_.options());
+    return at::randn({rows, short_}, generator_, w_.options().device(at::kCPU)).to(w_.device());
   }
 
-  at::Tensor w_;         // [m, n]
-  at::Tensor gram_;      // [n, n], where forming it pays
-  at::Tensor basis_;     // [capacity, n], orthonormal rows
-  at::Tensor t_;         // [capacity, capacity], basis W^T W basis^T
-  at::Tensor next_;      // [b, n]
-  at::Tensor coupling_;  // [b, b'] between the last block of the basis and next_
-  at::Tensor vectors_;   // [p, k]
-  std::vector<double> values_, errors_;
-  int64_t short_, width_, size_ = 0;
-  double eps_, scale_ = 0;
+  at::Tensor w_;         // [A, m, n]
+  at::Tensor gram_;      // [A, n, n], where forming it pays
+  at::Tensor basis_;     // [A, capacity, n], orthonormal rows
+  at::Tensor t_;         // [A, capacity, capacity], basis W^T W basis^T
+  at::Tensor next_;      // [A, b, n]
+  at::Tensor coupling_;  // [A, c, b] between the last c rows of the basis and next_
+  at::Tensor scale_;     // [A] largest diagonal entry of T so far
+  at::Tensor values_, vectors_, wanted_, errors_;  // [A, p], [A, p, p], [A, k], [A, k]
+  int64_t short_, width_, most_, size_ = 0;
+  double eps_;
   at::Generator generator_;
 };
 
-template <typename T>
-at::Tensor iterate(const at::Tensor& w, const KrylovOptions& o) {
-  for (int64_t width = std::min(o.width, w.size(1));; width = std::min(2 * width, w.size(1))) {
-    Iteration<T> run(w, o, width);
-    const int64_t n = w.size(1);
-    int64_t check = std::min(3 * o.k + 10 * width, n);
-    double last_size = o.k + width, last_log = -std::log10(o.tol);
-    for (int64_t steps = 1;; ++steps) {
-      run.step();
-      const bool stopped = o.max_steps && steps >= o.max_steps;
-      const bool final = run.complete() || (stopped && run.size() >= o.k);
-      if (run.size() < check && !final) continue;
-      run.ritz(o.k);
-      const double share = run.share_of_tolerance(o.tol, o.floor);
-      if (final || share <= 1) {
-        if (!final && run.crowded(o.tol)) break;  // again, with a block that sees more copies
-        return run.right();
+at::Tensor indices(const std::vector<int64_t>& rows, const at::Tensor& like) {
+  return at::tensor(rows, at::kLong).to(like.device());
+}
+
+at::Tensor iterate(const at::Tensor& w, const KrylovOptions& o, int64_t width,
+                   const std::function<void()>& check_interrupt) {
+  const int64_t n = w.size(2);
+  auto right = at::empty({w.size(0), n, o.k}, w.options());
+  std::vector<int64_t> active(w.size(0)), again;
+  for (size_t i = 0; i < active.size(); ++i) active[i] = i;
+
+  Iteration run(w, o, width);
+  int64_t check = std::min(3 * o.k + 10 * width, n), made = 0;
+  // basis vectors made, and log10 of the error over the one allowed; before the first check, a guess
+  double last_made = o.k + width, last_log = -std::log10(o.tol);
+  for (int64_t steps = 1; !active.empty(); ++steps) {
+    check_interrupt();
+    const int64_t before = run.size();
+    run.step();
+    made += run.size() - before;
+    const bool stopped = (o.max_steps && steps >= o.max_steps) || made > kRestartedLengths * n;
+    const bool final = run.complete() || (stopped && run.size() >= o.k);
+    const bool full = run.full() && !run.complete();
+    if (made < check && !final && !full) continue;
+    run.ritz(o.k);
+    const auto share = run.share_of_tolerance(o.tol, o.floor);
+    const auto crowded = run.crowded(o.tol);
+    std::vector<int64_t> done, late;  // places among the active
+    std::vector<double> ahead;
+    for (size_t i = 0; i < active.size(); ++i) {
+      const double s = share[i].item<double>();
+      if (final || !(s > 1)) {
+        done.push_back(i);
+        // again, with a block that sees more copies
+        if (!final && crowded[i].item<bool>()) again.push_back(active[i]);
+      } else {
+        late.push_back(i);
+        ahead.push_back(std::log10(s));
       }
-      // a check costs about as much as two steps, and a long extrapolation is not to be trusted
-      const double here = std::log10(share);
-      const double slope = (last_log - here) / (run.size() - last_size);
-      const double ahead = slope > 0 ? here / slope : std::numeric_limits<double>::infinity();
-      const double most = std::max(0.3 * run.size(), 2.0 * width);
-      check = std::min(n, run.size() + int64_t(std::clamp(ahead, double(width), most)));
-      last_size = run.size();
-      last_log = here;
     }
+    if (!done.empty()) {
+      const auto vectors = run.right();
+      for (const int64_t i : done) right[active[i]].copy_(vectors[i]);
+      if (late.empty()) break;
+      run.keep(indices(late, w));
+      std::vector<int64_t> left;
+      for (const int64_t i : late) left.push_back(active[i]);
+      active = left;
+    }
+    if (full) run.restart((o.k + run.size()) / 2);
+    std::nth_element(ahead.begin(), ahead.begin() + ahead.size() / 2, ahead.end());
+    const double here = ahead[ahead.size() / 2], slope = (last_log - here) / (made - last_made);
+    const double wanted = slope > 0 ? here / slope : std::numeric_limits<double>::infinity();
+    // a check costs about as much as two steps, and a long extrapolation is not to be trusted
+    const double longest = std::max(0.3 * made, 2.0 * width);
+    check = std::min(kRestartedLengths * n, made + int64_t(std::clamp(wanted, double(width), longest)));
+    last_made = made;
+    last_log = here;
   }
+  if (!again.empty()) {
+    const auto rows = indices(again, w);
+    right.index_copy_(
+        0, rows, iterate(w.index_select(0, rows), o, std::min(2 * width, n), check_interrupt));
+  }
+  return right;
 }
 
 }  // namespace
 
-at::Tensor leading_subspace(const at::Tensor& w, const KrylovOptions& options) {
-  return w.scalar_type() == at::kDouble ? iterate<double>(w, options) : iterate<float>(w, options);
+at::Tensor leading_subspace(const at::Tensor& w, const KrylovOptions& options,
+                            const std::function<void()>& check_interrupt) {
+  return iterate(w, options, std::min(options.width, w.size(2)), check_interrupt);
 }
 
 }  // namespace fastspec

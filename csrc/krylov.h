@@ -1,22 +1,26 @@
-// Block Krylov iteration on W^T W of one matrix: the compiled twin of fastspec/krylov.py.
+// The leading right subspace of a stack by block Krylov iteration on W^T W (see fastspec/krylov.py).
 #pragma once
 
 #include <ATen/ATen.h>
 
+#include <functional>
+
 namespace fastspec {
 
 struct KrylovOptions {
-  int64_t k;          // right vectors wanted
-  double tol;         // relative residual asked of every triplet
-  double floor;       // part of s_1 below which a residual is measured against that part
-  int64_t max_steps;  // 0: as many as the short side allows
-  int64_t seed;
-  int64_t width;       // columns multiplied at once
-  int64_t gram_short;  // up to this short side W^T W is formed first
+  int64_t k;           // vectors wanted
+  double tol;          // relative residual allowed
+  double floor;        // part of the largest singular value below which it is relative to that part
+  int64_t max_steps;   // 0: no limit
+  int64_t seed;        // of the start block
+  int64_t width;       // columns of a block
+  int64_t gram_short;  // short side up to which the Gram matrix is formed
+  int64_t most;        // basis vectors at once, k + 2 width at least; beyond, a restart with the best
 };
 
-// Right vectors [n, k] of w [m, n], m >= n, float32 or float64 on the CPU. Runs on the calling thread,
-// with whatever threads BLAS may use there.
-at::Tensor leading_subspace(const at::Tensor& w, const KrylovOptions& options);
+// Right vectors [A, n, k] of w [A, m, n], m >= n, float32 or float64, any device. `check_interrupt` is called
+// once a step and may throw.
+at::Tensor leading_subspace(const at::Tensor& w, const KrylovOptions& options,
+                            const std::function<void()>& check_interrupt);
 
 }  // namespace fastspec

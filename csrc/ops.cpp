@@ -1,17 +1,22 @@
-// Registration of the CPU operators, and how a stack is divided among threads.
+// Registration of the operators, and how a stack is divided among threads.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <chrono>
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <thread>
 #include <vector>
 
+#include "dense.h"
 #include "jacobi.h"
 #include "krylov.h"
 #include "stacks.h"
+#include "triplets.h"
 
 namespace fastspec {
 namespace {
@@ -38,26 +43,83 @@ void for_each_matrix(int64_t count, const std::function<void(int64_t)>& work) {
   if (failure) std::rethrow_exception(failure);
 }
 
-at::Tensor leading_subspace_cpu(const at::Tensor& w,  // [L, m, n], m >= n
-                                int64_t k, double tol, double floor, int64_t max_steps,
-                                int64_t seed, int64_t width, int64_t gram_short) {
-  check_stack(w, "w");
-  TORCH_CHECK_VALUE(w.size(1) >= w.size(2), "w must have its short side last, got ", w.sizes());
-  TORCH_CHECK_VALUE(1 <= k && k <= w.size(2), "k must lie between 1 and ", w.size(2), ", got ", k);
-  TORCH_CHECK_VALUE(width >= 1, "width must be at least 1, got ", width);
-  const KrylovOptions options{k, tol, floor, max_steps, seed, width, gram_short};
-  auto right = at::empty({w.size(0), w.size(2), k}, w.options());
-  for_each_matrix(w.size(0), [&](int64_t i) { right[i].copy_(leading_subspace(w[i], options)); });
-  return right;
+// Raises what Python's signal handlers raise (Ctrl-C). The operators run without the interpreter's lock, which
+// is taken back for this ten times a second, by the thread that called the operator alone.
+class Interrupt {
+ public:
+  void operator()() {
+    if (std::this_thread::get_id() != caller_) return;
+    const auto now = std::chrono::steady_clock::now();
+    if (now < next_ || !Py_IsInitialized()) return;
+    next_ = now + std::chrono::milliseconds(100);
+    const pybind11::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+  }
+
+ private:
+  std::thread::id caller_ = std::this_thread::get_id();
+  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now();
+};
+
+Triplets leading_triplets(const at::Tensor& w, const KrylovOptions& options,
+                          const std::function<void()>& check_interrupt) {
+  if (options.width == 0) {
+    check_interrupt();
+    return gram_triplets(w, options.k);
+  }
+  const auto type = w.scalar_type();
+  const auto found = rayleigh_ritz(w, leading_subspace(w, options, check_interrupt), type);
+  if (options.max_steps || type == at::kDouble) return found;
+  const auto late = at::nonzero((found.residual <= options.tol).logical_not()).select(1, 0);
+  if (late.numel() == 0) return found;
+  // s_1 / s_k is so large that rounding W^T W v to float32 costs more than tol
+  const auto wide = w.index_select(0, late).to(at::kDouble);
+  const auto better = rayleigh_ritz(wide, leading_subspace(wide, options, check_interrupt), type);
+  found.left.index_copy_(0, late, better.left);
+  found.s.index_copy_(0, late, better.s);
+  found.right.index_copy_(0, late, better.right);
+  found.residual.index_copy_(0, late, better.residual);
+  return found;
 }
 
-// Eigenvectors of symmetric matrices [L, n, n], in ascending order of their values.
-at::Tensor eigenvectors_cpu(const at::Tensor& a) {
-  check_symmetric_stack(a);
-  auto vectors = at::empty_like(a);
-  for_each_matrix(a.size(0),
-                  [&](int64_t i) { vectors[i].copy_(std::get<1>(at::linalg_eigh(a[i]))); });
-  return vectors;
+void check_problem(const at::Tensor& w, const KrylovOptions& o) {
+  check_stack(w, "w");
+  TORCH_CHECK_VALUE(w.size(1) >= w.size(2), "w must have its short side last, got ", w.sizes());
+  TORCH_CHECK_VALUE(1 <= o.k && o.k <= w.size(2), "k must lie between 1 and ", w.size(2), ", got ", o.k);
+  TORCH_CHECK_VALUE(o.width >= 0, "width must be 0 or more, got ", o.width);
+}
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// A CPU takes the matrices one by one, each on its own thread.
+Result topk_svd_cpu(const at::Tensor& w,  // [L, m, n], m >= n
+                    int64_t k, double tol, double floor, int64_t max_steps, int64_t seed, int64_t width,
+                    int64_t gram_short, int64_t most) {
+  const KrylovOptions options{k, tol, floor, max_steps, seed, width, gram_short, most};
+  check_problem(w, options);
+  const int64_t count = w.size(0);
+  auto left = at::empty({count, w.size(1), k}, w.options()), s = at::empty({count, k}, w.options());
+  auto right = at::empty({count, w.size(2), k}, w.options()), residual = at::empty({count}, w.options());
+  Interrupt interrupt;
+  for_each_matrix(count, [&](int64_t i) {
+    const auto found = leading_triplets(w.narrow(0, i, 1), options, std::ref(interrupt));
+    left[i].copy_(found.left[0]);
+    s[i].copy_(found.s[0]);
+    right[i].copy_(found.right[0]);
+    residual[i].copy_(found.residual[0]);
+  });
+  return {left, s, right, residual};
+}
+
+// Other devices take the whole stack in step; converged matrices leave it.
+Result topk_svd_stack(const at::Tensor& w, int64_t k, double tol, double floor, int64_t max_steps,
+                      int64_t seed, int64_t width, int64_t gram_short, int64_t most) {
+  const KrylovOptions options{k, tol, floor, max_steps, seed, width, gram_short, most};
+  check_problem(w, options);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  Interrupt interrupt;
+  const auto found = leading_triplets(w, options, std::ref(interrupt));
+  return {found.left, found.s, found.right, found.residual};
 }
 
 template <typename T>
@@ -73,7 +135,7 @@ void jacobi_one(const at::Tensor& a, const at::Tensor& values, const at::Tensor&
 }
 
 // Eigenvalues [L, n], ascending, and eigenvectors [L, n, n] in columns, of symmetric matrices of which the
-// lower triangles are read. The code that runs on a GPU; on a CPU LAPACK is faster (bench/test_eigh.py).
+// lower triangles are read. The code that runs on a GPU; on a CPU LAPACK is faster (bench/test_svd.py).
 std::tuple<at::Tensor, at::Tensor> jacobi_eigh_cpu(const at::Tensor& matrices) {
   check_jacobi_stack(matrices);
   const auto a = matrices.contiguous();
@@ -88,18 +150,27 @@ std::tuple<at::Tensor, at::Tensor> jacobi_eigh_cpu(const at::Tensor& matrices) {
 
 }  // namespace
 
+std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& a) {
+  static const auto jacobi = c10::Dispatcher::singleton().findSchemaOrThrow("fastspec::jacobi_eigh", "");
+  // cuSOLVER loops over a batch
+  if (a.is_cuda() && a.size(1) <= kJacobiOrder && jacobi.hasKernelForDispatchKey(c10::DispatchKey::CUDA)) {
+    return jacobi.typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&)>().call(a);
+  }
+  return at::linalg_eigh(a);
+}
+
 TORCH_LIBRARY_FRAGMENT(fastspec, m) {
   m.def(
-      "leading_subspace(Tensor w, int k, float tol, float floor, int max_steps, int seed, int width, "
-      "int gram_short) -> Tensor");
-  m.def("eigenvectors(Tensor a) -> Tensor");
+      "topk_svd(Tensor w, int k, float tol, float floor, int max_steps, int seed, int width, "
+      "int gram_short, int most) -> (Tensor left, Tensor s, Tensor right, Tensor residual)");
   m.def("jacobi_eigh(Tensor a) -> (Tensor values, Tensor vectors)");
 }
 
 TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
-  m.impl("leading_subspace", leading_subspace_cpu);
-  m.impl("eigenvectors", eigenvectors_cpu);
+  m.impl("topk_svd", topk_svd_cpu);
   m.impl("jacobi_eigh", jacobi_eigh_cpu);
 }
+
+TORCH_LIBRARY_IMPL(fastspec, CUDA, m) { m.impl("topk_svd", topk_svd_stack); }
 
 }  // namespace fastspec

@@ -48,5 +48,5 @@ def has_thin_products() -> bool:
 
 
 def serves(tensor: torch.Tensor) -> bool:
-    """Whether the compiled operators take this tensor: they are loaded, and it is on the CPU."""
-    return tensor.device.type == "cpu" and unavailable_reason() is None
+    """Whether the compiled `topk_svd` takes this tensor: it is loaded, and serves its device."""
+    return tensor.device.type in ("cpu", "cuda") and unavailable_reason() is None

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastspec import _extension
-
 # Left vectors of values below this part of the largest are orthonormalised by Householder
 # reflections: dividing by s_i leaves |u_i . u_j| up to eps s_1^2 / (s_i s_j), 1e-8 here.
 _SMALL = 1e-4
@@ -39,11 +37,7 @@ def factorize(w: Tensor, k: int) -> Triplets:
     """The k leading triplets by eigenvectors of W^T W, accumulated in float64."""
     wide = w.double()
     square = wide.mT @ wide
-    if _extension.serves(w):  # one thread a matrix
-        vectors = torch.ops.fastspec.eigenvectors(square)
-    else:
-        vectors = torch.linalg.eigh(square)[1]
-    right = vectors[..., -k:].flip(-1)
+    right = torch.linalg.eigh(square)[1][..., -k:].flip(-1)
     return _triplets(wide, right, wide @ right, w.dtype)
 
 

@@ -17,13 +17,17 @@ import math
 import torch
 from torch import Tensor
 
-from fastspec import _extension
-
 # Values within this many tolerances of one another may be copies of one value: Ritz vectors that mix
 # values further apart would not have passed for converged.
 _COPIES = 30
 
-_GRAM_SHORT = 1024
+# Short side up to which the Gram matrix is formed. One product with it replaces two with W, and forming it
+# runs at full speed, which narrow products do not: it pays when the basis grows past a sixth of the short
+# side or so.
+GRAM_SHORT = 1024
+
+# Basis vectors made in all, in short sides, after which a restarted iteration ends as it is.
+_RESTARTED_LENGTHS = 10
 
 
 def block_width(k: int, short: int, compiled: bool) -> int:
@@ -32,8 +36,8 @@ def block_width(k: int, short: int, compiled: bool) -> int:
     Wider costs more basis vectors, narrower more products and, where they come from Python, more calls.
     """
     if compiled:
-        return min(short, 4 if short <= _GRAM_SHORT else 16)
-    return min(short, 8 if k <= 64 else 16)
+        return 4 if short <= GRAM_SHORT else 16
+    return 8 if k <= 64 else 16
 
 
 def worthwhile(k: int, short: int) -> bool:
@@ -45,6 +49,17 @@ def worthwhile(k: int, short: int) -> bool:
     return 3.5 * k + 80 <= 0.55 * short
 
 
+def most_vectors(w: Tensor, k: int, width: int, workspace: int) -> int:
+    """Basis vectors to hold at once so that those of a stack [L, m, n] take up to `workspace` bytes.
+
+    Twice, because a basis that grows or restarts is copied; fewer than 2 k and a few blocks would make no
+    progress after a restart.
+    """
+    short = w.shape[-1]
+    fitting = workspace // (2 * w.shape[0] * short * w.element_size())
+    return min(short, max(fitting, 2 * k + 8 * width))
+
+
 def leading_subspace(
     w: Tensor,  # [L, m, n], m >= n
     k: int,
@@ -52,60 +67,57 @@ def leading_subspace(
     floor: float,
     max_steps: int | None,
     seed: int,
+    width: int,
+    most: int,
 ) -> Tensor:  # [L, n, k]
-    """Right vectors whose estimated residuals meet `tol`, or the best found within `max_steps`."""
-    compiled = _extension.serves(w)
-    width = block_width(k, w.shape[-1], compiled)
-    if compiled:
-        return torch.ops.fastspec.leading_subspace(
-            w, k, tol, floor, max_steps or 0, seed, width, _GRAM_SHORT
-        )
-    return _leading_subspace(w, k, tol, floor, max_steps, seed, width)
+    """Right vectors whose estimated residuals meet `tol`, or the best found within `max_steps`.
 
-
-def _leading_subspace(
-    w: Tensor, k: int, tol: float, floor: float, max_steps: int | None, seed: int, width: int
-) -> Tensor:
-    """The same in ATen, all matrices of the stack in step; csrc/krylov.cpp takes them one by one."""
+    In blocks of `width` columns, and with `most` basis vectors at once.
+    """
     short = w.shape[-1]
+    width = min(width, short)
+    most = max(most, k + 2 * width)
     right = w.new_empty(w.shape[0], short, k)
     crowded_rows: list[Tensor] = []
     active = torch.arange(w.shape[0], device=w.device)
     run = _Iteration(w, width, seed)
     check = 3 * k + 10 * width
-    # (basis size, log10 of the error over the one allowed); before the first check, a guess
+    # (basis vectors made, log10 of the error over the one allowed); before the first check, a guess
     last = (float(k + width), -math.log10(tol))
-    steps = 0
+    steps = made = 0
     while active.numel():
+        before = run.size
         run.step()
         steps += 1
-        final = run.size == short or steps == max_steps
-        if run.size < min(check, short) and not final:
+        made += run.size - before
+        stopped = steps == max_steps or made > _RESTARTED_LENGTHS * short
+        final = run.size == short or (stopped and run.size >= k)
+        full = run.size + run.next.shape[1] > most and run.size < short
+        if made < min(check, short) and not final and not full:
             continue
-        if run.size < k:  # the step limit came before there were k vectors
-            run.pad(k)
         values, vectors, error = run.ritz(k)
-        share = run.share_of_tolerance(values, error, tol, floor)  # [A], 1 when just converged
+        share = run.share_of_tolerance(values[:, :k], error, tol, floor)  # [A], 1 when converged
         done = share <= 1 if not final else torch.ones_like(share, dtype=torch.bool)
         if done.any():
-            crowded = (
-                done & _crowded(values, width, tol) & (run.size < short) & (steps != max_steps)
-            )
-            right[active[done]] = run.basis[done, : run.size].mT @ vectors[done]
-            crowded_rows.append(active[crowded])
+            right[active[done]] = run.basis[done, : run.size].mT @ vectors[done, :, :k]
+            if not final:
+                crowded_rows.append(active[done & _crowded(values[:, :k], width, tol)])
             active = active[~done]
+            values, vectors = values[~done], vectors[~done]
             run.keep(~done)
         if active.numel():
-            here = (float(run.size), math.log10(float(share[~done].median())))
+            if full:
+                run.restart(values, vectors, (k + run.size) // 2)
+            here = (float(made), math.log10(float(share[~done].median())))
             slope = (last[1] - here[1]) / (here[0] - last[0])
             ahead = here[1] / slope if slope > 0 else math.inf
             # a check costs about as much as two steps, a long extrapolation is not to be trusted
-            check = run.size + int(min(max(ahead, 2 * width), 0.3 * run.size))
+            check = made + int(min(max(ahead, 2 * width), 0.3 * made))
             last = here
     for rows in crowded_rows:
         if rows.numel():
             wider = min(2 * width, short)
-            right[rows] = _leading_subspace(w[rows], k, tol, floor, max_steps, seed, wider)
+            right[rows] = leading_subspace(w[rows], k, tol, floor, max_steps, seed, wider, most)
     return right
 
 
@@ -125,16 +137,15 @@ class _Iteration:
 
     def __init__(self, w: Tensor, width: int, seed: int) -> None:
         self.w = w
-        # One product with the Gram matrix replaces two with W. Forming it runs at full speed, which
-        # narrow products do not: it pays when the basis grows past a sixth of the short side or so.
-        self.gram = w.mT @ w if w.shape[-1] <= _GRAM_SHORT else None
+        self.gram = w.mT @ w if w.shape[-1] <= GRAM_SHORT else None
         self.width = width
         self.size = 0
         self.generator = torch.Generator().manual_seed(seed)
         count, _, short = w.shape
         start = self._random(width).expand(count, -1, -1)
         self.next = torch.linalg.qr(start.mT)[0].mT  # [A, b, n]
-        self.coupling = w.new_zeros(count, width, width)
+        # [A, c, b] between the last c vectors of the basis and the next block
+        self.coupling = w.new_zeros(count, 0, width)
         self.basis = w.new_empty(count, 0, short)
         self.t = w.new_zeros(count, 0, 0)
 
@@ -142,10 +153,10 @@ class _Iteration:
         """Take the next block into the basis, and make the one after it."""
         before, block = self.size, self.next
         self._append(block)
-        p, b, c = self.size, block.shape[1], min(before, self.width)
+        p, b, c = self.size, block.shape[1], self.coupling.shape[1]
         q, t = self.basis[:, :p], self.t
-        t[:, before - c : before, before:p] = self.coupling[:, :c, :]
-        t[:, before:p, before - c : before] = self.coupling[:, :c, :].mT
+        t[:, before - c : before, before:p] = self.coupling
+        t[:, before:p, before - c : before] = self.coupling.mT
         image = self._squared(block)
         # T is block tridiagonal: what W^T W q has along older blocks is rounding, removed below
         h = image @ q[:, before - c :].mT  # [A, b, c + b]
@@ -157,14 +168,30 @@ class _Iteration:
             self.coupling = rest @ self.next.mT  # [A, b, room]
 
     def ritz(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """k leading eigenpairs of T and the norms of W^T W v - value v  ([A, k], [A, p, k], [A, k])."""
-        p, b = self.size, self.coupling.shape[1]
+        """Eigenpairs of T and the norms of W^T W v - value v of the first k.
+
+        [A, p] descending, [A, p, p], [A, k].
+        """
+        p, c = self.size, self.coupling.shape[1]
         values, vectors = torch.linalg.eigh(self.t[:, :p, :p])
-        values, vectors = values[:, -k:].flip(-1), vectors[:, :, -k:].flip(-1)
+        values, vectors = values.flip(-1), vectors.flip(-1)
         if p == self.w.shape[-1]:
-            return values, vectors, torch.zeros_like(values)
-        error = torch.linalg.vector_norm(self.coupling.mT @ vectors[:, p - b :], dim=-2)
+            return values, vectors, torch.zeros_like(values[:, :k])
+        error = torch.linalg.vector_norm(self.coupling.mT @ vectors[:, p - c :, :k], dim=-2)
         return values, vectors, error
+
+    def restart(self, values: Tensor, vectors: Tensor, kept: int) -> None:
+        """The basis becomes its first `kept` Ritz vectors, T their values; `next` stays.
+
+        Thick restart: Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000).
+        """
+        p, c = self.size, self.coupling.shape[1]
+        best = vectors[:, :, :kept]
+        self.basis[:, :kept] = best.mT @ self.basis[:, :p]
+        self.coupling = best[:, p - c :].mT @ self.coupling
+        self.t.zero_()
+        self.t[:, :kept, :kept] = torch.diag_embed(values[:, :kept])
+        self.size = kept
 
     @staticmethod
     def share_of_tolerance(values: Tensor, error: Tensor, tol: float, floor: float) -> Tensor:
@@ -184,11 +211,6 @@ class _Iteration:
         if self.gram is not None:
             self.gram = self.gram[rows]
         self.next, self.coupling = self.next[rows], self.coupling[rows]
-
-    def pad(self, size: int) -> None:
-        """Steps until the basis holds `size` vectors, whatever the step limit."""
-        while self.size < size:
-            self.step()
 
     def _squared(self, block: Tensor) -> Tensor:  # [A, b, n] -> [A, b, n]
         if self.gram is not None:

@@ -6,6 +6,8 @@ the chunk to the cheaper of two methods (design section 4):
 
     gram.py      eigenvectors of the float64 Gram matrix, and what makes triplets of a subspace
     krylov.py    the leading subspace by block Krylov iteration
+
+Where csrc/ is compiled, `fastspec::topk_svd` is both of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastspec import gram, krylov
+from fastspec import _extension, gram, krylov
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,7 +82,8 @@ def topk_svd(
             than the residual.
         names: one name per matrix, for error messages.
         dtype: dtype of `u` and `vh`; None: that of the input.
-        workspace: bytes of scratch memory to stay below (one matrix at a time is always worked on).
+        workspace: bytes of scratch memory to stay below. One matrix is always worked on, its iteration
+            restarted with the best vectors found (about 3 k of them) where more do not fit.
         progress: True shows a bar on stderr, False none, None only once it has taken over a second.
 
     Returns:
@@ -136,6 +139,7 @@ def topk_svd(
                     dtype,
                     max_steps,
                     seed,
+                    workspace,
                 )
                 stacks.append((chunk, found))
                 advance(len(chunk))
@@ -160,6 +164,7 @@ def _factorize_chunk(
     dtype: torch.dtype | None,
     max_steps: int | None,
     seed: int,
+    workspace: int,
 ) -> TopkSVD:
     source = weights.dtype
     compute = source if source == torch.float64 else torch.float32
@@ -169,7 +174,7 @@ def _factorize_chunk(
     scale = _scale(weights, labels, compute)
     if scale is not None:
         w = w / scale[:, None, None]
-    triplets = _leading_triplets(w, k, tol, max_steps, seed)
+    triplets = _leading_triplets(w, k, tol, max_steps, seed, workspace)
     u, vh = (triplets.right, triplets.left.mT) if turned else (triplets.left, triplets.right.mT)
     sign = _signs(vh)
     out = dtype or source
@@ -183,19 +188,29 @@ def _factorize_chunk(
 
 
 def _leading_triplets(
-    w: Tensor, k: int, tol: float, max_steps: int | None, seed: int
+    w: Tensor, k: int, tol: float, max_steps: int | None, seed: int, workspace: int
 ) -> gram.Triplets:
     """Triplets of a stack [L, m, n], m >= n, by the cheaper method."""
-    if not krylov.worthwhile(k, w.shape[-1]):
-        return gram.factorize(w, k)
+    iterate = krylov.worthwhile(k, w.shape[-1])
+    compiled = _extension.serves(w)
+    width = krylov.block_width(k, w.shape[-1], compiled) if iterate else 0
+    most = krylov.most_vectors(w, k, width, workspace)
     floor = gram.floor_of(w.dtype)
-    right = krylov.leading_subspace(w, k, tol, floor, max_steps, seed)
+    if compiled:
+        steps = max_steps or 0
+        found = torch.ops.fastspec.topk_svd(
+            w, k, tol, floor, steps, seed, width, krylov.GRAM_SHORT, most
+        )
+        return gram.Triplets(*found)
+    if not iterate:
+        return gram.factorize(w, k)
+    right = krylov.leading_subspace(w, k, tol, floor, max_steps, seed, width, most)
     found = gram.rayleigh_ritz(w, right)
     late = ~(found.residual <= tol)
     if max_steps is None and w.dtype == torch.float32 and bool(late.any()):
         # s_1 / s_k is so large that rounding W^T W v to float32 costs more than tol
         wide = w[late].double()
-        right = krylov.leading_subspace(wide, k, tol, floor, None, seed)
+        right = krylov.leading_subspace(wide, k, tol, floor, None, seed, width, most)
         for field, improved in zip(found, gram.rayleigh_ritz(wide, right), strict=True):
             field[late] = improved.to(field.dtype)
     return found

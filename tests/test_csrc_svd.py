@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import threading
+import time
+
 import pytest
 import torch
 
@@ -12,8 +18,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def subspace(w, k=4, tol=1e-5, floor=2**-8, max_steps=0, seed=0, width=4, gram_short=1024):
-    return torch.ops.fastspec.leading_subspace(w, k, tol, floor, max_steps, seed, width, gram_short)
+def topk(w, k=4, tol=1e-5, floor=2**-8, max_steps=0, seed=0, width=4, gram_short=1024, most=4096):
+    """left [L, m, k], s [L, k], right [L, n, k], residual [L]."""
+    return torch.ops.fastspec.topk_svd(w, k, tol, floor, max_steps, seed, width, gram_short, most)
+
+
+def subspace(w, **options):
+    return topk(w, **options)[2]
 
 
 def sine(right: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -68,14 +79,52 @@ def test_more_copies_than_columns() -> None:
     assert sine(subspace(w[None], k=20, width=4), w[None]) <= allowed_sine(w[None], 20)
 
 
-@pytest.mark.parametrize("n", [1, 2, 33, 130])
-def test_eigenvectors(n: int) -> None:
-    a = torch.randn(3, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    a = a + a.mT
-    v = torch.ops.fastspec.eigenvectors(a)
-    values = torch.linalg.eigvalsh(a)
-    assert (a @ v - v * values[:, None, :]).abs().max() < 1e-12 * n
-    assert (v.mT @ v - torch.eye(n, dtype=torch.float64)).abs().max() < 1e-13 * n
+@pytest.mark.parametrize("width", [0, 4], ids=["gram", "krylov"])
+def test_residual_is_that_of_the_returned_vectors(stack, width: int) -> None:
+    left, s, right, residual = topk(stack, width=width)
+    forward = (stack @ right - left * s[:, None]).norm(dim=1) / s
+    backward = (stack.mT @ left - right * s[:, None]).norm(dim=1) / s
+    measured = torch.maximum(forward, backward).amax(dim=1)
+    assert (residual <= 1e-5).all()
+    assert (measured <= residual + 1e-6).all()
+    assert (residual <= measured + 1e-6).all()
+
+
+@pytest.mark.parametrize("most", [1, 30, 45])
+@pytest.mark.parametrize("width", [1, 4])
+def test_restart_reaches_the_tolerance_in_a_bounded_basis(stack, width: int, most: int) -> None:
+    decaying = stack * (1 + torch.arange(70)) ** -0.5
+    _, s, _, residual = topk(decaying, k=8, width=width, most=most)
+    assert (residual <= 1e-5).all()
+    exact = torch.linalg.svdvals(decaying.double())[:, :8]
+    assert (s.double() - exact).abs().max() <= 1e-6 * exact.max()
+
+
+def test_the_interpreter_is_free_while_it_runs() -> None:
+    w = torch.randn(1200, 1200, generator=torch.Generator().manual_seed(0))
+    worker = threading.Thread(target=topk, args=(w[None],), kwargs={"k": 64, "tol": 1e-7})
+    worker.start()
+    counted = 0
+    while worker.is_alive():
+        counted += 1
+        time.sleep(0.001)
+    assert counted > 20
+
+
+def test_interrupt_ends_a_call_at_once() -> None:
+    """Ctrl-C within one matrix, which would take minutes."""
+    code = (
+        "import torch, fastspec, sys\n"
+        "w = torch.randn(2, 6000, 6000); print('ready', flush=True)\n"
+        "try:\n    fastspec.topk_svd(w, 600, tol=1e-7)\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    time.sleep(2)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=60)[0] == "interrupted\n"
 
 
 def rotated(values: torch.Tensor) -> torch.Tensor:
@@ -153,8 +202,8 @@ ERRORS = {
     "must be a stack": lambda w: subspace(w[0]),
     "short side last": lambda w: subspace(w.mT),
     "k must lie between 1 and 70": lambda w: subspace(w, k=71),
-    "width must be at least 1": lambda w: subspace(w, width=0),
-    "must hold square matrices": lambda w: torch.ops.fastspec.eigenvectors(w),
+    "width must be 0 or more": lambda w: subspace(w, width=-1),
+    "must hold square matrices": lambda w: torch.ops.fastspec.jacobi_eigh(w),
 }
 
 

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastspec
 
@@ -136,19 +137,24 @@ def installed(sources, tmp_path_factory):
 def reason(site, cwd):
     return python(
         "import sys; sys.path.insert(0, sys.argv[1]); import fastspec\n"
-        "b = fastspec.backends()['extension']; print(b.available, b.detail)",
+        "for part in ('extension', 'extension_cuda'):\n"
+        "    b = fastspec.backends()[part]; print(part, b.available, b.detail)",
         str(site),
         cwd=cwd,
-    )
+    ).splitlines()
 
 
 def test_a_skipped_build_says_so(installed, tmp_path):
-    assert "False skipped at installation by FASTSPEC_NO_EXT=1" in reason(installed, tmp_path)
+    for line in reason(installed, tmp_path):
+        assert "False skipped at installation by FASTSPEC_NO_EXT=1" in line
 
 
 def test_a_failing_compiler_leaves_a_working_library_and_its_reason(sources, tmp_path):
     site = build_wheel(sources, tmp_path, CXX="/bin/false", CC="/bin/false")
-    assert "False the build failed" in reason(site, tmp_path)
+    cpu, cuda = reason(site, tmp_path)
+    assert "extension False the build failed" in cpu
+    if torch.version.cuda is None:
+        assert "extension_cuda False the build failed" in cuda or "without CUDA" in cuda
     out = python(
         "import sys; sys.path.insert(0, sys.argv[1]); import fastspec, torch\n"
         "layer = fastspec.SpectralLinear(8, 6, rank=2); layer(torch.ones(3, 8)).sum().backward()\n"

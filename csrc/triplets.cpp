@@ -1,0 +1,138 @@
+#include "triplets.h"
+
+#include <algorithm>
+
+#include "dense.h"
+
+namespace fastspec {
+namespace {
+
+// Left vectors of values below this part of the largest are orthonormalised by Householder reflections
+// (see gram.py).
+constexpr double kSmall = 1e-4;
+// Rows of W that are widened at a time, so that float64 products need no float64 copy of W.
+constexpr int64_t kRows = 512;
+
+// W x in the dtype of x.
+at::Tensor times(const at::Tensor& w, const at::Tensor& x) {
+  if (w.scalar_type() == x.scalar_type()) return product(w, x);
+  auto out = at::empty({w.size(0), w.size(1), x.size(2)}, x.options());
+  for (int64_t row = 0; row < w.size(1); row += kRows) {
+    const int64_t size = std::min(kRows, w.size(1) - row);
+    out.narrow(1, row, size).copy_(product(w.narrow(1, row, size).to(x.scalar_type()), x));
+  }
+  return out;
+}
+
+// W^T y in the dtype of y.
+at::Tensor transposed_times(const at::Tensor& w, const at::Tensor& y) {
+  if (w.scalar_type() == y.scalar_type()) return product(w.mT(), y);
+  auto out = at::zeros({w.size(0), w.size(2), y.size(2)}, y.options());
+  for (int64_t row = 0; row < w.size(1); row += kRows) {
+    const int64_t size = std::min(kRows, w.size(1) - row);
+    out.add_(product(w.narrow(1, row, size).to(y.scalar_type()).mT(), y.narrow(1, row, size)));
+  }
+  return out;
+}
+
+at::Tensor column_norms(const at::Tensor& x) {  // [A, m, k] -> [A, k]
+  return at::linalg_vector_norm(x, 2, at::IntArrayRef{1});
+}
+
+// Part of s_1 below which a residual is measured against that part, not against s_i.
+double floor_of(at::ScalarType type) { return type == at::kDouble ? 0x1p-26 : 0x1p-8; }
+
+// max_i of |W v_i - s_i u_i| and |W^T u_i - s_i v_i| over max(s_i, floor s_1), products in `compute`; the
+// floor is that of the factors' dtype. 0 for a zero matrix.
+at::Tensor residual_of(const at::Tensor& w, const Triplets& t, at::ScalarType compute) {
+  const double floor = floor_of(t.s.scalar_type());
+  const auto left = t.left.to(compute), s = t.s.to(compute), right = t.right.to(compute);
+  const auto forward = column_norms(times(w, right).addcmul_(left, s.unsqueeze(1), -1));
+  const auto backward = column_norms(transposed_times(w, left).addcmul_(right, s.unsqueeze(1), -1));
+  auto scale = at::maximum(s, s.narrow(1, 0, 1) * floor);
+  scale = at::where(scale > 0, scale, at::ones_like(scale));
+  return (at::maximum(forward, backward) / scale).amax(1);
+}
+
+// Replaces the triplets of one matrix after the first `kept` by those of W on the remaining directions. The Q
+// factor of [u_1 .. u_kept, W v_kept+1 ..] is orthonormal whatever the rank of its argument, so vanishing
+// singular values get left vectors too.
+void complete(const at::Tensor& w, const at::Tensor& left, const at::Tensor& s, const at::Tensor& right,
+              int64_t kept) {
+  const int64_t rest = s.size(1) - kept;
+  const auto q = std::get<0>(at::linalg_qr(left.to(at::kDouble))).narrow(2, kept, rest);
+  const auto directions = right.narrow(2, kept, rest).to(at::kDouble);
+  const auto [a, values, bh] = at::linalg_svd(product(q.mT(), times(w, directions)));
+  left.narrow(2, kept, rest).copy_(product(q, a));
+  s.narrow(1, kept, rest).copy_(values);
+  right.narrow(2, kept, rest).copy_(product(directions, bh.mT()));
+}
+
+// u_i = W v_i / s_i from `image = W V` with orthogonal columns; `right` and `image` in the same dtype.
+Triplets finish(const at::Tensor& w, at::Tensor right, at::Tensor image, at::ScalarType result) {
+  auto s = column_norms(image);
+  const int64_t k = s.size(1);
+  if ((s.narrow(1, 1, k - 1) > s.narrow(1, 0, k - 1)).any().item<bool>()) {  // rounding may swap neighbours
+    auto [sorted, order] = at::sort(s, /*stable=*/true, /*dim=*/1, /*descending=*/true);
+    s = sorted;
+    right = right.gather(2, order.unsqueeze(1).expand_as(right));
+    image = image.gather(2, order.unsqueeze(1).expand_as(image));
+  }
+  const auto small = s <= s.narrow(1, 0, 1) * kSmall;
+  auto left = image / at::where(small, at::ones_like(s), s).unsqueeze(1);
+  if (small.any().item<bool>()) {
+    right = right.contiguous();
+    const auto kept = small.logical_not().sum(1).cpu();
+    for (int64_t i = 0; i < s.size(0); ++i) {
+      const int64_t count = kept[i].item<int64_t>();
+      if (count == k) continue;
+      complete(w.narrow(0, i, 1), left.narrow(0, i, 1), s.narrow(0, i, 1), right.narrow(0, i, 1), count);
+    }
+  }
+  const auto compute = image.scalar_type();
+  Triplets found{left.to(result), s.to(result), right.to(result), {}};
+  found.residual = residual_of(w, found, compute).to(result);
+  return found;
+}
+
+}  // namespace
+
+Triplets rayleigh_ritz(const at::Tensor& w, const at::Tensor& subspace, at::ScalarType result) {
+  auto right = subspace, image = times(w, right);
+  if (w.scalar_type() == at::kFloat && right.scalar_type() == at::kFloat) {
+    // float32 would leave s_1 / s_k times its own rounding in the products
+    const auto s = column_norms(image);
+    if ((s.amin(1) * 16 < s.amax(1)).any().item<bool>()) {
+      right = right.to(at::kDouble);
+      image = times(w, right);
+    }
+  }
+  // V <- V C with C^T (V^T V) C = 1 and C^T (V^T W^T W V) C diagonal, in float64: the left vectors stay
+  // orthogonal however far s_1 is above s_k
+  const auto v = right.to(at::kDouble), y = image.to(at::kDouble);
+  const auto metric = at::linalg_cholesky(product(v.mT(), v));
+  const auto half = at::linalg_solve_triangular(metric, product(y.mT(), y), /*upper=*/false);
+  const auto energy = at::linalg_solve_triangular(metric, half.mT(), /*upper=*/false);
+  const auto vectors = std::get<1>(symmetric_eigh(energy)).flip(2);
+  const auto c = at::linalg_solve_triangular(metric.mT(), vectors, /*upper=*/true)
+                     .to(right.scalar_type());
+  return finish(w, product(right, c), product(image, c), result);
+}
+
+Triplets gram_triplets(const at::Tensor& w, int64_t k) {
+  const int64_t n = w.size(2);
+  auto gram = at::zeros({w.size(0), n, n}, w.options().dtype(at::kDouble));
+  for (int64_t row = 0; row < w.size(1); row += kRows) {
+    const int64_t size = std::min(kRows, w.size(1) - row);
+    const auto wide = w.narrow(1, row, size).to(at::kDouble);
+    if (gram.size(0) == 1) {
+      gram[0].addmm_(wide[0].t(), wide[0]);
+    } else {
+      gram.baddbmm_(wide.mT(), wide);
+    }
+  }
+  const auto right = std::get<1>(symmetric_eigh(gram)).narrow(2, n - k, k).flip(2);
+  return finish(w, right, times(w, right), w.scalar_type());
+}
+
+}  // namespace fastspec
