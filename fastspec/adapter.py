@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import fastspec
 from fastspec.config import SpectralConfig
 from fastspec.convert import Adaptation, adaptation, spectralize
+from fastspec.distributed import FACTORS, assign, is_sharded, reshard, whole
 from fastspec.files import write_atomically, write_json
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.functional import delta_shape
@@ -53,6 +54,8 @@ class AdapterError(ValueError):
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """Write what `spectralize` made trainable in `model` to `folder`, atomically.
 
+    A model sharded by FSDP2 is gathered: every process must call this, the first one writes.
+
     Returns:
         The folder.
 
@@ -60,26 +63,30 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         ValueError: the model is not a spectralized one, or a value to save is not finite.
     """
     adapted = adaptation_of(model)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter_tensors(model).items()}
+    reshard(model)
+    own = adapter_tensors(model)
+    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in own.items()}
     bad = next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
     if bad is not None:
         raise ValueError(f"{bad} holds NaN or infinity: nothing was written")
     data = save_tensors(tensors)
     folder = Path(folder)
-    write_atomically(folder / TENSOR_FILE, data)
-    write_json(
-        folder / CONFIG_FILE,
-        {
-            "format": FORMAT,
-            "fastspec_version": fastspec.__version__,
-            "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-            "base_fingerprint": _base_fingerprint(model, set(tensors)),
-            "tensors_sha256": hashlib.sha256(data).hexdigest(),
-            "modules_to_save": list(adapted.modules_to_save),
-            "layers": {name: layer.rank for name, layer in spectral_layers(model)},
-            "spectral": {k: v for k, v in adapted.config.to_dict().items() if k not in PATTERNS},
-        },
-    )
+    config = {
+        "format": FORMAT,
+        "fastspec_version": fastspec.__version__,
+        "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_fingerprint": _base_fingerprint(model, set(tensors)),
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+        "modules_to_save": list(adapted.modules_to_save),
+        "layers": {name: layer.rank for name, layer in spectral_layers(model)},
+        "spectral": {k: v for k, v in adapted.config.to_dict().items() if k not in PATTERNS},
+    }
+    sharded = any(map(is_sharded, own.values()))
+    if not sharded or torch.distributed.get_rank() == 0:
+        write_atomically(folder / TENSOR_FILE, data)
+        write_json(folder / CONFIG_FILE, config)
+    if sharded:
+        torch.distributed.barrier()  # whoever returns may read
     return folder
 
 
@@ -87,7 +94,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Put a saved adapter into `model`, in place.
 
     `model` is the plain base model, which is then spectralized by the adapter's own config, or one that
-    was spectralized alike: then the values are copied into the existing tensors.
+    was spectralized alike: then the values are copied into the existing tensors. Of a model sharded by
+    FSDP2 every process must call this.
 
     Returns:
         The same model.
@@ -97,13 +105,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         AdapterError: damaged files, other base weights, another rank or kind of core, heads of another
             size, values that are not finite. The model is unchanged.
     """
+    reshard(model)
     config, (tensors,) = read_adapters(model, [folder])
     if next(spectral_layers(model), None) is None:
         spectralize_for(model, config, folder)
     targets = adapter_tensors(model)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        assign(targets[name], tensor)
     return model
 
 
@@ -252,12 +260,13 @@ def _expected(model: nn.Module, config: SpectralConfig, folder: Path) -> Expecte
 def _base_fingerprint(model: nn.Module, trained: set[str]) -> str:
     """Fingerprint of every parameter the adapter does not hold, as the unmerged model has it."""
     state: dict[str, Tensor] = {}
+    factors = {f"{layer}.{f}" for layer, _ in spectral_layers(model) for f in FACTORS}
     for name, p in model.named_parameters():
         if name.endswith(".base_weight"):
             state[name.removesuffix(".base_weight") + ".weight"] = p
-        elif name not in trained and not name.endswith(".delta"):
+        elif name not in trained and name not in factors and not name.endswith(".delta"):
             state.setdefault(name, p)
-    return combined_fingerprint({name: tensor_fingerprint(p) for name, p in state.items()})
+    return combined_fingerprint({name: tensor_fingerprint(whole(p)) for name, p in state.items()})
 
 
 def _read_bounded(path: Path, limit: int) -> bytes:
