@@ -169,21 +169,23 @@ def make_plan(
         work = work_of(plan, n, in_features, out_features, k, itemsize, needs_dx)
         return costs.of(work, k)
 
-    return min(
-        legal_plans(
-            in_features,
-            out_features,
-            k,
-            core=core,
-            dtype=dtype,
-            device=device,
-            needs_dx=needs_dx,
-            needs_delta=needs_delta,
-            singular_basis=singular_basis,
-            resident=resident,
-        ),
-        key=cost,
+    plans = legal_plans(
+        in_features,
+        out_features,
+        k,
+        core=core,
+        dtype=dtype,
+        device=device,
+        needs_dx=needs_dx,
+        needs_delta=needs_delta,
+        singular_basis=singular_basis,
+        resident=resident,
     )
+    best, least = plans[0], cost(plans[0])  # torch.compile traces this, but no min() with a key
+    for plan in plans[1:]:
+        if (this := cost(plan)) < least:
+            best, least = plan, this
+    return best
 
 
 def legal_plans(
