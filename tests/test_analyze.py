@@ -196,6 +196,9 @@ def test_the_command_compares_two_files_and_draws(tmp_path, capsys):
     assert "a.safetensors" in capsys.readouterr().err
 
 
+WAYS = ("pretrained", "pretrained spans", "random", "random spans", "zero")
+
+
 class Two(torch.nn.Module):
     def __init__(self, w):
         super().__init__()
@@ -218,18 +221,22 @@ def test_swaps_and_masks_change_what_they_should_and_nothing_afterwards():
     )
     assert [(s.what, s.share) for s in scored] == [
         ("own", 0.0),
-        *((what, share) for what in ("pretrained", "random", "zero") for share in (0.5, 1.0)),
+        *((what, share) for what in WAYS for share in (0.5, 1.0)),
     ]
     s = torch.tensor([8.0, 4.0, 2.0, 1.0])
     torch.testing.assert_close(seen[0], w)
     half = (p[:, :2] * s[:2]) @ q[:, :2].mT + (u[:, 2:] * s[2:]) @ v[:, 2:].mT
     torch.testing.assert_close(seen[1], half, atol=1e-5, rtol=0)
     torch.testing.assert_close(seen[2], (p * s) @ q.mT, atol=1e-5, rtol=0)
+    # the leading half as far as it lies in the other leading spans
+    part = (u[:, :2] * s[:2]) @ v[:, :2].mT
+    inside = p[:, :2] @ p[:, :2].mT @ part @ q[:, :2] @ q[:, :2].mT
+    torch.testing.assert_close(seen[3], w - part + inside, atol=1e-5, rtol=0)
     # random vectors are orthonormal: with all of them the singular values stay
-    torch.testing.assert_close(torch.linalg.svdvals(seen[4]), s, atol=1e-5, rtol=0)
-    assert (seen[4] - w).norm() > 1
-    torch.testing.assert_close(seen[5], (u[:, 2:] * s[2:]) @ v[:, 2:].mT, atol=1e-5, rtol=0)
-    assert seen[6].abs().max() < 1e-5
+    torch.testing.assert_close(torch.linalg.svdvals(seen[6]), s, atol=1e-5, rtol=0)
+    assert (seen[6] - w).norm() > 1
+    torch.testing.assert_close(seen[9], (u[:, 2:] * s[2:]) @ v[:, 2:].mT, atol=1e-5, rtol=0)
+    assert seen[10].abs().max() < 1e-5
     assert torch.equal(model.attention.weight, w)
 
     masked = {(m.what, m.share): m.score for m in mask(model, score, shares=[0.25])}

@@ -59,6 +59,7 @@ class Alignment:
     cluster: Tensor
     cluster_left: Tensor
     cluster_right: Tensor
+    cluster_chance: Tensor
     overlap_left: Tensor
     overlap_right: Tensor
     blocks: Tensor
@@ -170,6 +171,7 @@ def _align_one(
         cluster=cluster,
         cluster_left=_cluster_cosines(left, cluster),
         cluster_right=_cluster_cosines(right, cluster),
+        cluster_chance=_chance(cluster.bincount()[cluster], pair.before.shape),
         overlap_left=_overlap(left),
         overlap_right=_overlap(right),
         blocks=_blocks(left, right, pair.before.shape),
@@ -208,13 +210,17 @@ def _blocks(left: Tensor, right: Tensor, shape: Sequence[int]) -> Tensor:
     k = len(left)
     out = []
     for a, b in rank_ranges(k):
-        spans, by_chance = 0.0, 0.0
-        for cross, size in ((left, shape[0]), (right, shape[1])):
-            spans += float(cross[a:b, a:b].square().sum() / (b - a)) ** 0.5 / 2
-            by_chance += ((b - a) / size) ** 0.5 / 2
+        spans = [float(m[a:b, a:b].square().sum() / (b - a)) ** 0.5 for m in (left, right)]
+        by_chance = float(_chance(torch.tensor(b - a), shape))
         matched = _mean(left.diagonal()[a:b].abs(), right.diagonal()[a:b].abs())
-        out.append([matched, spans, by_chance])
+        out.append([matched, sum(spans) / 2, by_chance])
     return torch.tensor(out)
+
+
+def _chance(dimension: Tensor, shape: Sequence[int]) -> Tensor:
+    """Root mean square principal cosine of two random spans, averaged over the sides of W [m, n]:
+    sqrt(dimension / m) and sqrt(dimension / n)."""
+    return ((dimension / shape[0]).sqrt() + (dimension / shape[1]).sqrt()) / 2
 
 
 def rank_ranges(k: int) -> list[tuple[int, int]]:

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for scored in (swap, mask):
         add = scored.add_argument
         add("--shares", type=float, nargs="+", help="of the triplets of every matrix, in (0, 1]")
-        add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="which matrices (all)")
+        add("--kinds", nargs="+", choices=KINDS, default=KINDS[:2], help="(attention mlp)")
         add("--rows", type=int, help="score on the first so many dev rows only")
         add("--data", metavar="DIR", help="GLUE folder (default: the run's own)")
         add("--seed", type=int, default=0, help="of random vectors (%(default)s)")

@@ -15,6 +15,7 @@ from fastspec.analyze.runs import Stability
 from fastspec.analyze.transplant import Scored
 
 KINDS = ("attention", "mlp", "other")
+SMOOTHING = 9
 COLOURS = {"attention": "C0", "mlp": "C1", "other": "C2"}
 
 
@@ -57,7 +58,7 @@ def draw_alignment(alignments: Sequence[Alignment], path: Path) -> None:
     groups = {k: g for k, g in of_kind(alignments).items() if k != "other"} or of_kind(alignments)
     with figure(path, 2, len(groups), sharex="row", sharey=True) as axes:
         for row, (kind, group) in zip(axes, groups.items(), strict=True):
-            layers = sorted({a.layer if a.layer is not None else 0 for a in group})
+            layers = sorted({a.layer or 0 for a in group})
             for i, layer in enumerate(layers):
                 colour = colormaps["viridis"](i / max(1, len(layers) - 1))
                 ours = [a for a in group if (a.layer or 0) == layer]
@@ -65,16 +66,19 @@ def draw_alignment(alignments: Sequence[Alignment], path: Path) -> None:
                     row, (("left", "right"), ("cluster_left", "cluster_right")), strict=True
                 ):
                     x, y = _mean_curve([getattr(a, n) for a in ours for n in names])
-                    panel.plot(x, y, color=colour, linewidth=1, label=f"layer {layer}")
-            chance = [(2 / (torch.pi * side)) ** 0.5 for a in group for side in a.shape]
-            row[0].axhline(
-                sum(chance) / len(chance), color="0.3", linestyle=":", label="random vectors"
-            )
-            row[0].set(title=f"{kind}: matched singular vectors", ylabel="mean |cosine|")
+                    panel.plot(x, _smooth(y), color=colour, linewidth=1.2, label=f"layer {layer}")
+            sides = [side for a in group for side in a.shape]
+            level = sum((2 / (torch.pi * side)) ** 0.5 for side in sides) / len(sides)
+            row[0].axhline(level, color="0.3", linestyle=":", label="chance")
+            x, y = _mean_curve([a.cluster_chance for a in group])
+            row[1].plot(x, y, ":", color="0.3", label="chance")
+            row[0].set(title=f"{kind}: matched singular vectors", ylabel="|cosine|")
             row[1].set(title=f"{kind}: spans of clusters")
+            row[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
         for panel in axes[-1]:
-            panel.set(xlabel="rank of the singular value, from the largest", ylim=(0, 1.02))
-        axes[0][0].legend(fontsize="x-small", ncols=2)
+            panel.set(
+                xlabel=f"rank (mean of {SMOOTHING} neighbours; 1 is the largest)", ylim=(0, 1.02)
+            )
 
 
 def draw_profile(alignments: Sequence[Alignment], path: Path) -> None:
@@ -132,7 +136,7 @@ def draw_update(alignments: Sequence[Alignment], path: Path) -> None:
             title="what the leading directions hold",
         )
         size.legend(fontsize="small")
-        share.legend(fontsize="x-small")
+        share.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def draw_scores(scored: Sequence[Scored], path: Path, title: str, xlabel: str) -> None:
@@ -215,6 +219,12 @@ def draw_scale(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             panel.legend(fontsize="small")
         axes[0][0].set_title("stability under post-training")
         axes[0][1].set_title("classification after post-training")
+
+
+def _smooth(values: torch.Tensor) -> torch.Tensor:
+    """The mean of each value and its neighbours, fewer of them at the ends."""
+    half = SMOOTHING // 2
+    return torch.stack([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
 def _mean_curve(curves: Sequence[Any], relative: bool = False) -> tuple[Any, Any]:

@@ -3,6 +3,10 @@
 The finetuned coefficients s_i stay. A swap puts s_i p_i q_i^T in place of s_i u_i v_i^T for the leading
 k triplets, where (p_i, q_i) are vectors of the pretrained model, of another task's model or random
 orthonormal ones; the zero control only takes the triplets out. A product p_i q_i^T has no sign of its own.
+
+Where singular values lie close together matched vectors differ by a rotation that means nothing, and a
+swap of vectors breaks the matrix for no deeper reason. A swap of spans does not: it puts P C Q^T in the
+place of M = U_k S_k V_k^T, where C = P^T M Q are the coefficients of M in the other basis.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from fastspec.analyze.alignment import decompose
 from fastspec.analyze.weights import pairs
 from fastspec.svd import TopkSVD
 
-FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
+MASKED = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
+SWAPPED = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
+KINDS = ("attention", "mlp")
 RANDOM, ZERO, PRETRAINED, OTHER = "random", "zero", "pretrained", "other task"
 
 
@@ -44,9 +50,7 @@ class Matrices:
         kinds: "attention", "mlp", "other": which matrices are taken.
     """
 
-    def __init__(
-        self, model: nn.Module, kinds: Sequence[str] = ("attention", "mlp", "other")
-    ) -> None:
+    def __init__(self, model: nn.Module, kinds: Sequence[str] = KINDS) -> None:
         state = {name: t.clone() for name, t in model.state_dict().items()}
         self.found = [p for p in pairs(state, state) if p.kind in kinds]
         if not self.found:
@@ -73,16 +77,26 @@ class Matrices:
         for parameter, pair in zip(self.parameters, self.found, strict=True):
             parameter.copy_(pair.before.view_as(parameter))
 
-    def replace(self, vectors: Sequence[TopkSVD] | None, start: float, stop: float) -> None:
-        """Put other vectors in the place of the triplets in a range of shares; None takes them out."""
+    def replace(
+        self,
+        vectors: Sequence[TopkSVD] | None,
+        start: float,
+        stop: float,
+        spans: bool = False,
+    ) -> None:
+        """Put other vectors, or their spans, in the place of the triplets in a range of shares; None
+        takes them out."""
         for i, (parameter, pair, own) in enumerate(
             zip(self.parameters, self.found, self.svds, strict=True)
         ):
             k = len(own.s)
             part = slice(round(start * k), round(stop * k))
-            new = pair.before - _product(own.u, own.s, own.vh, part)
+            taken = (own.u[:, part] * own.s[part]) @ own.vh[part]
+            new = pair.before - taken
             if vectors is not None:
-                new += _product(vectors[i].u, own.s, vectors[i].vh, part)
+                u, vh = vectors[i].u[:, part], vectors[i].vh[part]
+                core = u.mT @ taken @ vh.mT if spans else own.s[part].diag()
+                new += u @ core @ vh
             parameter.copy_(new.view_as(parameter))
 
 
@@ -91,12 +105,13 @@ def swap(
     score: Callable[[nn.Module], float],
     sources: Mapping[str, Mapping[str, Tensor]],
     *,
-    shares: Sequence[float] = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0),
-    kinds: Sequence[str] = ("attention", "mlp", "other"),
+    shares: Sequence[float] = SWAPPED,
+    kinds: Sequence[str] = KINDS,
     seed: int = 0,
 ) -> Iterator[Scored]:
-    """Scores with the vectors of `sources` (weights by name), and the random and zero controls, in
-    place of the leading shares of the model's own; the first is the model's own score, at share 0."""
+    """Scores with the vectors and with the spans of `sources` (weights by name) in place of the leading
+    shares of the model's own, and with the random and zero controls; the first is the model's own score,
+    at share 0."""
     matrices = Matrices(model, kinds)
     yield Scored("own", 0.0, score(model))
     vectors: dict[str, list[TopkSVD] | None] = {
@@ -105,16 +120,19 @@ def swap(
     vectors[RANDOM] = matrices.random(seed)
     vectors[ZERO] = None
     for name, found in vectors.items():
-        for share in shares:
-            yield Scored(name, share, _scored(matrices, model, score, found, 0.0, share))
+        for spans in (False, True) if found is not None else (False,):
+            what = f"{name} spans" if spans else name
+            for share in shares:
+                value = _scored(matrices, model, score, found, 0.0, share, spans)
+                yield Scored(what, share, value)
 
 
 def mask(
     model: nn.Module,
     score: Callable[[nn.Module], float],
     *,
-    shares: Sequence[float] = FRACTIONS,
-    kinds: Sequence[str] = ("attention", "mlp", "other"),
+    shares: Sequence[float] = MASKED,
+    kinds: Sequence[str] = KINDS,
 ) -> Iterator[Scored]:
     """Scores without the leading and without the trailing shares of the triplets of every matrix."""
     matrices = Matrices(model, kinds)
@@ -131,16 +149,13 @@ def _scored(
     vectors: Sequence[TopkSVD] | None,
     start: float,
     stop: float,
+    spans: bool = False,
 ) -> float:
     try:
-        matrices.replace(vectors, start, stop)
+        matrices.replace(vectors, start, stop, spans)
         return score(model)
     finally:
         matrices.restore()
-
-
-def _product(u: Tensor, s: Tensor, vh: Tensor, part: slice) -> Tensor:
-    return (u[:, part] * s[part]) @ vh[part]
 
 
 def _orthonormal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
