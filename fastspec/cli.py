@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": ("fastspec.glue.demo", "finetune MiniLM in minutes: a table and a picture"),
     "analyze": ("fastspec.analyze.cli", "study what finetuning does to singular vectors"),
     "factorize": ("fastspec.factorize", "write the leading singular triplets of a model to a file"),
+    "serve-bench": ("fastspec.serve_bench", "measure many tasks in one batch on your own model"),
     "backends": (
         "fastspec.availability",
         "say which implementations are there, and why any is not",

@@ -1,5 +1,7 @@
 """Many tasks on transformers: heads of different sizes, GPT-2 and its cache, the pretrained encoder."""
 
+import json
+
 import pytest
 import torch
 from support import assert_close, minilm
@@ -8,6 +10,7 @@ from torch import nn
 
 import fastspec
 from fastspec import SpectralConfig, spectralize
+from fastspec.cli import main
 
 transformers = pytest.importorskip("transformers")
 
@@ -198,6 +201,29 @@ class TestGPT2:
             assert torch.equal(
                 together[row : row + 1], model.generate(IDS[row : row + 1], **options)
             )
+
+
+def test_serve_bench(tmp_path, capsys):
+    bert().save_pretrained(tmp_path / "model")
+    out = tmp_path / "figures.json"
+    options = ["--tasks", "9", "--rank", "4", "--batch", "3", "--length", "5", "--rounds", "2"]
+    assert main(["serve-bench", str(tmp_path / "model"), *options, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "9 tasks, 3 x 5 tokens" in printed
+    figures = json.loads(out.read_text())
+    float32, k, layers, classes = 4, 4, 2 * 6 + 1, 2
+    assert figures["coefficient_bytes"] == 9 * layers * k * float32
+    assert figures["head_bytes"] == 9 * classes * (16 + 1) * float32
+    square, mlp = 16 + 16 + 1, 16 + 32 + 1  # numbers a direction of u, vh and s
+    assert figures["basis_bytes"] == float32 * k * (2 * (4 * square + 2 * mlp) + square)
+    assert set(figures["ratios"]) == {
+        "every row its own task",
+        "every row the same task",
+        "the active task alone",
+    }
+    assert all(ratio > 0 for ratio in figures["ratios"].values())
+    assert main(["serve-bench", str(tmp_path / "model"), "--tasks", "0"]) == 2
+    assert "--tasks must be at least 1" in capsys.readouterr().err
 
 
 def test_the_pretrained_encoder():
