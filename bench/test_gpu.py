@@ -55,7 +55,7 @@ def test_kernels_are_right_on_this_card(size, core, dtype, device):
     factors = (t["u"], t["vh"], t["delta"], name, t["task"])
     implementations = [spectral_linear]
     fits = hopper.fits(t["x"], t["g"], t["w"], t["u"], t["vh"])
-    if fits and dispatch._descriptors_serve(t["x"], size[3], t["w"]):
+    if fits and dispatch._descriptors_serve(size[2], size[3], t["x"], t["w"]):
         implementations.append(hopper)
     for module in implementations:
 
@@ -70,6 +70,34 @@ def test_kernels_are_right_on_this_card(size, core, dtype, device):
     n_tasks = len(t["delta"]) if core == "task" else None
     grad = sigma_grad(t["g"], t["u"], first[1], name, task=t["task"], n_tasks=n_tasks)
     assert_close(grad.cpu(), want[3], dtype)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("core", CORES)
+def test_operators_are_right_on_this_card(core, dtype, compiled, device):
+    """The public functions, timed choice and all; compiled by Inductor, which sees the kernels."""
+    from fastspec.functional import spectral_linear
+    from fastspec.task_functional import task_linear
+
+    t = problem(6 * 50, 384, 768, 32, core, dtype)
+    batch = torch.tensor([3, -1, 0, 3, -1, 4])
+    if core == "task":
+        t["task"] = batch.repeat_interleave(50)
+    want = exact(t, core)
+    t = to(t, device)
+    x, delta = t["x"].view(6, 50, 384).requires_grad_(), t["delta"].requires_grad_()
+    factors = (t["w"], t["bias"], t["u"], torch.ones(32, device=device), t["vh"], delta)
+    if core == "task":
+        call, rest, options = task_linear, (batch.to(device),), {}
+    else:
+        call, rest, options = spectral_linear, (), {"core": core}
+    call = torch.compile(call, fullgraph=True) if compiled else call
+    y = call(x, *factors, *rest, **options)
+    y.backward(t["g"].view_as(y))
+    results = (y.flatten(0, 1), x.grad.flatten(0, 1), delta.grad)
+    for got, exact_result in zip(results, (want[0], *want[2:]), strict=True):
+        assert_close(got.cpu(), exact_result, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

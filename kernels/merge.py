@@ -99,7 +99,8 @@ def merge(
     Args:
         weights, us, vhs: float32, bfloat16 or float16; any strides, the same for every layer.
         deltas: float32 storage of each core: [k], [2h + 1, k] or [k, k].
-        core: "diag", "band" or "dense"; for the last two U C is formed first, in float32.
+        core: "diag", "band" or "dense"; for the last two U C is formed first, in float32. In 16 bits U C
+            is rounded to them before the product with Vh.
 
     Returns:
         One new tensor a layer, row-major or, where W is, column-major; the sum is rounded once from
