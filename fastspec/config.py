@@ -62,8 +62,8 @@ class SpectralConfig:
         ranks = self.rank.items() if isinstance(self.rank, Mapping) else [("", self.rank)]
         for pattern, rank in ranks:
             where = f"rank[{pattern!r}]" if pattern else "rank"
-            _check_rank(where, rank)
-            _check_regex(where, pattern)
+            check_rank(where, rank)
+            check_regex(where, pattern)
         _check_choice("core", self.core, CORES)
         _check_choice("basis", self.basis, ("svd", "random"))
         _check_choice("path", self.path, ("fast", "reference"))
@@ -78,7 +78,7 @@ class SpectralConfig:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str) and value != "all-linear":
-                _check_regex(name, value)
+                check_regex(name, value)
         for name in ("train_bias", "train_layernorm"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -121,7 +121,7 @@ def check_select(select: Any) -> None:
         )
 
 
-def _check_rank(where: str, rank: Any) -> None:
+def check_rank(where: str, rank: Any) -> None:
     if isinstance(rank, str) and rank == "full":
         return
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
@@ -137,7 +137,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_regex(name: str, pattern: str) -> None:
+def check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as e:

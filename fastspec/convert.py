@@ -12,7 +12,13 @@ from fastspec.basis import load_basis
 from fastspec.config import SpectralConfig
 from fastspec.factors import Factors, factorize
 from fastspec.nn import SpectralLayer, SpectralLinear
-from fastspec.targets import Target, find_targets, is_norm, spectral_layers
+from fastspec.targets import (
+    Target,
+    avoid_fused_inference,
+    find_targets,
+    is_norm,
+    spectral_layers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +89,7 @@ def spectralize(
         for name, child in parent._modules.items():
             if id(child) in layers:
                 parent._modules[name] = layers[id(child)]
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # its fused inference path reads linear1.weight and linear2.weight past their forward
-            parent.activation_relu_or_gelu = 0
-        if isinstance(parent, nn.TransformerEncoder):
-            parent.use_nested_tensor = False  # the same path, with nested inputs
+    avoid_fused_inference(model)
     for _, layer in spectral_layers(model):
         layer.delta.requires_grad_(True)
         if config.train_bias and layer.bias is not None:

@@ -75,7 +75,7 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
         rank = _rank_of(name, config, min(module.weight.shape))
         if rank is None:
             continue
-        _check_layer(name, module)
+        check_layer(name, module)
         directions = Directions(rank, config.select, config.basis, config.tol, config.seed)
         try:
             directions.triplets(min(module.weight.shape))
@@ -99,6 +99,15 @@ def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
             yield name, module
 
 
+def avoid_fused_inference(model: nn.Module) -> None:
+    """Switch off torch's fused encoder path, which reads the linear layers' weights past their forward."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # the same path, with nested inputs
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation layer: torch's own, or a class named so (LlamaRMSNorm)."""
     return isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or (
@@ -118,7 +127,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def _check_layer(name: str, module: nn.Module) -> None:
+def check_layer(name: str, module: nn.Module) -> None:
     weight: Any = module.weight
     kind = type(weight.data if isinstance(weight, nn.Parameter) else weight)
     if not weight.is_floating_point() or kind is not Tensor:

@@ -85,10 +85,10 @@ class SpectralConfig(PeftConfig):
             tol=self.tol,
             seed=self.seed,
         )
-        spectral._check_rank("r", self.r)
+        spectral.check_rank("r", self.r)
         for pattern, rank in self.rank_pattern.items():
-            spectral._check_regex("rank_pattern", pattern)
-            spectral._check_rank(f"rank_pattern[{pattern!r}]", rank)
+            spectral.check_regex("rank_pattern", pattern)
+            spectral.check_rank(f"rank_pattern[{pattern!r}]", rank)
         if self.bias not in BIASES:
             raise ValueError(
                 f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}"

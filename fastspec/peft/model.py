@@ -24,7 +24,7 @@ from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
 from fastspec.peft.state import FrozenBasis
-from fastspec.targets import _check_layer
+from fastspec.targets import avoid_fused_inference, check_layer
 
 
 class SpectralModel(BaseTuner):
@@ -57,7 +57,7 @@ class SpectralModel(BaseTuner):
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
             )
             self._make_bases(adapter_name, config)  # type: ignore[arg-type]
-            _avoid_fused_inference(model)
+            avoid_fused_inference(model)
         except Exception:
             if len(self.peft_config) == 1:
                 for module in model.modules():
@@ -205,15 +205,6 @@ def _with_adapter_names(
     return args, kwargs | {"adapter_names": adapter_names}
 
 
-def _avoid_fused_inference(model: nn.Module) -> None:
-    """Switch off what reads linear1.weight and linear2.weight of an encoder past their forward."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-
-
 def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
     """Refuse what the layer can't stand in for."""
     if not isinstance(target, (nn.Linear, Conv1D)):
@@ -231,4 +222,4 @@ def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
             f"{name}: the layer has forward hooks or a forward of its own (offloading, weight norm, or the "
             "user's), which an adapted layer does not run: remove them, or name it in exclude_modules"
         )
-    _check_layer(name, target)
+    check_layer(name, target)
