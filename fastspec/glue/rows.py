@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastspec.glue.config import RANDOM_MODEL
-from fastspec.glue.presets import ATTENTION, PRESETS
+from fastspec.glue.presets import ATTENTION, MLP, PRESETS
 
-PRESET = "band"
 SEEDS = 3
 
 
@@ -54,37 +53,43 @@ TASK_SIZES = {
 }
 OTHER_TASKS = TaskSize(epochs=3, max_train_rows=8000)
 
-DIAG, BAND, DENSE = (1e-2, 3e-2, 5e-2), (1e-2, 2e-2, 3e-2), (5e-3, 1e-2, 2e-2)
+DIAG, BAND, DENSE = (1e-2, 3e-2, 5e-2), (5e-3, 1e-2, 2e-2), (1e-3, 3e-3, 1e-2)
 LOW_RANK, FULL = (5e-4, 1e-3, 2e-3), (5e-5, 1e-4, 2e-4)
-_DENSE = PRESETS["dense"]
-_ATTENTION = {"core": "dense", "rank": 43, "target_modules": ATTENTION}
+
+_COEFFICIENTS, _BAND, _DENSE = (PRESETS[name] for name in ("coefficients", "band", "dense"))
+_SPECTRUM = {"rate_rule": "spectrum"}
+_COEFFICIENTS_ROW = Row("coefficients", _COEFFICIENTS, DIAG, SEEDS)
+_BAND_ROW = Row("band", _BAND, BAND, SEEDS)
+_DENSE_ROW = Row("dense 32", _DENSE, DENSE, SEEDS)
+_BIASES_ROW = Row(
+    "coefficients, biases, LayerNorm",
+    {**_COEFFICIENTS, "train_bias": True, "train_layernorm": True, "bias_lr": 5e-3},
+    DIAG,
+)
+_ATTENTION_ROW = Row(
+    "dense 43, attention", {"core": "dense", "rank": 43, "target_modules": ATTENTION}, DENSE
+)
 
 HEADLINE = (
     Row("head", {"method": "head"}, (1e-3, 3e-3, 1e-2), SEEDS),
-    Row("coefficients", PRESETS["coefficients"], DIAG, SEEDS),
-    Row("preset", PRESETS[PRESET], BAND, SEEDS),
+    _COEFFICIENTS_ROW,
+    _BAND_ROW,
+    _DENSE_ROW,
     Row("lora-r8", {"method": "lora", "lora_rank": 8}, LOW_RANK, SEEDS),
     Row("full", {"method": "full"}, FULL, SEEDS),
 )
-PARITY = Row(
-    "preset, reference path", {**PRESETS[PRESET], "path": "reference"}, (), SEEDS, "preset"
-)
 SWEEP = (
+    Row("band, reference path", {**_BAND, "path": "reference"}, (), SEEDS, like="band"),
     Row("diag k=32", {"rank": 32}, DIAG),
     Row("diag k=128", {"rank": 128}, DIAG),
-    Row(
-        "coefficients, biases, LayerNorm",
-        {**PRESETS["coefficients"], "train_bias": True, "train_layernorm": True, "bias_lr": 5e-3},
-        DIAG,
-    ),
-    Row("dense 32", _DENSE, DENSE),
-    Row("dense 43, attention", _ATTENTION, DENSE),
+    _BIASES_ROW,
+    _ATTENTION_ROW,
     Row("bitfit", {"method": "bitfit"}, (1e-3, 2e-3, 4e-3)),
     Row("lora-r1", {"method": "lora", "lora_rank": 1}, LOW_RANK),
     Row("pissa-r8", {"method": "pissa", "lora_rank": 8}, LOW_RANK),
 )
 CONTROLS = (
-    Row("dense 32", _DENSE, DENSE),
+    _DENSE_ROW,
     Row("dense 32, random basis", {**_DENSE, "basis": "random"}, DENSE),
     Row("dense 32, untrained model's basis", {**_DENSE, "basis_model": RANDOM_MODEL}, DENSE),
     Row("full, from scratch", {"method": "full", "start": "random"}, FULL),
@@ -92,18 +97,34 @@ CONTROLS = (
     Row("dense 32, trailing", {**_DENSE, "select": "trailing"}, DENSE),
 )
 SEARCH = (
-    Row("dense 32", _DENSE, DENSE),
-    Row("dense 43, attention", _ATTENTION, DENSE),
+    _COEFFICIENTS_ROW,
+    Row("coefficients, rates by spectrum", {**_COEFFICIENTS, **_SPECTRUM}, DIAG),
+    _BIASES_ROW,
+    _BAND_ROW,
+    Row("band, rates by spectrum", {**_BAND, **_SPECTRUM}, BAND),
+    _DENSE_ROW,
+    Row("dense 32, rates by spectrum", {**_DENSE, **_SPECTRUM}, DENSE),
+    _ATTENTION_ROW,
+    Row("dense 61, MLP", {"core": "dense", "rank": 61, "target_modules": MLP}, DENSE),
 )
 RANGES = tuple(
-    Row(f"diag {a}:{b}", {"select": (a, b)}, DIAG)
+    Row(f"directions {a} to {b}", {"select": (a, b)}, DIAG)
     for a, b in ((0, 96), (96, 192), (192, 288), (288, 384))
+)
+LAYERS = tuple(
+    Row(
+        f"layers {a} and {a + 1}",
+        {**_COEFFICIENTS, "target_modules": rf".*layer\.[{a}{a + 1}]\..*"},
+        DIAG,
+    )
+    for a in (0, 2, 4)
 )
 
 SUITES: Mapping[str, tuple[Row, ...]] = {
     "small": HEADLINE,
-    "full": (*HEADLINE, PARITY, *SWEEP),
+    "full": (*HEADLINE, *SWEEP),
     "controls": CONTROLS,
     "search": SEARCH,
     "ranges": RANGES,
+    "layers": LAYERS,
 }
