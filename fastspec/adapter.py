@@ -109,9 +109,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     config, (tensors,) = read_adapters(model, [folder])
     if next(spectral_layers(model), None) is None:
         spectralize_for(model, config, folder)
-    targets = adapter_tensors(model)
-    for name, tensor in tensors.items():
-        assign(targets[name], tensor)
+    for name, target in adapter_tensors(model).items():
+        assign(target, tensors[name])
     return model
 
 

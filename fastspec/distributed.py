@@ -72,12 +72,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
-    """Copy a full `value` into `target`, of which each process may hold a shard."""
+    """Copy a full `value` into `target`, of which each process may hold a shard (it takes its own)."""
     if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
-        value = distribute_tensor(value.to(target.device), mesh, placements)
+        value = value.to(target.device)
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     target.copy_(value)
 
 
