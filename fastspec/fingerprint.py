@@ -14,6 +14,9 @@ def tensor_fingerprint(weight: Tensor) -> str:
     The bytes are those of the row-major [out, in] layout in the weight's own dtype, so a model cast to
     another dtype is another base: its spectrum is not the same to the last digit.
     """
+    if type(weight.data) is not Tensor and hasattr(weight, "__tensor_flatten__"):
+        names, _ = weight.__tensor_flatten__()  # a quantised weight is what it is made of
+        return combined_fingerprint({n: tensor_fingerprint(getattr(weight, n)) for n in names})
     t = weight.detach().contiguous().cpu()
     h = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode())
     h.update(t.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,134 @@
+"""A quantised base: the layer is the dequantised weight and the correction; what needs W is refused."""
+
+import pytest
+import torch
+from support import assert_close, minilm_path
+from test_convert import IDS, Net
+
+import fastspec
+from fastspec import SpectralConfig, load_adapter, reference, save_adapter, spectralize
+from fastspec.adapter import AdapterError
+from fastspec.cli import main
+from fastspec.targets import spectral_layers
+
+quantization = pytest.importorskip("torchao.quantization", reason="needs the extra quant")
+
+from torchao.quantization.granularity import PerGroup  # noqa: E402
+
+from fastspec.quantized import memory_table, quantize_base, stored_bytes  # noqa: E402
+
+CONFIGS = {
+    "int8": quantization.Int8WeightOnlyConfig(),
+    "int4": quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
+}
+
+
+def adapted(core="diag", shift=0.3):
+    torch.manual_seed(0)
+    model = spectralize(Net(), SpectralConfig(rank=4, core=core))
+    g = torch.Generator().manual_seed(1)
+    for _, layer in spectral_layers(model):
+        layer.delta.data.copy_(shift * torch.randn(layer.delta.shape, generator=g))
+    return model
+
+
+@pytest.mark.parametrize("core", fastspec.config.CORES)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_layer_is_the_dequantised_weight_and_the_correction(config, core):
+    model = adapted(core)
+    factors = {n: layer.u.clone() for n, layer in spectral_layers(model)}
+    quantize_base(model, config)
+    for name, layer in spectral_layers(model):
+        assert torch.equal(layer.u, factors[name]), "the factors are those of the original weight"
+        w = layer.weight.dequantize()
+        x = torch.randn(3, 5, w.shape[1], requires_grad=True)
+        g = torch.randn(3, 5, w.shape[0])
+        y = layer(x)
+        delta = layer.delta.detach().clone().requires_grad_()
+        x2 = x.detach().clone().requires_grad_()
+        want = reference.spectral_linear(x2, w, layer.bias, layer.u, layer.vh, delta, core)
+        assert_close(y, want)
+        got = torch.autograd.grad(y, [x, layer.delta], g)
+        for a, b in zip(got, torch.autograd.grad(want, [x2, delta], g), strict=True):
+            assert_close(a, b)
+        if core == "diag":
+            assert not torch.allclose(y, layer._plain(x)), "the coefficients count"
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_untrained_it_is_the_quantised_model(config):
+    torch.manual_seed(0)
+    plain = Net()
+    quantization.quantize_(plain.blocks, config)
+    assert torch.equal(quantize_base(adapted(shift=0.0), config)(IDS), plain(IDS))
+
+
+def test_it_learns_without_keeping_the_inputs():
+    model = quantize_base(adapted(), CONFIGS["int8"])
+    layer = model.blocks[0].up
+    kept = []
+    x = torch.randn(7, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert all(t.shape != x.shape for t in kept)
+    optimizer = torch.optim.AdamW(fastspec.parameter_groups(model, 3e-2, head_lr=1e-3))
+    losses = []
+    for _ in range(5):
+        loss = model(IDS).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_adapters_of_a_quantised_base(tmp_path):
+    config = CONFIGS["int8"]
+    model = quantize_base(adapted(), config)
+    save_adapter(model, tmp_path)
+    again = load_adapter(quantize_base(adapted(shift=0.0), config), tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+    for other in (adapted(), quantize_base(adapted(), CONFIGS["int4"])):
+        with pytest.raises(AdapterError, match="other base weights"):
+            load_adapter(other, tmp_path)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="no adapted"):
+        quantize_base(Net(), CONFIGS["int8"])
+    with pytest.raises(ValueError, match=r"blocks\.0\.up is merged"):
+        quantize_base(fastspec.merge(adapted()), CONFIGS["int8"])
+    model = quantize_base(adapted(), CONFIGS["int8"])
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize_base(model, CONFIGS["int8"])
+    with pytest.raises(ValueError, match=r"blocks\.0\.up: merging needs"):
+        fastspec.merge(model)
+    with pytest.raises(ValueError, match="making the factors again needs"):
+        model.blocks[0].up.refactorize()
+    assert "Int8Tensor" in repr(model)
+    fastspec.add_task(model, "a", current=True)
+    with pytest.raises(ValueError, match="mixed batches of tasks needs"):
+        model(IDS, tasks=["a", None])
+
+
+def test_memory_table():
+    net = Net(64)
+    weights = sum(p.numel() for n, p in net.blocks.named_parameters() if p.dim() == 2)
+    rows = {row["base"]: row for row in memory_table(net, SpectralConfig(rank=4))}
+    got = [row["adapted weights"] / weights for row in rows.values()]
+    # int8: a scale and a zero point an output row; int4: two float32 a group of 32
+    assert got == pytest.approx([4, 2, 1, 0.75], rel=0.1)
+    singular_values = 4 * 4 * 4  # stay float32
+    factors = rows["float32"]["factors"] - singular_values
+    assert rows["int8"]["factors"] - singular_values == factors
+    assert rows["bfloat16"]["factors"] - singular_values == factors / 2
+    assert {row["coefficients"] for row in rows.values()} == {4 * 4 * 4}
+    x = torch.zeros(3, 5)
+    assert stored_bytes([x, x]) == 60
+
+
+def test_memory_command(capsys):
+    assert main(["memory", str(minilm_path()), "--rank", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "int8" in out
+    assert len(out.splitlines()) == 5
