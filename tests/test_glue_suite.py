@@ -11,6 +11,7 @@ from fastspec.cli import main
 from fastspec.glue import report, suite
 from fastspec.glue.cli import add_arguments
 from fastspec.glue.config import GlueConfig
+from fastspec.glue.presets import PRESETS
 from fastspec.glue.rows import SUITES, TASK_SIZES, Row
 from fastspec.glue.suite import Job, Suite, SuiteError, choose, flags, make
 from fastspec.glue.tasks import TASKS
@@ -135,6 +136,16 @@ def test_flags_give_the_configuration_back():
         args = parser.parse_args(flags(config))
         fields = {name: getattr(args, name) for name in GlueConfig.__dataclass_fields__}
         assert GlueConfig(**fields) == config
+
+
+def test_presets_are_overridden_by_what_follows_them():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--preset", "dense", "--rank", "16"])
+    assert (args.core, args.rank) == ("dense", 16)
+    assert parser.parse_args(["--rank", "16", "--preset", "dense"]).rank == PRESETS["dense"]["rank"]
+    for fields in PRESETS.values():
+        GlueConfig(task="rte", **fields)
 
 
 def test_rows_bring_along_the_rows_they_need():

@@ -20,7 +20,9 @@ COLOURS = {"attention": "C0", "mlp": "C1", "other": "C2"}
 
 
 @contextmanager
-def figure(path: Path, columns: int, rows: int = 1, **kwargs: Any) -> Iterator[Any]:
+def figure(
+    path: Path, columns: int, rows: int = 1, width: float = 4.6, **kwargs: Any
+) -> Iterator[Any]:
     """Axes [rows][columns] of a figure that is written to `path` afterwards."""
     import matplotlib
 
@@ -30,7 +32,7 @@ def figure(path: Path, columns: int, rows: int = 1, **kwargs: Any) -> Iterator[A
     fig, axes = plt.subplots(
         rows,
         columns,
-        figsize=(4.6 * columns, 3.5 * rows),
+        figsize=(width * columns, 3.5 * rows),
         layout="constrained",
         squeeze=False,
         **kwargs,
@@ -142,14 +144,18 @@ def draw_update(alignments: Sequence[Alignment], path: Path) -> None:
 def draw_scores(scored: Sequence[Scored], path: Path, title: str, xlabel: str) -> None:
     """Score against the share of triplets changed, a line for each kind of change."""
     own = next(s.score for s in scored if s.what == "own")
-    with figure(path, 1) as axes:
+    with figure(path, 1, width=6.2) as axes:
         panel = axes[0][0]
         for i, what in enumerate(dict.fromkeys(s.what for s in scored if s.what != "own")):
             points = sorted((100 * s.share, s.score) for s in scored if s.what == what)
-            panel.plot(*zip((0.0, own), *points, strict=True), "osD^v"[i % 5] + "-", label=what)
+            line = "osD^v"[i % 5] + ("--" if what.endswith("spans") else "-")
+            panel.plot(*zip((0.0, own), *points, strict=True), line, label=what)
         panel.axhline(own, color="0.4", linestyle=":", label="unchanged")
-        panel.set(title=title, xlabel=xlabel, ylabel="dev score [points]")
-        panel.legend(fontsize="small")
+        panel.set_xscale("symlog", linthresh=1, linscale=0.5)
+        ticks = sorted({0.0, *(100 * s.share for s in scored)})
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set(title=title, xlabel=xlabel, ylabel="dev score [points]", xlim=(0, None))
+        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def draw_gradients(spectra: Sequence[GradientSpectrum], path: Path) -> None:
@@ -208,14 +214,15 @@ def draw_scale(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 low = middle - torch.tensor([min(v) for v in values])
                 high = torch.tensor([max(v) for v in values]) - middle
                 panel.errorbar(
-                    [max(size, 10) for size in sizes],
+                    range(len(sizes)),
                     middle,
                     yerr=torch.stack([low, high]).numpy(),
                     fmt="os"[i] + "-",
                     capsize=3,
                     label=column,
                 )
-            panel.set(xscale="log", xlabel="pretraining images (10 stands for none)", ylabel=ylabel)
+            panel.set_xticks(range(len(sizes)), [f"{size:,}" if size else "none" for size in sizes])
+            panel.set(xlabel="pretraining images", ylabel=ylabel)
             panel.legend(fontsize="small")
         axes[0][0].set_title("stability under post-training")
         axes[0][1].set_title("classification after post-training")

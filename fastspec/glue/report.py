@@ -89,7 +89,14 @@ def spread(values: Mapping[int, float], seeds: int) -> str:
 def markdown(suite: Suite, times: Mapping[str, StepTime] | None = None) -> str:
     """The table. Scores are of the best dev epoch, last epoch's medians in brackets."""
     found = cells(suite)
-    header = ["", "trained beside the head", "with the head", *suite.tasks, "mean", "last epoch"]
+    header = [
+        "method",
+        "trained beside the head",
+        "with the head",
+        *suite.tasks,
+        "mean",
+        "last epoch",
+    ]
     header += ["rates"] + (["step", "saved"] if times else [])
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in suite.rows:
