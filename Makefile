@@ -48,6 +48,8 @@ bench: install
 # A copy of the sources, so that the compiled part of the checkout stays the one of its own torch.
 CUDA_VENV := build/cuda-venv
 CUDA_COPY := build/cuda-check
+# nvcc on the path may be a wrapper, beside which torch would look for the toolkit's libraries
+cuda-check: export CUDA_HOME ?= $(abspath $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's,.*TOP=,,p'))
 cuda-check:
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install -q "setuptools>=77" wheel ninja numpy safetensors torch==2.14.1

@@ -65,8 +65,9 @@ def main() -> None:
     reason = _extension.cuda_unavailable_reason()
     if reason is not None:
         sys.exit(f"the CUDA part is not there: {reason}")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastspec::jacobi_eigh", "CUDA"):
-        sys.exit("fastspec::jacobi_eigh has no CUDA kernel")
+    for operator in ("fastspec::jacobi_eigh", "fastspec::topk_svd"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA"):
+            sys.exit(f"{operator} has no CUDA implementation")
     table = rows(ROOT / "fastspec" / "_C_cuda.so")
     compiler = subprocess.run(
         [f"{CUDA_HOME}/bin/nvcc", "--version"], check=True, capture_output=True, text=True
