@@ -1,5 +1,8 @@
 """Trainer and Accelerate: small checkpoints that resume bit for bit; the groups of the optimiser."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from support import relative_error
@@ -258,3 +261,19 @@ class TestParameterGroups:
     def test_models_of_other_methods_name_their_heads(self):
         groups = parameter_groups(bert(), 1e-4, heads=["classifier"], weight_decay=0.01)
         assert {g["name"] for g in groups} == {"extra", "head"}
+
+
+def test_the_documented_code(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Trainer" in block
+    )
+    code = code.replace(
+        '"runs/rte",', '"runs/rte", num_train_epochs=1, report_to="none", use_cpu=True,'
+    )
+    code = code.replace("rank=32", "rank=4")
+    monkeypatch.chdir(tmp_path)
+    names = {"model": bert(), "train_rows": rows(), "dev_rows": rows(16)}
+    exec(code, names)
+    loaded = load_adapter(bert(), tmp_path / "runs/rte/best")
+    assert all(torch.equal(trained(loaded)[n], p) for n, p in trained(names["model"]).items())
