@@ -177,11 +177,13 @@ def _factorize_chunk(
     triplets = _leading_triplets(w, k, tol, max_steps, seed, workspace)
     u, vh = (triplets.right, triplets.left.mT) if turned else (triplets.left, triplets.right.mT)
     sign = _signs(vh)
+    u.mul_(sign[:, None, :])
+    vh.mul_(sign[:, :, None])
     out = dtype or source
     return TopkSVD(
-        u=(u * sign[:, None, :]).to(out).contiguous(),
+        u=u.to(out).contiguous(),
         s=triplets.s if scale is None else triplets.s * scale[:, None],
-        vh=(vh * sign[:, :, None]).to(out).contiguous(),
+        vh=vh.to(out).contiguous(),
         residual=triplets.residual.to(compute),
         converged=triplets.residual <= tol,
     )
