@@ -109,15 +109,15 @@ class Iteration {
       t_.narrow(1, before - c, c).narrow(2, before, b).copy_(coupling_);
       t_.narrow(1, before, b).narrow(2, before - c, c).copy_(coupling_.mT());
     }
-    auto rest = gram_.defined() ? product(block, gram_) : product(product(block, w_.mT()), w_);
+    auto rest = gram_.defined() ? at::bmm(block, gram_) : at::bmm(at::bmm(block, w_.mT()), w_);
     // T is block tridiagonal: what W^T W q has along older blocks is rounding, removed below
-    const auto h = product(rest, local.mT());
+    const auto h = at::bmm(rest, local.mT());
     const auto diagonal = h.narrow(2, c, b);
     square(t_, before, b).copy_(diagonal);
     scale_ = at::maximum(scale_, diagonal.diagonal(0, 1, 2).amax(1));
     const int64_t room = std::min(b, short_ - size_);
     if (room == 0) return;
-    subtract_product(rest, h, local);
+    rest.baddbmm_(h, local, 1, -1);
     orthonormalise(rest);
     if (room < b) {
       next_ = next_.narrow(1, 0, room).contiguous();
@@ -134,7 +134,7 @@ class Iteration {
     if (!complete()) {
       const int64_t b = coupling_.size(1);
       const auto last = vectors_.narrow(1, size_ - b, b).narrow(2, 0, k);
-      errors_ = at::linalg_vector_norm(product(coupling_.mT(), last), 2, at::IntArrayRef{1});
+      errors_ = at::linalg_vector_norm(at::bmm(coupling_.mT(), last), 2, at::IntArrayRef{1});
     }
     wanted_ = values_.narrow(1, 0, k);
   }
@@ -158,7 +158,7 @@ class Iteration {
   }
 
   at::Tensor right() const {
-    return product(basis_.narrow(1, 0, size_).mT(), vectors_.narrow(2, 0, wanted_.size(1)));
+    return at::bmm(basis_.narrow(1, 0, size_).mT(), vectors_.narrow(2, 0, wanted_.size(1)));
   }
 
   // Only the matrices `rows [A']` go on.
@@ -173,8 +173,8 @@ class Iteration {
   void restart(int64_t kept) {
     const int64_t b = coupling_.size(1);
     const auto best = vectors_.narrow(2, 0, kept);
-    basis_.narrow(1, 0, kept).copy_(product(best.mT(), basis_.narrow(1, 0, size_)));
-    coupling_ = product(best.narrow(1, size_ - b, b).mT(), coupling_);
+    basis_.narrow(1, 0, kept).copy_(at::bmm(best.mT(), basis_.narrow(1, 0, size_)));
+    coupling_ = at::bmm(best.narrow(1, size_ - b, b).mT(), coupling_);
     t_.zero_();
     square(t_, 0, kept).diagonal(0, 1, 2).copy_(values_.narrow(1, 0, kept));
     size_ = kept;
@@ -206,7 +206,7 @@ class Iteration {
   void orthonormalise(const at::Tensor& rest) {
     const auto q = basis_.narrow(1, 0, size_);
     next_ = rest.clone();
-    subtract_product(next_, product(rest, q.mT()), q);
+    next_.baddbmm_(at::bmm(rest, q.mT()), q, 1, -1);
     std::vector<bool> broken(rest.size(0), false);
     const auto negligible = (scale_ * (64 * eps_)).to(at::kCPU, at::kDouble);
     normalise(negligible.const_data_ptr<double>(), broken);
@@ -214,13 +214,13 @@ class Iteration {
     for (int64_t i = 0; i < rest.size(0); ++i) {
       if (broken[i]) next_[i].copy_(repaired(rest[i], q[i], negligible[i].item<double>()));
     }
-    coupling_ = product(rest, next_.mT());
+    coupling_ = at::bmm(rest, next_.mT());
   }
 
   // next_ <- L^-1 next_ with next_ next_^T = L L^T; the b x b problems on the host, whatever the device.
   // Marks as broken the blocks whose L is made of rounding errors.
   void normalise(const double* negligible, std::vector<bool>& broken) {
-    const auto gram = product(next_, next_.mT()).cpu();
+    const auto gram = at::bmm(next_, next_.mT()).cpu();
     const auto inverse = at::zeros_like(gram);
     const int64_t b = gram.size(1);
     AT_DISPATCH_FLOATING_TYPES(gram.scalar_type(), "normalise", [&] {
@@ -238,7 +238,7 @@ class Iteration {
         }
       }
     });
-    next_ = product(inverse.to(next_.device()), next_);
+    next_ = at::bmm(inverse.to(next_.device()), next_);
   }
 
   at::Tensor repaired(const at::Tensor& rest, const at::Tensor& q, double negligible) {

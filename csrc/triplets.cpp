@@ -15,22 +15,22 @@ constexpr int64_t kRows = 512;
 
 // W x in the dtype of x.
 at::Tensor times(const at::Tensor& w, const at::Tensor& x) {
-  if (w.scalar_type() == x.scalar_type()) return product(w, x);
+  if (w.scalar_type() == x.scalar_type()) return at::bmm(w, x);
   auto out = at::empty({w.size(0), w.size(1), x.size(2)}, x.options());
   for (int64_t row = 0; row < w.size(1); row += kRows) {
     const int64_t size = std::min(kRows, w.size(1) - row);
-    out.narrow(1, row, size).copy_(product(w.narrow(1, row, size).to(x.scalar_type()), x));
+    out.narrow(1, row, size).copy_(at::bmm(w.narrow(1, row, size).to(x.scalar_type()), x));
   }
   return out;
 }
 
 // W^T y in the dtype of y.
 at::Tensor transposed_times(const at::Tensor& w, const at::Tensor& y) {
-  if (w.scalar_type() == y.scalar_type()) return product(w.mT(), y);
+  if (w.scalar_type() == y.scalar_type()) return at::bmm(w.mT(), y);
   auto out = at::zeros({w.size(0), w.size(2), y.size(2)}, y.options());
   for (int64_t row = 0; row < w.size(1); row += kRows) {
     const int64_t size = std::min(kRows, w.size(1) - row);
-    out.add_(product(w.narrow(1, row, size).to(y.scalar_type()).mT(), y.narrow(1, row, size)));
+    out.add_(at::bmm(w.narrow(1, row, size).to(y.scalar_type()).mT(), y.narrow(1, row, size)));
   }
   return out;
 }
@@ -62,10 +62,10 @@ void complete(const at::Tensor& w, const at::Tensor& left, const at::Tensor& s, 
   const int64_t rest = s.size(1) - kept;
   const auto q = std::get<0>(at::linalg_qr(left.to(at::kDouble))).narrow(2, kept, rest);
   const auto directions = right.narrow(2, kept, rest).to(at::kDouble);
-  const auto [a, values, bh] = at::linalg_svd(product(q.mT(), times(w, directions)));
-  left.narrow(2, kept, rest).copy_(product(q, a));
+  const auto [a, values, bh] = at::linalg_svd(at::bmm(q.mT(), times(w, directions)));
+  left.narrow(2, kept, rest).copy_(at::bmm(q, a));
   s.narrow(1, kept, rest).copy_(values);
-  right.narrow(2, kept, rest).copy_(product(directions, bh.mT()));
+  right.narrow(2, kept, rest).copy_(at::bmm(directions, bh.mT()));
 }
 
 // u_i = W v_i / s_i from `image = W V` with orthogonal columns; `right` and `image` in the same dtype.
@@ -110,13 +110,13 @@ Triplets rayleigh_ritz(const at::Tensor& w, const at::Tensor& subspace, at::Scal
   // V <- V C with C^T (V^T V) C = 1 and C^T (V^T W^T W V) C diagonal, in float64: the left vectors stay
   // orthogonal however far s_1 is above s_k
   const auto v = right.to(at::kDouble), y = image.to(at::kDouble);
-  const auto metric = at::linalg_cholesky(product(v.mT(), v));
-  const auto half = at::linalg_solve_triangular(metric, product(y.mT(), y), /*upper=*/false);
+  const auto metric = at::linalg_cholesky(at::bmm(v.mT(), v));
+  const auto half = at::linalg_solve_triangular(metric, at::bmm(y.mT(), y), /*upper=*/false);
   const auto energy = at::linalg_solve_triangular(metric, half.mT(), /*upper=*/false);
   const auto vectors = std::get<1>(symmetric_eigh(energy)).flip(2);
   const auto c = at::linalg_solve_triangular(metric.mT(), vectors, /*upper=*/true)
                      .to(right.scalar_type());
-  return finish(w, product(right, c), product(image, c), result);
+  return finish(w, at::bmm(right, c), at::bmm(image, c), result);
 }
 
 Triplets gram_triplets(const at::Tensor& w, int64_t k) {
