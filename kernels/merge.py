@@ -165,8 +165,8 @@ def merge_layers(
     merged: list[Tensor | None] = [None] * len(weights)
     for (core, _), members in kinds.items():
         if weights[members[0]].dtype in ELEMENT:
-            stacks = zip(*[operands[i] for i in members], strict=True)
-            for i, effective in zip(members, merge(*stacks, core=core), strict=True):
+            ws, lefts, rights, cs = zip(*[operands[i] for i in members], strict=True)
+            for i, effective in zip(members, merge(ws, lefts, rights, cs, core), strict=True):
                 merged[i] = effective
     return merged
 
