@@ -73,9 +73,7 @@ def test_merge_layers_of_a_model(monkeypatch):
         {k: v.double() for k, v in problem(1, 24, 40, 9, "diag").items() if v is not None}
     )
     calls = []
-    monkeypatch.setattr(
-        merging, "merge", lambda *a: calls.append(len(a[0])) or merge(*a)
-    )
+    monkeypatch.setattr(merging, "merge", lambda *a: calls.append(len(a[0])) or merge(*a))
     groups = [[t[key] for t in layers] for key in ("w", "u", "vh", "delta")]
     merged = merging.merge_layers(*groups, ["diag"] * len(layers))
     assert calls == [3, 2]
