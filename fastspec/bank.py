@@ -109,9 +109,11 @@ class TaskBank:
                     self._unmixable = f"{slot.name} (train_bias)"
             elif not isinstance(slot.owner, nn.Linear):
                 self._unmixable = f"{slot.name} ({type(slot.owner).__name__})"
-            elif not hasattr(slot.owner, "sizes"):
-                sizes = torch.full((capacity,), slot.owner.out_features, device=slot.live.device)
-                slot.owner.register_buffer("sizes", sizes, persistent=False)
+            elif slot.leaf == "weight":
+                sizes = None
+                if slot.is_output:
+                    sizes = torch.zeros(capacity, dtype=torch.int64, device=slot.live.device)
+                slot.owner.register_buffer("task_sizes", sizes, persistent=False)
                 slot.owner.register_forward_hook(task_heads.by_rows)
             slot.owner.task_bank = self  # type: ignore[assignment]
         model.task_bank = self  # type: ignore[assignment]
@@ -188,6 +190,8 @@ class TaskBank:
     def replace(self, name: str, values: Mapping[str, Tensor]) -> None:
         """New values for a task, in place; see `fastspec.replace_task`."""
         row = self._row(name)
+        if name == self.active:
+            self._check_unmerged()
         checked = [self._checked(name, values)]
         self._grow(len(self), checked)
         self._write([row], checked)
@@ -199,6 +203,7 @@ class TaskBank:
         """Forget a task; see `fastspec.remove_task`."""
         row = self._row(name)
         if name == self.active:
+            self._check_unmerged()
             self._load(None)
             self.active = None
         for slot in self.slots:
@@ -212,10 +217,7 @@ class TaskBank:
             self._row(name)
         if self.trained:
             raise ValueError("the tables are being trained: bank.requires_grad_(False) first")
-        merged = next((s.name for s in self.slots if getattr(s.owner, "merged", False)), None)
-        if merged is not None:
-            layer = merged.rpartition(".")[0]
-            raise ValueError(f"{layer} is merged: fastspec.unmerge(model) before the task changes")
+        self._check_unmerged()
         if self.active is not None:
             self._store_active()
         elif self._holds_unnamed():
@@ -236,7 +238,8 @@ class TaskBank:
     def requires_grad_(self, trained: bool = True) -> TaskBank:
         """Train the tables themselves: the tasks that a batch names, together. `parameters()` has them.
 
-        The model's own parameters hold the pretrained values meanwhile.
+        The model's own parameters hold the pretrained values meanwhile. Move the model to its device
+        before: tables that move afterwards are no leaves any more, which optimisers refuse.
         """
         if trained:
             self._check_mixable()
@@ -254,6 +257,12 @@ class TaskBank:
         weight decay moves them all the same.
         """
         return [slot.table for slot in self.slots if slot.table.is_floating_point()]
+
+    def _check_unmerged(self) -> None:
+        merged = next((s.name for s in self.slots if getattr(s.owner, "merged", False)), None)
+        if merged is not None:
+            layer = merged.rpartition(".")[0]
+            raise ValueError(f"{layer} is merged: fastspec.unmerge(model) before the task changes")
 
     def _check_mixable(self) -> None:
         if self._unmixable is not None:
@@ -280,7 +289,7 @@ class TaskBank:
             value = slot.table.detach()[row]
             if slot.is_output:
                 if slot.owner not in sizes:
-                    sizes[slot.owner] = int(slot.owner.sizes[row])  # type: ignore[index]
+                    sizes[slot.owner] = int(slot.owner.task_sizes[row])  # type: ignore[index]
                 value = value[: sizes[slot.owner]]
             values[slot.name] = value
         return values
@@ -341,9 +350,9 @@ class TaskBank:
             if grows:
                 slot.lay_out(capacity, size)
         if capacity > self.capacity:
-            for owner in {slot.owner for slot in self.slots if hasattr(slot.owner, "sizes")}:
-                sizes: Tensor = owner.sizes  # type: ignore[assignment]
-                owner.sizes = torch.cat([sizes, sizes.new_zeros(capacity - self.capacity)])
+            for owner in {slot.owner for slot in self.slots if slot.is_output}:
+                sizes: Tensor = owner.task_sizes  # type: ignore[assignment]
+                owner.task_sizes = torch.cat([sizes, sizes.new_zeros(capacity - self.capacity)])
         self.capacity = capacity
 
     def _write(self, rows: list[int], checked: Sequence[Mapping[str, Tensor]]) -> None:
@@ -355,7 +364,7 @@ class TaskBank:
             index = torch.tensor(rows, device=table.device)
             if slot.is_output:
                 lengths = torch.tensor([len(v) for v in values], device=table.device)
-                slot.owner.sizes[index] = lengths  # type: ignore[index, operator]
+                slot.owner.task_sizes[index] = lengths  # type: ignore[index, operator]
                 values = [_padded(v, table.shape[1]) for v in values]
             table[index] = torch.stack(values)
 

@@ -260,7 +260,11 @@ class SpectralLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._kept = None
         delta, s = self.delta.data, self.s
-        table = self._buffers.get("delta_table")
+        tables = {
+            name: table
+            for name, table in self._buffers.items()
+            if name.startswith("delta_") and table is not None
+        }
         grad = None if self.delta.grad is None else self.delta.grad.data
         super()._apply(fn, recurse)
         if self.delta.dtype != torch.float32:
@@ -272,8 +276,9 @@ class SpectralLayer(nn.Module):
             self.s = s.to(self.s.device)
         if self.u.dtype != self._basis_dtype:
             self._basis_dtype = None
-        if table is not None and self.delta_table.dtype != torch.float32:
-            self.delta_table = table.to(self.delta_table.device)
+        for name, table in tables.items():
+            if getattr(self, name).dtype != torch.float32:
+                setattr(self, name, table.to(self.delta.device))
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

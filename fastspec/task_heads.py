@@ -1,7 +1,8 @@
 """Heads of a mixed batch: every row through the head of its own task, heads of different sizes in one batch.
 
 The tables of an `nn.Linear` in a head are buffers beside its parameters: `weight_table` [tasks, size, in]
-and `bias_table` [tasks, size] where `size` is the widest task's, `sizes` [tasks], and the pretrained values.
+and `bias_table` [tasks, size], and the pretrained values. Of the layer that gives a head its size, `size` is
+the widest task's and `task_sizes` [tasks] says each one's own.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | Non
     base = F.linear(
         x, head.weight_pretrained, head.bias_pretrained if head.bias is not None else None
     )
-    base = F.pad(base, (0, y.shape[-1] - base.shape[-1]), value=float("-inf"))
     per_row = (task.shape[0], *(1,) * (x.dim() - 1))
-    own = head.sizes.index_select(0, row).view(per_row)
-    beyond = torch.arange(y.shape[-1], device=y.device) >= own
-    y = y.masked_fill(beyond, float("-inf"))
+    if head.task_sizes is not None:
+        base = F.pad(base, (0, y.shape[-1] - base.shape[-1]), value=float("-inf"))
+        own = head.task_sizes.index_select(0, row).view(per_row)
+        y = y.masked_fill(torch.arange(y.shape[-1], device=y.device) >= own, float("-inf"))
     return torch.where((task < 0).view(per_row), base, y)
 
 

@@ -102,8 +102,14 @@ def test_merged_layers_serve_mixed_batches_from_their_base_weight():
     fastspec.set_task(model, "a")
     fastspec.merge(model)
     assert torch.equal(model(IDS, tasks=NAMES), y)
-    with pytest.raises(ValueError, match=r"blocks\.0\.up is merged.*unmerge"):
-        fastspec.set_task(model, "b")
+    for change in (
+        lambda: fastspec.set_task(model, "b"),
+        lambda: fastspec.remove_task(model, "a"),
+        lambda: fastspec.replace_task(model, "a", {}),
+    ):
+        with pytest.raises(ValueError, match=r"blocks\.0\.up is merged.*unmerge"):
+            change()
+    fastspec.replace_task(model, "b", {})
 
 
 class TestSwitching:
@@ -241,9 +247,13 @@ class TestLife:
         fastspec.replace_task(model, "a", {})
         assert torch.equal(clone(IDS, tasks=NAMES), y)
         assert clone.task_bank.model is clone
+        fastspec.set_task(clone, "b")
         clone.bfloat16()
         assert all(layer.delta_table.dtype == torch.float32 for _, layer in spectral_layers(clone))
         assert_close(clone(IDS, tasks=NAMES), y, torch.bfloat16)
+        fastspec.set_task(clone, None)
+        fastspec.set_task(clone, "c")
+        assert_close(clone(IDS), model(IDS, tasks=["c"] * 5), torch.bfloat16)
 
     def test_tasks_added_in_inference_mode_can_be_changed_outside(self):
         model = spectralize(plain(), SpectralConfig(rank=4))

@@ -79,6 +79,18 @@ class TestHeads:
                 assert own.shape[-1] == size
                 assert_close(logits[row : row + 1, ..., :size], own)
 
+    def test_heads_grow_with_the_tables(self, make):
+        model = with_tasks(make)
+        bank = model.task_bank
+        for i in range(bank.capacity):
+            fastspec.add_task(model, f"t{i}", random_values(bank, 9 + i))
+        with torch.no_grad():
+            mixed = model(IDS, tasks=["mnli", "t0", None, "t7"]).logits
+            for row, name in enumerate(["mnli", "t0", None, "t7"]):
+                fastspec.set_task(model, name)
+                own = model(IDS[row : row + 1]).logits
+                assert_close(mixed[row : row + 1, ..., : own.shape[-1]], own)
+
     def test_padding_never_wins_and_weighs_nothing(self, make):
         logits = with_tasks(make)(IDS, tasks=NAMES).logits
         sizes = torch.tensor([LABELS.get(n, 2) for n in NAMES])
