@@ -92,7 +92,7 @@ class Alignment:
             "norm of ds over s": float((self.s_after - self.s).norm() / self.s.norm()),
             "W in leading tenth": float(self.explained()[tenth - 1]),
             "dW in leading tenth": float(self.update_captured[tenth - 1]),
-            "dW there by chance": tenth**2 / (m * n),
+            "dW there by chance": float(random_block(self.shape)[tenth - 1]),
         }
 
     def vectors(self) -> Iterator[dict[str, Any]]:
@@ -215,6 +215,12 @@ def _blocks(left: Tensor, right: Tensor, shape: Sequence[int]) -> Tensor:
         matched = _mean(left.diagonal()[a:b].abs(), right.diagonal()[a:b].abs())
         out.append([matched, sum(spans) / 2, by_chance])
     return torch.tensor(out)
+
+
+def random_block(shape: Sequence[int]) -> Tensor:
+    """[k] r^2 / (m n), the share of a matrix [m, n] without direction that its r x r blocks hold."""
+    m, n = shape
+    return torch.arange(1, min(m, n) + 1).double().square() / (m * n)
 
 
 def _chance(dimension: Tensor, shape: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ class GradientSpectrum:
     """The gradient of one matrix summed over the steps up to `step`.
 
     Attributes:
-        name, kind, layer: of the matrix.
+        name, kind, layer, shape: of the matrix.
         step: optimiser steps summed.
         s: [k] singular values of the sum.
         captured: [k] share of its squared norm in the leading r x r block of the basis that the matrix
@@ -29,6 +29,7 @@ class GradientSpectrum:
     name: str
     kind: str
     layer: int | None
+    shape: tuple[int, int]
     step: int
     s: Tensor
     captured: Tensor
@@ -71,7 +72,7 @@ class CumulativeGradients(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        names = {p.name for p in pairs(weights, weights)}
+        names = [p.name for p in pairs(weights, weights)]
         self._start = {n: weights[n].detach().clone() for n in names}
         self._sums = {n: torch.zeros_like(w) for n, w in self._start.items()}
 
@@ -108,5 +109,8 @@ def spectra(
         energy = block.square().cumsum(0).cumsum(1).diagonal()
         whole = svd.s.double().square().sum()
         captured = energy / whole if whole > 0 else torch.zeros_like(energy)
-        out.append(GradientSpectrum(pair.name, pair.kind, pair.layer, step, svd.s, captured))
+        m, n = pair.before.shape
+        out.append(
+            GradientSpectrum(pair.name, pair.kind, pair.layer, (m, n), step, svd.s, captured)
+        )
     return out

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastspec.analyze.alignment import Alignment
+from fastspec.analyze.alignment import Alignment, random_block
 from fastspec.analyze.gradients import GradientSpectrum
 from fastspec.analyze.runs import Stability
 from fastspec.analyze.transplant import Scored
@@ -118,13 +118,7 @@ def draw_update(alignments: Sequence[Alignment], path: Path) -> None:
             share.plot(x, y, color=COLOURS[kind], label=f"W, {kind}")
             x, y = _mean_curve([a.update_captured for a in group], relative=True)
             share.plot(x, y, "--", color=COLOURS[kind], label=f"update, {kind}")
-            x, y = _mean_curve(
-                [
-                    torch.arange(1, len(a.s) + 1).double() ** 2 / (a.shape[0] * a.shape[1])
-                    for a in group
-                ],
-                relative=True,
-            )
+            x, y = _mean_curve([random_block(a.shape) for a in group], relative=True)
             share.plot(x, y, ":", color=COLOURS[kind], label=f"random block, {kind}")
         size.set(
             xlabel="layer (-1: none)",
@@ -165,9 +159,15 @@ def draw_gradients(spectra: Sequence[GradientSpectrum], path: Path) -> None:
         for i, step in enumerate(steps):
             ours = [g for g in spectra if g.step == step and g.kind != "other"]
             x, y = _mean_curve([g.s / g.s[0] for g in ours], relative=True)
-            axes[0][0].semilogy(x, y, color=f"C{i}", label=f"{step} steps")
+            axes[0][0].semilogy(x, y, color=f"C{i}", label=f"after step {step}")
             x, y = _mean_curve([g.captured for g in ours], relative=True)
-            axes[0][1].plot(x, y, color=f"C{i}", label=f"{step} steps")
+            axes[0][1].plot(x, y, color=f"C{i}")
+        chance = [
+            random_block(g.shape) for g in spectra if g.step == steps[-1] and g.kind != "other"
+        ]
+        x, y = _mean_curve(chance, relative=True)
+        axes[0][1].plot(x, y, ":", color="0.3", label="random block")
+        axes[0][1].legend(fontsize="small")
         axes[0][0].set(
             xlabel="rank, per cent of all",
             ylabel="singular value over the largest",

@@ -22,10 +22,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def cell(value: Any) -> str:
     """A number to four significant digits, anything else as it is."""
-    if isinstance(value, float):
-        text = f"{value:.4g}"
-        return text if "e" in text or len(text) <= 8 else f"{value:.3f}"
-    return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -53,7 +53,7 @@ TASK_SIZES = {
 }
 OTHER_TASKS = TaskSize(epochs=3, max_train_rows=8000)
 
-DIAG, BAND, DENSE = (1e-2, 3e-2, 5e-2), (5e-3, 1e-2, 2e-2), (1e-3, 3e-3, 1e-2)
+DIAG, BAND, DENSE = (1e-2, 3e-2, 5e-2), (2e-3, 5e-3, 1e-2), (1e-3, 3e-3, 1e-2)
 LOW_RANK, FULL = (5e-4, 1e-3, 2e-3), (5e-5, 1e-4, 2e-4)
 
 _COEFFICIENTS, _BAND, _DENSE = (PRESETS[name] for name in ("coefficients", "band", "dense"))
