@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastspec.basis import load_basis
 from fastspec.config import SpectralConfig
@@ -143,17 +145,40 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: a merged weight is not finite. The message names the layer; nothing is merged.
     """
     done: list[SpectralLayer] = []
-    for name, layer in spectral_layers(model):
-        if layer.merged:
-            continue
+    layers = {name: layer for name, layer in spectral_layers(model) if not layer.merged}
+    ready = _merged_together(list(layers.values()))
+    for (name, layer), effective in zip(layers.items(), ready, strict=True):
         try:
-            layer.merge()
+            layer.merge(effective)
         except ValueError as e:
             for other in done:
                 other.unmerge()
             raise ValueError(f"{name}: {e}") from None
         done.append(layer)
     return model
+
+
+def _merged_together(layers: list[SpectralLayer]) -> list[Tensor | None]:
+    """Merged weights of the layers on a GPU, one launch for each kind; None where a layer makes its own."""
+    on_gpu = [layer for layer in layers if layer.weight.is_cuda]
+    if not on_gpu or importlib.util.find_spec("triton") is None:
+        return [None] * len(layers)
+    from fastspec.kernels.merge import merge_layers
+
+    with torch.no_grad():
+        merged = merge_layers(
+            [layer._matrix(layer.weight) for layer in on_gpu],
+            [layer.u for layer in on_gpu],
+            [layer.vh for layer in on_gpu],
+            [layer.delta for layer in on_gpu],
+            [layer.core for layer in on_gpu],
+        )
+    # `_matrix` undoes itself: the identity, or a transposition
+    found = {
+        id(layer): None if w is None else layer._matrix(w)
+        for layer, w in zip(on_gpu, merged, strict=True)
+    }
+    return [found.get(id(layer)) for layer in layers]
 
 
 def unmerge(model: nn.Module) -> nn.Module:

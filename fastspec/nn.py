@@ -215,13 +215,7 @@ class SpectralLayer(nn.Module):
         Raises:
             ValueError: the result is not finite.
         """
-        out = self._merged_weight()
-        if not bool(torch.isfinite(out).all()):
-            raise ValueError(
-                "the merged weight is not finite: the coefficients (`delta`) hold NaN, infinity or "
-                "values beyond the range of the weight"
-            )
-        return out
+        return _finite(self._merged_weight())
 
     def _merged_weight(self) -> Tensor:
         base = self.weight if self.base_weight is None else self.base_weight
@@ -238,18 +232,22 @@ class SpectralLayer(nn.Module):
         return out
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, effective: Tensor | None = None) -> None:
         """Let `weight` hold W + U C Vh, so that a call costs what the plain layer costs.
 
         The base weight is kept in `base_weight`, so that `unmerge` is exact; while merged, changes of
         `delta` have no effect and nothing is trained. A state dict always holds the base weight.
+
+        Args:
+            effective: W + U C Vh in the stored layout, where it has been computed already.
 
         Raises:
             ValueError: the merged weight is not finite; the layer stays unmerged.
         """
         if self.merged:
             return
-        merged = nn.Parameter(self.effective_weight(), requires_grad=False)
+        effective = self._merged_weight() if effective is None else effective
+        merged = nn.Parameter(_finite(effective), requires_grad=False)
         self.base_weight, self.weight = self.weight, merged  # type: ignore[assignment]
 
     def unmerge(self) -> None:
@@ -337,6 +335,15 @@ class SpectralLayer(nn.Module):
         else:
             parts.append(f"plan={self.plan(2048)} at 2048 rows")
         return ", ".join(parts)
+
+
+def _finite(effective: Tensor) -> Tensor:
+    if not bool(torch.isfinite(effective).all()):
+        raise ValueError(
+            "the merged weight is not finite: the coefficients (`delta`) hold NaN, infinity or "
+            "values beyond the range of the weight"
+        )
+    return effective
 
 
 class SpectralLinear(SpectralLayer, nn.Linear):

@@ -6,8 +6,6 @@ takes the dense route (F4), and nothing where no coefficient gradient is wanted.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastspec import _extension, aten
+from fastspec.kernels import operators
 
 _FACTORS = "Tensor weight, Tensor u, Tensor s, Tensor vh, Tensor delta"
 _PLAN = "str core, str forward, str gradient"
@@ -41,25 +40,8 @@ torch.library.impl(
 _extension.unavailable_reason()
 
 
-@functools.cache
-def _on_cuda() -> Any:
-    """The dispatcher over the GPU candidates; ATen's calls alone where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return aten
-    from fastspec.kernels import dispatch
-
-    return dispatch
-
-
-@torch.library.impl("fastspec::spectral_linear", "CUDA")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    return _on_cuda().spectral_linear(*args)
-
-
-@torch.library.impl("fastspec::spectral_linear_backward", "CUDA")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    return _on_cuda().spectral_linear_backward(*args)
-
+operators.register("spectral_linear", aten.spectral_linear)
+operators.register("spectral_linear_backward", aten.spectral_linear_backward)
 
 _spectral_linear = torch.ops.fastspec.spectral_linear.default
 _spectral_linear_backward = torch.ops.fastspec.spectral_linear_backward.default

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastspec import _extension
 from fastspec.aten import SIGMA_FLOOR
+from fastspec.kernels import operators
 
 THIN_RANK = 64  # up to it the compiled projection is the faster one (csrc/thin_products.h)
 
@@ -37,7 +38,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastspec::task_linear", "CompositeExplicitAutograd")
 def _task_linear(
     x: Tensor,  # [B, ..., in]
     bias: Tensor | None,  # [out]
@@ -67,7 +67,6 @@ def _task_linear(
     return y, p if saves_p else x.new_empty((0, u.shape[1]))
 
 
-@torch.library.impl("fastspec::task_linear_backward", "CompositeExplicitAutograd")
 def _task_linear_backward(
     g: Tensor,  # [B, ..., out]
     p: Tensor | None,  # [N, k]
@@ -109,6 +108,14 @@ def _project(a: Tensor, basis: Tensor) -> Tensor:
         and _extension.has_thin_products()
     )
     return torch.ops.fastspec.thin_project(a, basis) if thin else a @ basis
+
+
+torch.library.impl("fastspec::task_linear", "CompositeExplicitAutograd", _task_linear)
+torch.library.impl(
+    "fastspec::task_linear_backward", "CompositeExplicitAutograd", _task_linear_backward
+)
+operators.register("task_linear", _task_linear)
+operators.register("task_linear_backward", _task_linear_backward)
 
 
 def _is_invertible(s: Tensor) -> bool:
