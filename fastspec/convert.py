@@ -160,7 +160,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _merged_together(layers: list[SpectralLayer]) -> list[Tensor | None]:
     """Merged weights of the layers on a GPU, one launch for each kind; None where a layer makes its own."""
-    on_gpu = [layer for layer in layers if layer.weight.is_cuda]
+    # a quantised weight is a subclass, and its layer says why it can't be merged
+    on_gpu = [m for m in layers if m.weight.is_cuda and type(m.weight.data) is Tensor]
     if not on_gpu or importlib.util.find_spec("triton") is None:
         return [None] * len(layers)
     from fastspec.kernels.merge import merge_layers

@@ -45,7 +45,7 @@ class QuantizedSpectralLinear(SpectralLinear):
     def plan(self, n: int, *, needs_dx: bool = True) -> Plan:
         return Plan("factored", "two_sided" if self.delta.requires_grad else "none")
 
-    def effective_weight(self) -> Tensor:
+    def _merged_weight(self) -> Tensor:
         self._refuse("merging")
 
     def refactorize(self) -> None:
