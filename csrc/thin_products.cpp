@@ -6,8 +6,7 @@
 //
 // A BLAS is built for large inner and outer sizes, and its merge copies W first. In a training step the
 // operands come from beyond the second cache, and the rows of a tile are too short for the processor to
-// foresee: each tile asks for the next one's lines while it multiplies. That is worth a third of the time
-// (`pytest bench/ -k thin` has cold operands as a column).
+// foresee: each tile asks for the next one's lines while it multiplies.
 #include "thin_products.h"
 
 #include <ATen/ATen.h>
