@@ -65,8 +65,8 @@ class Costs:
     """Relative costs of a machine, in units of one flop of a large square product.
 
     `thin` is the price of a flop in a product whose inner or outer size is k, by the largest k it stands
-    for; `byte` that of a byte moved. The defaults come from `python bench/calibrate.py` on two AVX-512
-    cores with the compiled part.
+    for; `byte` that of a byte moved. The defaults are estimates; `python bench/calibrate.py` fits them to a
+    machine and says what that is worth.
     """
 
     thin: tuple[tuple[int, float], ...] = ((16, 3.0), (64, 1.6), (128, 1.2), (1 << 30, 1.0))
