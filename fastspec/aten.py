@@ -43,6 +43,16 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+def diagonals(width: int, k: int) -> list[tuple[int, slice, slice]]:
+    """Of a band [width, k] of order k: every diagonal's row in the storage, its rows and columns of C."""
+    h = width // 2
+    found = []
+    for o in range(max(-h, 1 - k), min(h, k - 1) + 1):
+        i = slice(max(0, -o), k - max(0, o))
+        found.append((h + o, i, slice(i.start + o, i.stop + o)))
+    return found
+
+
 def apply_core(t: Tensor, delta: Tensor, core: str, *, transpose: bool = False) -> Tensor:
     """t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in delta's dtype or wider."""
     wide = torch.promote_types(t.dtype, delta.dtype)
@@ -52,15 +62,10 @@ def apply_core(t: Tensor, delta: Tensor, core: str, *, transpose: bool = False) 
     elif core == "dense":
         out = t.to(wide) @ (d.mT if transpose else d)
     else:
-        h = d.shape[0] // 2
-        out = t * d[h]
-        for o in range(max(-h, 1 - k), min(h, k - 1) + 1):
-            if o == 0:
-                continue
-            i = slice(max(0, -o), k - max(0, o))  # rows of C on diagonal o
-            j = slice(i.start + o, i.stop + o)  # their columns
+        out = torch.zeros_like(t, dtype=wide)
+        for row, i, j in diagonals(d.shape[0], k):
             source, target = (j, i) if transpose else (i, j)
-            out[:, target] += t[:, source] * d[h + o, i]
+            out[:, target] += t[:, source] * d[row, i]
     return out.to(t.dtype)
 
 
@@ -80,11 +85,9 @@ def reduce_core(q: Tensor, p: Tensor, delta: Tensor, core: str) -> Tensor:
         return (q * p).sum(0)
     if core == "dense":
         return q.mT @ p
-    k, h = q.shape[-1], delta.shape[0] // 2
     out = torch.zeros_like(delta)
-    for o in range(max(-h, 1 - k), min(h, k - 1) + 1):
-        i = slice(max(0, -o), k - max(0, o))
-        out[h + o, i] = (q[:, i] * p[:, i.start + o : i.stop + o]).sum(0)
+    for row, i, j in diagonals(delta.shape[0], q.shape[-1]):
+        out[row, i] = (q[:, i] * p[:, j]).sum(0)
     return out
 
 

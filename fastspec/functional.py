@@ -55,7 +55,7 @@ def spectral_linear(
     Raises:
         ValueError, TypeError: a shape, dtype or choice does not fit; the message names the argument.
     """
-    _validate(x, weight, bias, u, s, vh, delta, core)
+    validate(x, weight, bias, u, s, vh, delta, core)
     if (
         weight.requires_grad
         or u.requires_grad
@@ -63,15 +63,8 @@ def spectral_linear(
         or torch._C._are_functorch_transforms_active()
     ):
         return reference.spectral_linear(x, weight, bias, u, vh, delta, core)
+    x, bias = cast(x, weight, bias)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
-        bias = bias.to(dtype) if bias is not None else None
-    elif x.dtype != weight.dtype:
-        raise TypeError(
-            f"x must have the weight's dtype {weight.dtype}, got {x.dtype}: cast it, or use autocast"
-        )
     if effective is not None:
         if plan is not None:
             raise ValueError("effective and plan exclude each other")
@@ -142,7 +135,24 @@ def delta_shape(core: str, k: int, half_width: int = 1) -> tuple[int, ...]:
     return {"diag": (k,), "band": (2 * half_width + 1, k), "dense": (k, k)}[core]
 
 
-def _validate(
+def cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and the bias in the dtype of the products: autocast's where that is on, else the weight's.
+
+    Raises:
+        TypeError: without autocast, x has another dtype than the weight.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return x.to(dtype), None if bias is None else bias.to(dtype)
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"x must have the weight's dtype {weight.dtype}, got {x.dtype}: cast it, or use autocast"
+        )
+    return x, bias
+
+
+def validate(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -152,6 +162,7 @@ def _validate(
     delta: Tensor,
     core: str,
 ) -> None:
+    """Refuse operands that are not one layer's, by the name of the argument."""
     if core not in CORES:
         raise ValueError(f"core must be one of {CORES}, got {core!r}")
     if not x.is_floating_point():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastspec import reference, task_ops
-from fastspec.functional import _validate
+from fastspec.functional import cast, validate
 
 
 def task_linear(
@@ -45,7 +45,7 @@ def task_linear(
         raise ValueError(
             f"table must hold the cores of one task or more, got shape {tuple(table.shape)}"
         )
-    _validate(x, weight, bias, u, s, vh, table[0], core)
+    validate(x, weight, bias, u, s, vh, table[0], core)
     if task.dim() != 1 or task.dtype != torch.int64:
         raise TypeError(f"task must be int64 [B], got {task.dtype} {list(task.shape)}")
     if x.dim() < 2 or x.shape[0] != task.shape[0]:
@@ -56,17 +56,9 @@ def task_linear(
         )
     if weight.requires_grad or u.requires_grad or vh.requires_grad:
         return reference.task_linear(x, weight, bias, u, vh, table, task, core)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
-        bias = bias.to(dtype) if bias is not None else None
-    elif x.dtype != weight.dtype:
-        raise TypeError(
-            f"x must have the weight's dtype {weight.dtype}, got {x.dtype}: cast it, or use autocast"
-        )
+    x, bias = cast(x, weight, bias)
     # the identity needs y and dx in full precision, and its look at S would make a GPU wait
     full = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    short = singular_basis and device == "cpu" and full
+    short = singular_basis and x.is_cpu and full
     saves_p = table.requires_grad and torch.is_grad_enabled()
     return task_ops.task_linear(x, bias, weight, u, s, vh, table, task, core, short, saves_p)

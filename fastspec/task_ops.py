@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastspec import _extension
-from fastspec.aten import SIGMA_FLOOR
+from fastspec.aten import SIGMA_FLOOR, diagonals
 from fastspec.kernels import operators
 
 THIN_RANK = 64  # up to it the compiled projection is the faster one (csrc/thin_products.h)
@@ -131,16 +131,6 @@ def _cores(table: Tensor, task: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(named, rows, 0)
 
 
-def _diagonals(width: int, k: int) -> list[tuple[int, slice, slice]]:
-    """Per stored diagonal of a band: its row in the storage, its rows and its columns of C."""
-    h = width // 2
-    found = []
-    for o in range(max(-h, 1 - k), min(h, k - 1) + 1):
-        i = slice(max(0, -o), k - max(0, o))
-        found.append((h + o, i, slice(i.start + o, i.stop + o)))
-    return found
-
-
 def _apply_cores(
     t: Tensor, table: Tensor, task: Tensor, core: str, *, transpose: bool = False
 ) -> Tensor:
@@ -157,7 +147,7 @@ def _apply_cores(
         out = torch.bmm(blocks.to(wide), c.mT if transpose else c)
     else:
         out = torch.zeros_like(blocks, dtype=wide)
-        for d, i, j in _diagonals(c.shape[1], k):
+        for d, i, j in diagonals(c.shape[1], k):
             source, target = (j, i) if transpose else (i, j)
             out[..., target] += blocks[..., source] * c[:, None, d, i]
     return out.view(n, k).to(t.dtype)
@@ -176,7 +166,7 @@ def _reduce_cores(q: Tensor, p: Tensor, table: Tensor, task: Tensor, core: str) 
         shares = torch.bmm(q.mT, p)
     else:
         shares = table.new_zeros(len(task), *table.shape[1:])
-        for d, i, j in _diagonals(table.shape[1], k):
+        for d, i, j in diagonals(table.shape[1], k):
             shares[:, d, i] = (q[..., i] * p[..., j]).sum(1)
     named = (task >= 0).view(-1, *(1,) * (shares.dim() - 1))
     index, shares = task.clamp_min(0), torch.where(named, shares, 0)
