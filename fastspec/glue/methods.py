@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastspec import optim
 from fastspec.glue.config import GlueConfig
 
 
@@ -51,7 +51,7 @@ def default_rate(config: GlueConfig) -> Rate:
 
 
 def rates(config: GlueConfig) -> dict[str, float]:
-    """The learning rate of each kind of parameter (see `kind`)."""
+    """The learning rate of each kind of parameter, by the names of `parameter_groups`."""
     main = default_rate(config).value if config.lr is None else config.lr
     head = HEAD_RATE.value if config.head_lr is None else config.head_lr
     if config.method == "head" and config.lr is not None and config.head_lr is None:
@@ -138,40 +138,26 @@ def body_linears(model: nn.Module, heads: Iterable[str]) -> list[str]:
 
 
 def _inside(name: str, heads: Iterable[str]) -> bool:
-    # PEFT puts the head at base_model.model.<head>.modules_to_save.default
-    return any(re.match(rf"(base_model\.model\.)?{re.escape(h)}\.", name) for h in heads)
-
-
-def kind(name: str, heads: Iterable[str], config: GlueConfig) -> str:
-    """ "head", "coefficients", "extra" (biases and LayerNorm beside coefficients) or "adapter"."""
-    if _inside(name, heads):
-        return "head"
-    if name.endswith(".delta"):
-        return "coefficients"
-    return "extra" if config.method == "spectral" else "adapter"
+    return optim.parameter_kind(name, heads) == "head"
 
 
 def parameter_groups(
     model: nn.Module, heads: Iterable[str], config: GlueConfig
 ) -> list[dict[str, Any]]:
-    """Optimiser groups with "name", "lr", "weight_decay", "params"; vectors other than
-    coefficients (biases, LayerNorm) never decay."""
-    heads = list(heads)
+    """Optimiser groups with "name", "lr", "weight_decay", "params": those of `optim.parameter_groups`,
+    where what another method trains beside the head is called "adapter"."""
     rate = rates(config)
-    groups: dict[tuple[str, float], list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        which = kind(name, heads, config)
-        if which == "coefficients":
-            decay = config.coefficient_decay
-        else:
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((which, decay), []).append(parameter)
-    return [
-        {"name": which, "lr": rate[which], "weight_decay": decay, "params": params}
-        for (which, decay), params in groups.items()
-    ]
+    rest = "extra" if config.method == "spectral" else "adapter"
+    groups = optim.parameter_groups(
+        model,
+        rate["coefficients"],
+        head_lr=rate["head"],
+        bias_lr=rate[rest],
+        coefficient_decay=config.coefficient_decay,
+        weight_decay=config.weight_decay,
+        heads=heads,
+    )
+    return [g | {"name": rest} if g["name"] == "extra" else g for g in groups]
 
 
 def count_parameters(model: nn.Module, heads: Iterable[str]) -> dict[str, int]:
