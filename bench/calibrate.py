@@ -1,8 +1,9 @@
 """Fit the constants of the cost model (`fastspec.plan.Costs`) to this machine, and say what they are worth.
 
 Every legal plan of every problem is timed, forward and backward, over the plain frozen layer (forward and
-dx). The constants are the least-squares fit of what the plans add; beside them stands the regret, the
-chosen plan's time over the best plan's, with the constants in use and with the fitted ones.
+dx). What counts is the regret, the chosen plan's time over the best plan's: the fitted constants are those
+of least regret, in the geometric mean. Fitted to one half of the problems and tried on the other, they say
+whether the fit is worth anything beyond the noise; otherwise the constants in use stay.
 
     python bench/calibrate.py            # machine otherwise idle; some minutes
 """
@@ -18,7 +19,7 @@ import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import nnls
+from scipy.optimize import differential_evolution
 from test_layers import basis, problem
 
 from fastspec.functional import spectral_linear
@@ -84,21 +85,23 @@ def measure(n: int, k: int, factors, rounds: int) -> Measured:
     return Measured(n, in_features, out_features, k, ratios)
 
 
+def mean_regret(measured: list[Measured], costs: Costs) -> float:
+    return math.exp(sum(math.log(m.regret(costs)) for m in measured) / len(measured))
+
+
 def fit(measured: list[Measured]) -> Costs:
-    """Prices by which the measured ratios come closest to the model's, each problem weighing the same."""
-    rows, values = [], []
-    for m in measured:
-        for plan, ratio in m.ratios.items():
-            work = m.work(plan)
-            row = [0.0] * (len(BUCKETS) + 2)
-            row[next(i for i, limit in enumerate(BUCKETS) if m.k <= limit)] = work.thin_flops
-            row[-2] = work.bytes
-            row[-1] = 1  # what a call costs whatever its plan
-            rows.append(np.array(row) / m.plain_flops)
-            values.append(ratio - 1 - work.flops / m.plain_flops)
-    prices, _ = nnls(np.array(rows), np.array(values))
-    thin = tuple((limit, round(float(c), 2)) for limit, c in zip(BUCKETS, prices, strict=False))
-    return Costs(thin, round(float(prices[-2]), 2))
+    """The prices of least regret. It is a step function of them, hence the search without gradients."""
+
+    def costs(logarithms: np.ndarray) -> Costs:
+        *thin, byte = (round(float(price), 2) for price in np.exp(logarithms))
+        return Costs(tuple(zip(BUCKETS, thin, strict=True)), byte)
+
+    limits = [(math.log(0.3), math.log(8))] * len(BUCKETS) + [(math.log(0.3), math.log(40))]
+    start = [math.log(COSTS.thin_price(k)) for k in BUCKETS] + [math.log(COSTS.byte)]
+    found = differential_evolution(
+        lambda x: mean_regret(measured, costs(x)), limits, x0=start, rng=0, maxiter=60, popsize=8
+    )
+    return costs(found.x)
 
 
 def main() -> None:
@@ -114,21 +117,27 @@ def main() -> None:
             best = sorted(m.ratios.items(), key=lambda item: item[1])
             shown = ", ".join(f"{plan} {ratio:.2f}" for plan, ratio in best)
             print(f"{n:5} rows, {m.in_features} -> {m.out_features}, k={m.k}: {shown}", flush=True)
-    fitted = fit(measured)
-    for name, costs in (("in use", COSTS), ("fitted", fitted)):
-        regrets = [m.regret(costs) for m in measured]
-        mean = math.exp(sum(map(math.log, regrets)) / len(regrets))
-        print(f"{name}: {costs}\n  regret: geometric mean {mean:.3f}, worst {max(regrets):.3f}")
     harness.store(
         "calibrate",
-        {
-            "costs": dataclasses.asdict(fitted),
-            "problems": [
-                dataclasses.asdict(m) | {"ratios": {str(p): r for p, r in m.ratios.items()}}
-                for m in measured
-            ],
-        },
-    )
+        [
+            {
+                "n": m.n, "in": m.in_features, "out": m.out_features, "k": m.k,
+                "ratios": {str(plan): ratio for plan, ratio in m.ratios.items()},
+            }
+            for m in measured
+        ],
+    )  # fmt: skip
+    fitted = fit(measured)
+    for name, costs in (("in use", COSTS), ("fitted", fitted)):
+        worst = max(m.regret(costs) for m in measured)
+        print(f"{name}: {costs}")
+        print(f"  regret: geometric mean {mean_regret(measured, costs):.3f}, worst {worst:.3f}")
+    halves = [measured[::2], measured[1::2]]
+    for mine, other in (halves, halves[::-1]):
+        print(
+            f"fitted to one half, on the other: {mean_regret(other, fit(mine)):.3f};"
+            f" in use: {mean_regret(other, COSTS):.3f}"
+        )
 
 
 if __name__ == "__main__":

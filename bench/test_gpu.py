@@ -78,7 +78,7 @@ def test_kernels_are_right_on_this_card(size, core, dtype, device):
 def test_operators_are_right_on_this_card(core, dtype, compiled, device):
     """The public functions, timed choice and all; compiled by Inductor, which sees the kernels."""
     from fastspec.functional import spectral_linear
-    from fastspec.task_functional import task_linear
+    from fastspec.multitask.functional import task_linear
 
     t = problem(6 * 50, 384, 768, 32, core, dtype)
     batch = torch.tensor([3, -1, 0, 3, -1, 4])

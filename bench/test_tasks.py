@@ -13,8 +13,8 @@ from models import Workload, build, peft_lora, spectral
 from safetensors.torch import save
 
 import fastspec
-from fastspec import serve_bench
 from fastspec.adapter import CONFIG_FILE, TENSOR_FILE, adapter_tensors
+from fastspec.multitask import serve_bench
 
 MINILM = Workload("minilm", 32, 64)
 SHORT = Workload("minilm", 32, 1)

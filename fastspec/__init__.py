@@ -26,16 +26,16 @@ _PUBLIC = {
     "save_adapter": "fastspec.adapter",
     "load_adapter": "fastspec.adapter",
     "parameter_groups": "fastspec.optim",
-    "add_task": "fastspec.multitask",
-    "set_task": "fastspec.multitask",
-    "replace_task": "fastspec.multitask",
-    "remove_task": "fastspec.multitask",
-    "list_tasks": "fastspec.multitask",
-    "load_tasks": "fastspec.multitask",
-    "task_bank": "fastspec.multitask",
-    "tasks": "fastspec.task_rows",
+    "add_task": "fastspec.multitask.tasks",
+    "set_task": "fastspec.multitask.tasks",
+    "replace_task": "fastspec.multitask.tasks",
+    "remove_task": "fastspec.multitask.tasks",
+    "list_tasks": "fastspec.multitask.tasks",
+    "load_tasks": "fastspec.multitask.tasks",
+    "task_bank": "fastspec.multitask.tasks",
+    "tasks": "fastspec.multitask.rows",
     "spectral_linear": "fastspec.functional",
-    "task_linear": "fastspec.task_functional",
+    "task_linear": "fastspec.multitask.functional",
     "backends": "fastspec.availability",
 }
 _SUBPACKAGES = ("peft",)
@@ -56,7 +56,9 @@ if TYPE_CHECKING:
         unmerge,
     )
     from fastspec.functional import spectral_linear
-    from fastspec.multitask import (
+    from fastspec.multitask.functional import task_linear
+    from fastspec.multitask.rows import tasks
+    from fastspec.multitask.tasks import (
         add_task,
         list_tasks,
         load_tasks,
@@ -68,8 +70,6 @@ if TYPE_CHECKING:
     from fastspec.nn import SpectralLinear
     from fastspec.optim import parameter_groups
     from fastspec.svd import TopkSVD, topk_svd
-    from fastspec.task_functional import task_linear
-    from fastspec.task_rows import tasks
 
 
 def __getattr__(name: str) -> Any:

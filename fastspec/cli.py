@@ -15,7 +15,10 @@ COMMANDS = {
     "demo": ("fastspec.glue.demo", "finetune MiniLM in minutes: a table and a picture"),
     "analyze": ("fastspec.analyze.cli", "study what finetuning does to singular vectors"),
     "factorize": ("fastspec.factorize", "write the leading singular triplets of a model to a file"),
-    "serve-bench": ("fastspec.serve_bench", "measure many tasks in one batch on your own model"),
+    "serve-bench": (
+        "fastspec.multitask.serve_bench",
+        "measure many tasks in one batch on your own model",
+    ),
     "memory": ("fastspec.quantized", "memory of an adapted model over float and quantised bases"),
     "backends": (
         "fastspec.availability",

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastspec import reference, task_rows
+from fastspec import reference
 from fastspec.config import Basis, Core, Path, Select
 from fastspec.factors import Directions, Factors, factorize
 from fastspec.functional import delta_shape, spectral_linear
+from fastspec.multitask.functional import task_linear
+from fastspec.multitask.rows import current_rows
 from fastspec.plan import Plan, make_plan
-from fastspec.task_functional import task_linear
 
 
 class SpectralLayer(nn.Module):
@@ -135,7 +136,7 @@ class SpectralLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        task = task_rows.current(self.task_bank)
+        task = current_rows(self.task_bank)
         if task is not None:
             return self._with_tasks(x, task)
         if self.merged:

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastspec import reference, task_rows
+from fastspec import reference
 from fastspec.config import SpectralConfig
 from fastspec.convert import spectralize
+from fastspec.multitask.rows import current_rows
 from fastspec.nn import SpectralLinear
 from fastspec.plan import Plan
 from fastspec.targets import spectral_layers
@@ -33,7 +34,7 @@ class QuantizedSpectralLinear(SpectralLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if task_rows.current(self.task_bank) is not None:
+        if current_rows(self.task_bank) is not None:
             self._refuse("mixed batches of tasks")
         y = self._plain(x)
         # p [N, k] is all that autograd keeps of x here (F1)

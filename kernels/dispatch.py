@@ -18,11 +18,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastspec import aten, task_ops
+from fastspec import aten
 from fastspec.kernels import hopper, tiles
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.choice import Call, describe
 from fastspec.kernels.sigma_grad import MAX_RANK, sigma_grad
+from fastspec.multitask import ops as task_ops
 
 Result = tuple[Tensor, Tensor]
 Candidates = dict[str, Callable[[], Result]]

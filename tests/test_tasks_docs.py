@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_tasks import random_values
+from tasks_support import random_values
 from test_tasks_models import bert
 
 import fastspec

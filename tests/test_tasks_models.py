@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support import assert_close, minilm
-from test_tasks import random_values
+from tasks_support import random_values
 from torch import nn
 
 import fastspec

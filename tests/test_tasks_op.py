@@ -114,7 +114,7 @@ def test_the_short_side_is_taken_and_left_in_time(sizes, monkeypatch):
     want = exact(p, "diag")
     wrong = max(relative_error(a, b) for a, b in zip(run(p, "diag"), want, strict=True))
     assert wrong > 1e-2
-    monkeypatch.setattr("fastspec.task_ops.SIGMA_FLOOR", 1.0)
+    monkeypatch.setattr("fastspec.multitask.ops.SIGMA_FLOOR", 1.0)
     check(run(p, "diag"), want)
 
 

@@ -12,9 +12,9 @@ from fastspec import reference
 from fastspec.config import Core
 from fastspec.factors import Directions, Factors
 from fastspec.functional import delta_shape, spectral_linear
+from fastspec.multitask.functional import task_linear
 from fastspec.peft.state import Coefficients, Form, FrozenBasis
 from fastspec.plan import make_plan
-from fastspec.task_functional import task_linear
 
 BASE = "__base__"  # PEFT's name for "no adapter" among the `adapter_names` of a batch
 

@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 
 from fastspec.functional import spectral_linear
 from fastspec.kernels import choice, operators, tiles
+from fastspec.multitask.functional import task_linear
 from fastspec.plan import Plan
-from fastspec.task_functional import task_linear
 
 BF16 = torch.bfloat16
 FORWARD, BACKWARD = "spectral_linear_fwd_kernel", "spectral_linear_bwd_kernel"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import fastspec
-from fastspec.bank import TaskBank
 from fastspec.config import CORES
 from fastspec.files import write_json
+from fastspec.multitask.bank import TaskBank
 
 
 @dataclasses.dataclass(frozen=True)

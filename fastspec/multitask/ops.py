@@ -206,7 +206,7 @@ def task_linear(
     short: bool,
     saves_p: bool,
 ) -> Tensor:  # [B, ..., out]
-    """The operator, its saved projection dropped. Arguments are taken as valid: `task_functional` checks."""
+    """The operator, its saved projection dropped. Arguments are taken as valid: `functional` checks."""
     return _forward_op(x, bias, weight, u, s, vh, table, task, core, short, saves_p)[0]
 
 

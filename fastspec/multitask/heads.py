@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastspec import task_rows
+from fastspec.multitask.rows import current_rows
 
 
 def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -24,7 +24,7 @@ def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | Non
     Raises:
         ValueError: the input's dimension 0 is not the batch.
     """
-    task = task_rows.current(head.task_bank)
+    task = current_rows(head.task_bank)
     if task is None:
         return None
     x = args[0]

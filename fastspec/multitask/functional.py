@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastspec import reference, task_ops
+from fastspec import reference
 from fastspec.functional import cast, validate
+from fastspec.multitask import ops
 
 
 def task_linear(
@@ -61,4 +62,4 @@ def task_linear(
     full = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
     short = singular_basis and x.is_cpu and full
     saves_p = table.requires_grad and torch.is_grad_enabled()
-    return task_ops.task_linear(x, bias, weight, u, s, vh, table, task, core, short, saves_p)
+    return ops.task_linear(x, bias, weight, u, s, vh, table, task, core, short, saves_p)

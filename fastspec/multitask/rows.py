@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fastspec.bank import TaskBank
+    from fastspec.multitask.bank import TaskBank
 
 TaskNames = Sequence["str | None"] | Tensor
 
@@ -89,7 +89,7 @@ def tasks(names: TaskNames) -> Iterator[None]:
         _entry.reset(token)
 
 
-def current(bank: TaskBank | None) -> Tensor | None:
+def current_rows(bank: TaskBank | None) -> Tensor | None:
     """The rows [B] that the running batch names in `bank`'s tables, or None where it names none.
 
     Raises:

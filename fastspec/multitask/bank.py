@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastspec import task_heads, task_rows
 from fastspec.adapter import adaptation_of, adapter_tensors
+from fastspec.multitask.heads import by_rows, output_layer, resize
+from fastspec.multitask.rows import TaskNames, after_call, before_call
 from fastspec.nn import SpectralLayer
 from fastspec.targets import spectral_layers
 
@@ -114,11 +115,11 @@ class TaskBank:
                 if slot.is_output:
                     sizes = torch.zeros(capacity, dtype=torch.int64, device=slot.live.device)
                 slot.owner.register_buffer("task_sizes", sizes, persistent=False)
-                slot.owner.register_forward_hook(task_heads.by_rows)
+                slot.owner.register_forward_hook(by_rows)
             slot.owner.task_bank = self  # type: ignore[assignment]
         model.task_bank = self  # type: ignore[assignment]
-        model.register_forward_pre_hook(task_rows.before_call, with_kwargs=True)
-        model.register_forward_hook(task_rows.after_call, always_call=True)
+        model.register_forward_pre_hook(before_call, with_kwargs=True)
+        model.register_forward_hook(after_call, always_call=True)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -140,7 +141,7 @@ class TaskBank:
         """Bytes of all tables."""
         return sum(slot.table.nbytes for slot in self.slots)
 
-    def index(self, names: task_rows.TaskNames) -> Tensor:
+    def index(self, names: TaskNames) -> Tensor:
         """Rows of the tables, int64 [B], for a batch; -1 is the pretrained model.
 
         Args:
@@ -306,7 +307,7 @@ class TaskBank:
         values = list(self._values(name).values())
         for slot, value in zip(self.slots, values, strict=True):
             if slot.is_output and slot.live.shape != value.shape:
-                task_heads.resize(self.model, slot.owner, len(value))  # type: ignore[arg-type]
+                resize(self.model, slot.owner, len(value))  # type: ignore[arg-type]
         torch._foreach_copy_([slot.live for slot in self.slots], values)
 
     def _holds_unnamed(self) -> bool:
@@ -377,7 +378,7 @@ def output_tensors(model: nn.Module, heads: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for head in heads:
         module = model.get_submodule(head)
-        layer = task_heads.output_layer(module) if "." not in head else None
+        layer = output_layer(module) if "." not in head else None
         for name, child in module.named_modules(prefix=head):
             if child is layer:
                 found |= {f"{name}.{n}": name for n, _ in child.named_parameters(recurse=False)}

@@ -16,8 +16,8 @@ from fastspec.adapter import (
     read_adapters,
     spectralize_for,
 )
-from fastspec.bank import CAPACITY, TaskBank, output_tensors
 from fastspec.config import SpectralConfig
+from fastspec.multitask.bank import CAPACITY, TaskBank, output_tensors
 from fastspec.targets import spectral_layers
 
 
