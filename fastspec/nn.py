@@ -319,7 +319,7 @@ class SpectralLayer(nn.Module):
             self.refactorize()
 
     def extra_repr(self) -> str:
-        out_features, in_features = self._matrix(self.weight).shape
+        out_features, in_features = self.u.shape[0], self.vh.shape[1]
         core = f"band({self.half_width})" if self.core == "band" else self.core
         parts = [
             f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}",

@@ -1,4 +1,4 @@
-"""A weight-only quantised base: W in int8 or int4 by torchao, U, Vh and the coefficients in float.
+"""A weight-only quantised base: W in 8 or 4 bits by torchao or bitsandbytes, U, Vh and coefficients in float.
 
     y = x W_q^T + b + core(x Vh^T) U^T
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -25,12 +26,15 @@ from fastspec.nn import SpectralLinear
 from fastspec.plan import Plan
 from fastspec.targets import spectral_layers
 
+FORMATS = ("nf4", "fp4")  # of bitsandbytes
+
 
 class QuantizedSpectralLinear(SpectralLinear):
     """A `SpectralLinear` whose `weight` is a quantised tensor with a matrix product of its own.
 
-    Only the product x W^T reads the weight, so any tensor subclass that serves `F.linear` will do. What
-    needs W as a matrix (merging, factorising, mixed batches of tasks) is refused.
+    Only the product x W^T reads the weight: `_plain`, by the tensor's own `F.linear` (torchao) or by its
+    `quant_state` (bitsandbytes). What needs W as a matrix (merging, factorising, mixed batches of tasks) is
+    refused.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,6 +46,14 @@ class QuantizedSpectralLinear(SpectralLinear):
         core = reference.core_matrix(self.delta, self.core)
         z = p.to(core.dtype) @ core.mT
         return y + F.linear(z.to(p.dtype), self.u.to(p.dtype))
+
+    def _plain(self, x: Tensor) -> Tensor:
+        state = getattr(self.weight, "quant_state", None)
+        if state is None:
+            return super()._plain(x)
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(x, self.weight.t(), bias=self.bias, quant_state=state)
 
     def plan(self, n: int, *, needs_dx: bool = True) -> Plan:
         return Plan("factored", "two_sided" if self.delta.requires_grad else "none")
@@ -73,21 +85,16 @@ def quantize_base(model: nn.Module, config: Any) -> nn.Module:
         model: a spectralized model, unmerged. The `Conv1D` layers of GPT-2 stay as they are.
         config: a weight-only configuration of torchao, such as `Int8WeightOnlyConfig()` or
             `IntxWeightOnlyConfig(torch.int4, PerGroup(32))`. torchao's packed int4 products on a CPU have
-            no gradient: they serve, but do not train.
+            no gradient: they serve, but do not train. Or `"nf4"` or `"fp4"`, the number formats of
+            bitsandbytes in blocks of 64, which train.
 
     Returns:
         The same model.
 
     Raises:
-        ImportError: torchao is not installed (extra "quant").
-        ValueError: nothing to quantise, or a layer is merged or quantised already.
+        ImportError: torchao (extra "quant") or bitsandbytes is not installed.
+        ValueError: nothing to quantise, an unknown format, or a layer is merged or quantised already.
     """
-    try:
-        from torchao.quantization import quantize_
-    except ImportError as e:
-        raise ImportError(
-            f"quantize_base needs torchao: pip install 'fastspec[quant]' ({e})"
-        ) from e
     layers = [(n, m) for n, m in spectral_layers(model) if isinstance(m, SpectralLinear)]
     if not layers:
         raise ValueError(
@@ -97,18 +104,52 @@ def quantize_base(model: nn.Module, config: Any) -> nn.Module:
         if layer.merged or isinstance(layer, QuantizedSpectralLinear):
             state = "merged" if layer.merged else "quantised already"
             raise ValueError(f"{name} is {state}: expected a layer with its float base weight")
-    quantize_(model, config, filter_fn=lambda module, name: isinstance(module, SpectralLinear))
-    for _, layer in layers:
-        layer.__dict__.pop("extra_repr", None)  # torchao puts its own on the instance
+    plain = [layer for _, layer in layers]
+    if isinstance(config, str):
+        _by_bitsandbytes(plain, config)
+    else:
+        _by_torchao(plain, config)
+    for layer in plain:
         layer.__class__ = QuantizedSpectralLinear
     return model
+
+
+def _by_torchao(layers: list[SpectralLinear], config: Any) -> None:
+    try:
+        from torchao.quantization import quantize_
+    except ImportError as e:
+        raise ImportError(
+            f"quantize_base needs torchao: pip install 'fastspec[quant]' ({e})"
+        ) from e
+    for layer in layers:
+        quantize_(layer, config, filter_fn=lambda module, name: isinstance(module, SpectralLinear))
+        layer.__dict__.pop("extra_repr", None)  # torchao puts its own on the instance
+
+
+def _by_bitsandbytes(layers: list[SpectralLinear], number_format: str) -> None:
+    if number_format not in FORMATS:
+        raise ValueError(
+            f"config must be a configuration of torchao or one of {FORMATS}, got {number_format!r}"
+        )
+    try:
+        from bitsandbytes.nn import Params4bit
+    except ImportError as e:
+        raise ImportError(
+            f"quantize_base to {number_format!r} needs bitsandbytes: pip install bitsandbytes ({e})"
+        ) from e
+    for layer in layers:
+        weight = Params4bit(layer.weight.data, requires_grad=False, quant_type=number_format)
+        layer.weight = weight.to(weight.device)  # its `to` is what packs the values
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes that tensors take, quantised ones by what they are made of; each tensor counts once."""
     total = 0
     for tensor in {id(t): t for t in tensors}.values():
-        if type(tensor.data) is not Tensor and hasattr(tensor, "__tensor_flatten__"):
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            total += tensor.nbytes + state.absmax.nbytes
+        elif type(tensor.data) is not Tensor and hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
             total += stored_bytes(getattr(tensor, name) for name in names)
         else:
@@ -130,6 +171,8 @@ def memory_table(model: nn.Module, config: SpectralConfig) -> list[dict[str, Any
             m, PrototypeInt4WeightOnlyConfig(group_size=32)
         ),
     }
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        bases["nf4"] = lambda m: quantize_base(m, "nf4")
     rows = []
     for base, convert in bases.items():
         converted = convert(copy.deepcopy(adapted))

@@ -1,5 +1,7 @@
 """A quantised base: the layer is the dequantised weight and the correction; what needs W is refused."""
 
+import importlib.util
+
 import pytest
 import torch
 from support import assert_close, minilm_path
@@ -21,6 +23,14 @@ CONFIGS = {
     "int8": quantization.Int8WeightOnlyConfig(),
     "int4": quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
 }
+OTHER = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(8))
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
+CASES = [
+    *(pytest.param(config, id=name) for name, config in CONFIGS.items()),
+    *(pytest.param(name, id=name, marks=needs_bitsandbytes) for name in ("nf4", "fp4")),
+]
 
 
 def adapted(core="diag", shift=0.3):
@@ -32,15 +42,41 @@ def adapted(core="diag", shift=0.3):
     return model
 
 
+def dequantised(weight):
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.dequantize()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)
+
+
+def quantised_plain(net, config):
+    """The plain model over the same base, by the other library alone."""
+    if not isinstance(config, str):
+        quantization.quantize_(net.blocks, config)
+        return net
+    from bitsandbytes.nn import Linear4bit
+
+    for block in net.blocks:
+        for name, child in list(block.named_children()):
+            if type(child) is torch.nn.Linear:
+                shape = (child.in_features, child.out_features, child.bias is not None)
+                layer = Linear4bit(*shape, quant_type=config)
+                layer.load_state_dict(child.state_dict())
+                setattr(block, name, layer.to(child.weight.device))
+    return net
+
+
 @pytest.mark.parametrize("core", fastspec.config.CORES)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", CASES)
 def test_a_layer_is_the_dequantised_weight_and_the_correction(config, core):
     model = adapted(core)
     factors = {n: layer.u.clone() for n, layer in spectral_layers(model)}
     quantize_base(model, config)
     for name, layer in spectral_layers(model):
         assert torch.equal(layer.u, factors[name]), "the factors are those of the original weight"
-        w = layer.weight.dequantize()
+        w = dequantised(layer.weight)
         x = torch.randn(3, 5, w.shape[1], requires_grad=True)
         g = torch.randn(3, 5, w.shape[0])
         y = layer(x)
@@ -55,16 +91,16 @@ def test_a_layer_is_the_dequantised_weight_and_the_correction(config, core):
             assert not torch.allclose(y, layer._plain(x)), "the coefficients count"
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", CASES)
 def test_untrained_it_is_the_quantised_model(config):
     torch.manual_seed(0)
-    plain = Net()
-    quantization.quantize_(plain.blocks, config)
+    plain = quantised_plain(Net(), config)
     assert torch.equal(quantize_base(adapted(shift=0.0), config)(IDS), plain(IDS))
 
 
-def test_it_learns_without_keeping_the_inputs():
-    model = quantize_base(adapted(), CONFIGS["int8"])
+@pytest.mark.parametrize("config", CASES)
+def test_it_learns_without_keeping_the_inputs(config):
+    model = quantize_base(adapted(), config)
     layer = model.blocks[0].up
     kept = []
     x = torch.randn(7, 16, requires_grad=True)
@@ -82,13 +118,13 @@ def test_it_learns_without_keeping_the_inputs():
     assert losses[-1] < losses[0]
 
 
-def test_adapters_of_a_quantised_base(tmp_path):
-    config = CONFIGS["int8"]
+@pytest.mark.parametrize("config", CASES)
+def test_adapters_of_a_quantised_base(tmp_path, config):
     model = quantize_base(adapted(), config)
     save_adapter(model, tmp_path)
     again = load_adapter(quantize_base(adapted(shift=0.0), config), tmp_path)
     assert torch.equal(again(IDS), model(IDS))
-    for other in (adapted(), quantize_base(adapted(), CONFIGS["int4"])):
+    for other in (adapted(), quantize_base(adapted(), OTHER)):
         with pytest.raises(AdapterError, match="other base weights"):
             load_adapter(other, tmp_path)
 
@@ -105,7 +141,10 @@ def test_refusals():
         fastspec.merge(model)
     with pytest.raises(ValueError, match="making the factors again needs"):
         model.blocks[0].up.refactorize()
+    assert "in_features=16, out_features=64" in repr(model)
     assert "Int8Tensor" in repr(model)
+    with pytest.raises(ValueError, match=r"one of \('nf4', 'fp4'\), got 'int3'"):
+        quantize_base(adapted(), "int3")
     fastspec.add_task(model, "a", current=True)
     with pytest.raises(ValueError, match="mixed batches of tasks needs"):
         model(IDS, tasks=["a", None])
@@ -117,7 +156,9 @@ def test_memory_table():
     rows = {row["base"]: row for row in memory_table(net, SpectralConfig(rank=4))}
     got = [row["adapted weights"] / weights for row in rows.values()]
     # int8: a scale and a zero point an output row; int4: two float32 a group of 32
-    assert got == pytest.approx([4, 2, 1, 0.75], rel=0.1)
+    # nf4: half a byte, and a float32 a block of 64
+    expected = [4, 2, 1, 0.75, 0.5625][: len(got)]
+    assert got == pytest.approx(expected, rel=0.1)
     singular_values = 4 * 4 * 4  # stay float32
     factors = rows["float32"]["factors"] - singular_values
     assert rows["int8"]["factors"] - singular_values == factors
@@ -131,4 +172,4 @@ def test_memory_command(capsys):
     assert main(["memory", str(minilm_path()), "--rank", "8"]) == 0
     out = capsys.readouterr().out
     assert "int8" in out
-    assert len(out.splitlines()) == 5
+    assert len(out.splitlines()) == 5 + (importlib.util.find_spec("bitsandbytes") is not None)
