@@ -2,18 +2,23 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import fastspec
+from fastspec import SpectralConfig
 from fastspec.analyze import tables
 from fastspec.analyze.alignment import align, clusters, rank_ranges
 from fastspec.analyze.gradients import CumulativeGradients, spectra
+from fastspec.analyze.ranks import allocate, coefficient_energy, patterns
 from fastspec.analyze.runs import Stability, generalisation, holm
 from fastspec.analyze.transplant import Matrices, mask, swap
 from fastspec.analyze.weights import Pair, kind_of, load_weights, pairs
 from fastspec.cli import main
+from fastspec.targets import spectral_layers
 
 
 def orthonormal(m, k, seed):
@@ -304,6 +309,47 @@ def test_generalisation_finds_the_matrix_that_goes_with_the_score():
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+class TwoLayers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x, y):
+        return SimpleNamespace(loss=(self.b(torch.tanh(self.a(x))) - y).square().mean())
+
+
+def test_the_energy_of_a_whole_dense_core_is_that_of_the_weight():
+    model = TwoLayers()
+    batches = [dict(zip("xy", torch.randn(2, 5, 8), strict=True)) for _ in range(3)]
+    before = {n: w.clone() for n, w in model.state_dict().items()}
+    energy = coefficient_energy(model, SpectralConfig(rank="full", core="dense"), batches)
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+    for name in ("a", "b"):
+        weight = model.get_submodule(name).weight
+        gradients = [torch.autograd.grad(model(**batch).loss, weight)[0] for batch in batches]
+        assert energy[name] == pytest.approx(sum(g.square().sum().item() for g in gradients), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("core", "rank", "energy", "expected"),
+    [
+        ("dense", 4, (3.0, 1.0), (4, 2)),  # of 32 numbers 24 and 8
+        ("diag", 4, (3.0, 1.0), (6, 2)),
+        ("band", 4, (3.0, 1.0), (6, 2)),
+        ("diag", 8, (3.0, 1.0), (8, 4)),  # no more than there are
+        ("dense", 4, (1.0, 0.0), (5, 0)),
+    ],
+)
+def test_ranks_go_by_energy(core, rank, energy, expected):
+    model, config = TwoLayers(), SpectralConfig(rank=rank, core=core)
+    ranks = allocate(model, config, dict(zip("ab", energy, strict=True)))
+    assert ranks == dict(zip("ab", expected, strict=True))
+    adapted = fastspec.spectralize(model, SpectralConfig(rank=patterns(ranks), core=core))
+    found = {n: layer.directions.rank for n, layer in spectral_layers(adapted)}
+    assert found == {n: k for n, k in ranks.items() if k}
 
 
 def test_tables():

@@ -25,7 +25,7 @@ def build(folder, **fields):
     config = GlueConfig(task="rte", **{"rank": 8, **fields})
     torch.manual_seed(0)
     model = load_classifier(str(folder), TASKS["rte"])
-    heads = methods.head_modules(model)
+    heads = methods.head_modules(model, config.train_pooler)
     return methods.apply(model, config), heads, config
 
 
@@ -57,6 +57,35 @@ def test_trainable_parameters(fields, adapter, folder):
     in_groups = [p for g in methods.parameter_groups(model, heads, config) for p in g["params"]]
     assert sum(p.numel() for p in in_groups) == adapter + HEAD
     assert len({id(p) for p in in_groups}) == len(in_groups)
+
+
+POOLER = HIDDEN * HIDDEN + HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter"),
+    [("head", 0), ("spectral", 8 * 6 * LAYERS), ("lora", 8 * LAYERS * LORA_PER_LAYER)],
+)
+def test_the_pooler_counts_to_the_head_when_asked(method, adapter, folder, tmp_path):
+    model, heads, config = build(folder, method=method, train_pooler=True)
+    assert heads == ["bert.pooler", "classifier"]
+    counts = methods.count_parameters(model, heads)
+    assert (counts["adapter"], counts["head"]) == (adapter, POOLER + HEAD)
+    head = [
+        p
+        for g in methods.parameter_groups(model, heads, config)
+        if g["name"] == "head"
+        for p in g["params"]
+    ]
+    assert sum(p.numel() for p in head) == POOLER + HEAD
+    for p in head:
+        torch.nn.init.normal_(p, std=0.1)
+    methods.save(model, config, tmp_path)
+    fresh, _, _ = build(folder, method=method, train_pooler=True)
+    methods.restore(fresh, config, tmp_path)
+    ids = torch.tensor([[2, 5, 6, 7, 3]])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, fresh.eval()(ids).logits)
 
 
 def test_full_finetuning_trains_everything(folder):
@@ -205,6 +234,7 @@ def test_default_folders_differ_where_the_method_does():
         {"basis": "random"},
         {"train_bias": True},
         {"train_layernorm": True},
+        {"train_pooler": True},
         {"path": "reference"},
         {"seed": 1},
         {"method": "lora"},

@@ -1,6 +1,7 @@
 """A miniature of every study in docs/studies.md, from the command line."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from glue_support import make_model, make_task
 
 from fastspec.analyze import pretraining
 from fastspec.cli import COMMANDS, main
+from fastspec.files import write_json
 from fastspec.glue.tasks import TASKS
 
 pytest.importorskip("matplotlib")
@@ -124,6 +126,26 @@ def test_runs_and_generalisation(place, capsys):
     assert "no correlations: they take 5 runs or more" in capsys.readouterr().out
 
 
+def test_ranks_by_gradient_energy(place, capsys):
+    out = place / "ranks"
+    words = ["analyze", "ranks", "--task", "rte", *ON(place), "--rank", "8", "-o", str(out)]
+    assert main([*words, "--batches", "2"]) == 0
+    ranks = json.loads((out / "ranks.json").read_text())
+    assert len(set(ranks.values())) > 1
+    assert sum(k * k for k in ranks.values()) <= 12 * 8 * 8
+    words = ["glue", "--task", "rte", *ON(place), "--core", "dense", "--train-pooler"]
+    words += ["--rank", str(out / "ranks.json"), "--epochs", "1", "--output", str(place / "ranked")]
+    assert main(words) == 0
+    result = json.loads((place / "ranked" / "result.json").read_text())
+    assert result["parameters"]["adapter"] == sum(k * k for k in ranks.values())
+    assert result["label"] == "spectral-dense-k-by-layer-pooler"
+    assert main(["analyze", "mask", str(place / "ranked"), "--shares", "0.5", "-o", str(out)]) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*words, "--rank", str(out / "nothing.json")])
+    assert "nothing.json" in capsys.readouterr().err
+
+
 def test_pretraining_scale(place, monkeypatch):
     small = {"posttraining_steps": 4, "width": 16, "layers": 1, "labelled": 64, "test": 64}
     study = pretraining.Study
@@ -176,7 +198,9 @@ def test_the_autoencoder_learns_and_hides_what_it_paints():
     assert before == after
 
 
-def test_every_command_in_the_studies_page_parses(monkeypatch):
+def test_every_command_in_the_studies_page_parses(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_json("runs/analyze-ranks/ranks.json", {".*": 2})  # which one command takes from another
     commands = re.findall(r"`(fastspec (?:glue|analyze) [^`]+)`", STUDIES.read_text("utf-8"))
     assert len(commands) >= 10
     for module in {COMMANDS[c.split()[1]][0] for c in commands}:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastspec.config import CORES
 from fastspec.factorize import EXCLUDE
 from fastspec.glue.tasks import TASKS
 
@@ -75,6 +76,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     runs.add_argument("runs", nargs="+", metavar="RUN")
 
+    ranks = what.add_parser(
+        "ranks", help="spread a budget of coefficients over the layers by gradient energy"
+    )
+    add = ranks.add_argument
+    add("--task", choices=list(TASKS), required=True)
+    add("--model", help="folder or hub name (default: the MiniLM of fastspec[demo])")
+    add("--data", metavar="DIR", help="GLUE folder")
+    add("--core", choices=CORES, default="dense", help="%(default)s")
+    add(
+        "--rank", type=int, default=32, help="of every layer, before; sets the budget (%(default)s)"
+    )
+    add("--batches", type=int, default=16, help="of 32 training rows (%(default)s)")
+    add("--seed", type=int, default=0, help="of the head (%(default)s)")
+
     scale = what.add_parser("pretraining", help="stability against the amount of pretraining data")
     add = scale.add_argument
     add("--source", choices=("digits", "cifar10"), default="digits", help="%(default)s")
@@ -82,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, nargs="+")
     add("--steps", type=int, help="of pretraining")
 
-    for each in (weights, swap, mask, gradients, runs, scale):
+    for each in (weights, swap, mask, gradients, runs, ranks, scale):
         each.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
         each.add_argument(
@@ -180,6 +195,38 @@ def _runs(args: argparse.Namespace, output: Path) -> None:
         _write(output, "generalisation", [dataclasses.asdict(c) for c in correlations])
 
 
+def _ranks(args: argparse.Namespace, output: Path) -> None:
+    import torch
+
+    from fastspec.analyze.ranks import allocate, coefficient_energy, patterns
+    from fastspec.files import write_json
+    from fastspec.glue.config import GlueConfig
+    from fastspec.glue.evaluate import batches
+    from fastspec.glue.train import prepare
+
+    fields = ("task", "model", "data", "core", "rank", "seed")
+    config = GlueConfig(train_pooler=True, **{name: getattr(args, name) for name in fields})
+    prepared = prepare(dataclasses.replace(config, method="full"))
+    spectral = config.spectral(prepared.heads)
+    rows = prepared.source.train.head(config.batch_size * args.batches)
+    labels = torch.tensor(rows.labels)
+    inputs = [
+        {**batch, "labels": labels[chosen]}
+        for chosen, batch in batches(
+            prepared.tokenizer, rows.texts, config.max_length, config.batch_size
+        )
+    ]
+    energy = coefficient_energy(prepared.model, spectral, inputs)
+    ranks = allocate(prepared.model, spectral, energy)
+    whole = sum(energy.values())
+    lines = [
+        {"layer": name, "share of the energy": energy[name] / whole, "rank": rank}
+        for name, rank in ranks.items()
+    ]
+    _write(output, "ranks", lines)
+    write_json(output / "ranks.json", patterns(ranks))
+
+
 def _pretraining(args: argparse.Namespace, output: Path) -> None:
     from fastspec.analyze import plots
     from fastspec.analyze.pretraining import Study, run
@@ -225,5 +272,6 @@ STUDIES = {
     "mask": _mask,
     "gradients": _gradients,
     "runs": _runs,
+    "ranks": _ranks,
     "pretraining": _pretraining,
 }

@@ -96,7 +96,7 @@ def draw_profile(alignments: Sequence[Alignment], path: Path) -> None:
             panel.plot(x, mean[:, 0], "s-", color="C1", label="matched vectors")
             panel.plot(x, mean[:, 2], ":", color="0.3", label="random spans")
             panel.set(
-                title=f"{kind} ({len(group)} matrices)",
+                title=f"{kind}, matrices: {len(group)}",
                 xlabel="rank range, per cent of all",
                 ylim=(0, 1.02),
             )

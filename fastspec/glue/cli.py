@@ -10,7 +10,7 @@ from typing import Any
 from fastspec.config import CORES
 from fastspec.glue.config import LABELS, METHODS, RATE_RULES, START, GlueConfig
 from fastspec.glue.presets import PRESETS
-from fastspec.glue.record import compare, read_result, table
+from fastspec.glue.record import compare, read_json, read_result, table
 from fastspec.glue.rows import SUITES, TASK_SIZES
 from fastspec.glue.tasks import TASKS
 
@@ -75,7 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     spectral = parser.add_argument_group("spectral")
     add = spectral.add_argument
     add("--path", choices=("fast", "reference"), default="fast", help="default: %(default)s")
-    add("--rank", type=parse_rank, default=32, help="a count, a fraction such as 0.5, or full")
+    add(
+        "--rank",
+        type=parse_rank,
+        default=32,
+        help="a count, a fraction such as 0.5, full, or ranks.json of fastspec analyze ranks",
+    )
     add("--core", choices=CORES, default="diag", help="default: %(default)s")
     add("--half-width", type=int, default=1, help="of --core band (default: %(default)s)")
     add("--select", type=parse_select, default="leading", help="leading, trailing or START:STOP")
@@ -99,6 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = training.add_argument
     add("--lora-rank", type=int, default=8, help="of lora and pissa (default: %(default)s)")
     add("--lr", type=float, help="of what the method trains (default: per method, docs/glue.md)")
+    add(
+        "--train-pooler",
+        action="store_true",
+        help="train the pooler whole, as part of the head: where pretraining left it untouched, as in "
+        "the default model",
+    )
     add("--head-lr", type=float, help="of the head (default: 1e-3)")
     add("--bias-lr", type=float, help="of biases and LayerNorm beside coefficients (default: 1e-3)")
     for name, kind, text in (
@@ -139,8 +150,13 @@ class Preset(argparse.Action):
             setattr(namespace, name, value)
 
 
-def parse_rank(text: str) -> int | float | str:
-    """ "full", a count or a fraction; the range is checked by `SpectralConfig`."""
+def parse_rank(text: str) -> Any:
+    """ "full", a count, a fraction or a file of ranks by pattern; `SpectralConfig` checks the values."""
+    if text.endswith(".json"):
+        try:
+            return read_json(Path(text))
+        except OSError as e:
+            raise argparse.ArgumentTypeError(str(e)) from None
     if text == "full":
         return text
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ class GlueConfig:
         lr: learning rate of what the method trains; None takes `methods.default_rate`.
         rate_rule: "flat" gives every coefficient of a layer the same rate, "spectrum" one in
             proportion to its singular value (`methods.spectral_scale`), with the same mean.
+        train_pooler: count the body's pooler, where it has one, to the head: it is trained whole. For a
+            checkpoint whose pooler pretraining never touched, such as the default model's.
         head_lr: learning rate of the head, None for the default.
         bias_lr: learning rate of biases and LayerNorm beside coefficients, None for the default.
         weight_decay: of trained matrices other than coefficients.
@@ -57,7 +60,7 @@ class GlueConfig:
     model: str | None = None
     data: str | None = None
     path: Arithmetic = "fast"
-    rank: Rank = 32
+    rank: Rank | Mapping[str, Rank] = 32
     core: Core = "diag"
     half_width: int = 1
     select: Select = "leading"
@@ -71,6 +74,7 @@ class GlueConfig:
     lora_rank: int = 8
     lr: float | None = None
     rate_rule: Literal["flat", "spectrum"] = "flat"
+    train_pooler: bool = False
     head_lr: float | None = None
     bias_lr: float | None = None
     weight_decay: float = 0.0
@@ -137,11 +141,12 @@ class GlueConfig:
 
     def label(self) -> str:
         """A short name of the method and its size, for tables and folders."""
-        controls = [
+        suffixes = [
             "scratch" if self.start == "random" else "",
             "random-labels" if self.labels == "random" else "",
+            "pooler" if self.train_pooler else "",
         ]
-        return "-".join(p for p in [self._method_label(), *controls] if p)
+        return "-".join(p for p in [self._method_label(), *suffixes] if p)
 
     def _method_label(self) -> str:
         if self.method in ("lora", "pissa"):
@@ -152,7 +157,7 @@ class GlueConfig:
         parts = [
             "spectral",
             self.core if self.core != "band" else f"band{self.half_width}",
-            f"k{self.rank}",
+            "k-by-layer" if isinstance(self.rank, Mapping) else f"k{self.rank}",
             select if select != "leading" else "",
             self.basis if self.basis != "svd" else "",
             f"of-{Path(self.basis_model).name}" if self.basis_model else "",

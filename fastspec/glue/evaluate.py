@@ -35,7 +35,7 @@ class Scorer:
         splits = {name: split.head(rows) for name, split in source.dev.items()}
         self.labels = {name: split.labels or [] for name, split in splits.items()}
         self._batches = {
-            name: _batches(tokenizer, split.texts, max_length, batch_size)
+            name: batches(tokenizer, split.texts, max_length, batch_size)
             for name, split in splits.items()
         }
 
@@ -45,16 +45,16 @@ class Scorer:
         model.eval()
         device = next(model.parameters()).device
         predicted = {}
-        for name, batches in self._batches.items():
+        for name, split in self._batches.items():
             logits = torch.empty(len(self.labels[name]), self.task.num_labels)
-            for rows, batch in batches:
+            for rows, batch in split:
                 inputs = {k: v.to(device) for k, v in batch.items()}
                 logits[rows] = model(**inputs).logits.float().cpu()
             predicted[name] = predictions(self.task, logits.numpy())
         return score_task(self.task, predicted, self.labels)
 
 
-def _batches(
+def batches(
     tokenizer: Any, texts: list[tuple[str, ...]], max_length: int, batch_size: int
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """(row numbers, padded inputs) in order of length."""

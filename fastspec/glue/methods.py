@@ -60,8 +60,12 @@ def rates(config: GlueConfig) -> dict[str, float]:
     return {"coefficients": main, "adapter": main, "extra": bias, "head": head}
 
 
-def head_modules(model: nn.Module) -> list[str]:
+def head_modules(model: nn.Module, train_pooler: bool = False) -> list[str]:
     """Names of the modules of a sequence classifier that are not its pretrained body.
+
+    Args:
+        model: of transformers.
+        train_pooler: as in `GlueConfig`.
 
     Raises:
         ValueError: the model has no body and head of its own.
@@ -79,12 +83,15 @@ def head_modules(model: nn.Module) -> list[str]:
     ]
     if not heads:
         raise ValueError(f"{type(model).__name__} has no head with parameters beside {prefix!r}")
+    # None in models that pool otherwise
+    if train_pooler and getattr(getattr(model, prefix), "pooler", None) is not None:
+        heads.insert(0, f"{prefix}.pooler")
     return heads
 
 
 def apply(model: nn.Module, config: GlueConfig) -> nn.Module:
     """The model with exactly the method's parameters and the head trainable."""
-    heads = head_modules(model)
+    heads = head_modules(model, config.train_pooler)
     if config.method == "spectral":
         import fastspec
 

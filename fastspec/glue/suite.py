@@ -80,6 +80,7 @@ class Suite:
             "model": self.model,
             "data": self.data,
             **dataclasses.asdict(size),
+            "train_pooler": True,
             **job.row.fields,
             **self.overrides,
             "lr": job.rate,

@@ -48,9 +48,9 @@ class InputShift(nn.Module):
         return embedded + self.shift
 
 
-def freeze_to_floor(model: nn.Module) -> nn.Module:
+def freeze_to_floor(model: nn.Module, train_pooler: bool = False) -> nn.Module:
     """The least any method that trains below the head can cost: all frozen but head and input."""
-    heads = methods.head_modules(model)
+    heads = methods.head_modules(model, train_pooler)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(name.startswith(f"{h}.") for h in heads))
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -92,8 +92,11 @@ def step_times(
         torch.manual_seed(config.seed)
         with models.quiet():
             model = models.load_classifier(name, source.task)
-            heads = methods.head_modules(model)
-            model = freeze_to_floor(model) if label == FLOOR else methods.apply(model, config)
+            heads = methods.head_modules(model, config.train_pooler)
+            if label == FLOOR:
+                model = freeze_to_floor(model, config.train_pooler)
+            else:
+                model = methods.apply(model, config)
         groups = methods.parameter_groups(model, heads, config)
         steps[label] = _Step(model.to(device).train(), torch.optim.AdamW(groups))
     times: dict[str, list[float]] = {label: [] for label in steps}

@@ -60,7 +60,7 @@ def build(config: GlueConfig, task: Task) -> Built:
         if config.start == "random":
             model = restore.untrained(model)
         fingerprint = models.body_fingerprint(model)
-        heads = methods.head_modules(model)
+        heads = methods.head_modules(model, config.train_pooler)
         model = methods.apply(model, config)
         if config.basis_model is not None:
             restore.use_basis_of(model, restore.basis_weights(config, model))
