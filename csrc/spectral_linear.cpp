@@ -17,7 +17,7 @@
 #include <tuple>
 #include <vector>
 
-#include "thin_products.h"
+#include "layer.h"
 
 namespace fastspec {
 namespace {
@@ -25,19 +25,8 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-// A direction with |sigma_i| below this share of the largest leaves the short side (as in aten.py).
-constexpr double SIGMA_FLOOR = 1e-2;
-
-enum class Core { Diag, Band, Dense };
 enum class Form { Merged, Resident, Factored, Spectral };
 enum class Gradient { None, TwoSided, Short, Dense };
-
-template <class Enum>
-Enum choice(std::string_view given, const char* name, std::initializer_list<std::pair<std::string_view, Enum>> all) {
-  for (const auto& [text, value] : all)
-    if (text == given) return value;
-  TORCH_CHECK_VALUE(false, name, " is not known: ", given);
-}
 
 struct Plan {
   Core core;
@@ -45,8 +34,7 @@ struct Plan {
   Gradient gradient;
 
   Plan(std::string_view core_name, std::string_view form_name, std::string_view gradient_name)
-      : core(choice<Core>(core_name, "core",
-                          {{"diag", Core::Diag}, {"band", Core::Band}, {"dense", Core::Dense}})),
+      : core(core_named(core_name)),
         form(choice<Form>(form_name, "forward",
                           {{"merged", Form::Merged}, {"resident", Form::Resident}, {"factored", Form::Factored}, {"spectral", Form::Spectral}})),
         gradient(choice<Gradient>(gradient_name, "gradient",
@@ -87,29 +75,6 @@ bool all_zero(const Tensor& delta) {
     return std::all_of(d, d + delta.numel(), [](float v) { return v == 0; });
   }
   return !at::any(delta).item<bool>();
-}
-
-bool thin(int64_t k, std::initializer_list<Tensor> operands) {
-  return k <= THIN_RANK && thin_supported() && std::all_of(operands.begin(), operands.end(), thin_operand);
-}
-
-// x B  [N, k], times diag(scale) less `shift` where they are given.
-Tensor project(const Tensor& x, const Tensor& basis, const Tensor& scale = {}, const Tensor& shift = {}) {
-  if (thin(basis.size(1), {x}) && basis.scalar_type() == at::kFloat)
-    return thin_project(x, basis, scale, shift);
-  Tensor p = at::mm(x, basis);
-  if (scale.defined()) p.mul_(scale);
-  return shift.defined() ? p.sub_(shift) : p;
-}
-
-// Calls f(h + o, rows of C on diagonal o, their columns) for every diagonal of a band of order k.
-template <class F>
-void each_diagonal(const Tensor& delta, F f) {
-  const int64_t h = delta.size(0) / 2, k = delta.size(1);
-  for (int64_t o = std::max(-h, 1 - k); o <= std::min(h, k - 1); ++o) {
-    const int64_t begin = std::max<int64_t>(0, -o), count = k - std::abs(o);
-    f(h + o, begin, begin + o, count);
-  }
 }
 
 // t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in delta's dtype or wider.
@@ -215,12 +180,6 @@ Tensor dense_gradient(const Tensor& g, const Tensor& x, const Layer& layer) {
   return reduce_core(rows.t(), vh.t(), layer.delta, layer.core);
 }
 
-std::vector<int64_t> with_last(const Tensor& like, int64_t last) {
-  auto sizes = like.sizes().vec();
-  sizes.back() = last;
-  return sizes;
-}
-
 // y [..., out] and p [N, k] (no rows where the plan saves none).
 std::tuple<Tensor, Tensor> spectral_linear(
     const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
@@ -292,11 +251,6 @@ std::tuple<Tensor, Tensor> spectral_linear_backward(
     if (const auto to_q = unscaled(vh.t(), layer, false))
       return {dx, project_and_reduce(dx2, to_q->basis, to_q->scale, *p, layer)};
   return {dx, project_and_reduce(g2, u.to(dtype), {}, *p, layer)};
-}
-
-template <class Function>
-auto operator_handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
 
 std::tuple<Tensor, Tensor> call(

@@ -1,12 +1,16 @@
 """`task_linear`: every core against the float64 reference, rows of no task, and what autograd asks for."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import TOLERANCE, assert_close, relative_error, singular_problem
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastspec import aten, reference, task_linear
+from fastspec import _extension, aten, reference, task_linear
 from fastspec.config import CORES
 
 # (out, in, k, tokens of a row): both orientations, k of 1, full rank, sizes that divide nothing
@@ -104,7 +108,7 @@ def test_the_reference_is_each_row_with_its_own_core(core):
 
 
 @pytest.mark.parametrize("sizes", [(24, 40, 5, (3,)), (40, 24, 5, (3,))], ids=["out<in", "in<out"])
-def test_the_short_side_is_taken_and_left_in_time(sizes, monkeypatch):
+def test_the_short_side_is_taken_and_left_in_time(sizes):
     """With factors that are not the weight's the identity fails, which shows whether it was used."""
     p = problem(*sizes, "diag")
     if sizes[0] < sizes[1]:
@@ -114,7 +118,7 @@ def test_the_short_side_is_taken_and_left_in_time(sizes, monkeypatch):
     want = exact(p, "diag")
     wrong = max(relative_error(a, b) for a, b in zip(run(p, "diag"), want, strict=True))
     assert wrong > 1e-2
-    monkeypatch.setattr("fastspec.multitask.ops.SIGMA_FLOOR", 1.0)
+    p["s"][-1] = 0.9 * aten.SIGMA_FLOOR * p["s"][0]
     check(run(p, "diag"), want)
 
 
@@ -240,6 +244,39 @@ def test_autocast(dtype):
     assert x.grad.dtype == table.grad.dtype == torch.float32
     for got, want in zip((y, x.grad, table.grad), exact(p, "dense")[:3], strict=True):
         assert relative_error(got, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_the_transforms_of_torch_func(core):
+    p = problem(24, 40, 5, (3,), core)
+
+    def loss(table, x):
+        factors = (p["u"], p["s"], p["vh"])
+        y = task_linear(
+            x, p["weight"], p["bias"], *factors, table, TASK, core=core, singular_basis=True
+        )
+        return (y * p["g"]).sum()
+
+    dtable, dx = torch.func.grad(loss, (0, 1))(p["table"], p["x"])
+    want = exact(p, core)
+    assert_close(dx, want[1])
+    assert_close(dtable, want[2])
+
+
+@pytest.mark.skipif(
+    _extension.unavailable_reason() is not None, reason="the compiled part is not there"
+)
+def test_all_of_this_without_the_compiled_part():
+    """The operators in Python serve other machines: this file again, with csrc/ switched off."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"FASTSPEC_NO_EXT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "1 skipped" in done.stdout
 
 
 def test_other_tasks_do_not_recompile():

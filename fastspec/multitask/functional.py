@@ -36,7 +36,9 @@ def task_linear(
     Returns:
         [B, ..., out], in the dtype of x (of autocast, where that is on).
 
-    Gradients reach x, bias and table; rows of the table that the batch does not name get zero.
+    Gradients reach x, bias and table; rows of the table that the batch does not name get zero. Where weight
+    or a factor requires one too, and inside the transforms of torch.func, the plain formula of
+    `fastspec.reference` runs.
 
     Raises:
         ValueError, TypeError: a shape, dtype or choice does not fit; the message names the argument.
@@ -55,7 +57,12 @@ def task_linear(
             f"got {list(x.shape)}: this layer's input was flattened, expanded or reordered, and which "
             "row is whose can't be known here"
         )
-    if weight.requires_grad or u.requires_grad or vh.requires_grad:
+    if (
+        weight.requires_grad
+        or u.requires_grad
+        or vh.requires_grad
+        or torch._C._are_functorch_transforms_active()
+    ):
         return reference.task_linear(x, weight, bias, u, vh, table, task, core)
     x, bias = cast(x, weight, bias)
     # the identity needs y and dx in full precision, and its look at S would make a GPU wait

@@ -6,6 +6,8 @@ One gather, no loop over tasks. A negative task leaves its row as the frozen lay
 the correction that is added there is zero. The frozen product is there in any case, so on the short side
 (F3) the projections come from it with the layer's own S, whatever the tasks:
 p = (x W^T) U / S where out < in, and q = (g W) V / S where in < out.
+
+On a CPU csrc/task_linear.cpp computes the same and takes precedence where it is built.
 """
 
 from __future__ import annotations
@@ -20,8 +22,6 @@ from torch import Tensor
 from fastspec import _extension
 from fastspec.aten import SIGMA_FLOOR, diagonals
 from fastspec.kernels import operators
-
-THIN_RANK = 64  # up to it the compiled projection is the faster one (csrc/thin_products.h)
 
 _OPERANDS = "Tensor weight, Tensor u, Tensor s, Tensor vh, Tensor table, Tensor task, str core"
 
@@ -58,11 +58,11 @@ def _task_linear(
     y2 = y.view(-1, out_features)
     if short and out_features < in_features and _is_invertible(s):
         basis = u / s.to(dtype)
-        p = _project(y2, basis)
+        p = y2 @ basis
         if bias is not None:
             p -= bias @ basis
     else:
-        p = _project(x.reshape(-1, in_features), vh.to(dtype).mT)
+        p = x.reshape(-1, in_features) @ vh.to(dtype).mT
     y2.addmm_(_apply_cores(p, table, task, core, transpose=True), u.to(dtype).mT)
     return y, p if saves_p else x.new_empty((0, u.shape[1]))
 
@@ -87,9 +87,9 @@ def _task_linear_backward(
     g2 = g.reshape(-1, out_features)
     dx2 = g2 @ weight.to(dtype) if needs_dx else None
     if dx2 is not None and short and in_features < out_features and _is_invertible(s):
-        q = _project(dx2, vh.mT / s.to(dtype))
+        q = dx2 @ (vh.mT / s.to(dtype))
     else:
-        q = _project(g2, u.to(dtype))
+        q = g2 @ u.to(dtype)
     if dx2 is not None:
         dx2.addmm_(_apply_cores(q, table, task, core), vh.to(dtype))
     dx = g.new_empty(0) if dx2 is None else dx2.view(*g.shape[:-1], in_features)
@@ -99,21 +99,11 @@ def _task_linear_backward(
     return dx, _reduce_cores(q, p, table, task, core)
 
 
-def _project(a: Tensor, basis: Tensor) -> Tensor:
-    """a B  [N, k]  for a [N, d] and a basis B [d, k] of any strides."""
-    thin = (
-        basis.shape[1] <= THIN_RANK
-        and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (a, basis))
-        and a.stride(-1) == 1
-        and _extension.has_thin_products()
-    )
-    return torch.ops.fastspec.thin_project(a, basis) if thin else a @ basis
-
-
 torch.library.impl("fastspec::task_linear", "CompositeExplicitAutograd", _task_linear)
 torch.library.impl(
     "fastspec::task_linear_backward", "CompositeExplicitAutograd", _task_linear_backward
 )
+_extension.unavailable_reason()  # loads csrc/ where it is built
 operators.register("task_linear", _task_linear)
 operators.register("task_linear_backward", _task_linear_backward)
 

@@ -1,0 +1,72 @@
+// What the operators of one task and of many share on a CPU (design section 2).
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "thin_products.h"
+
+namespace fastspec {
+
+// A direction with |sigma_i| below this share of the largest leaves the short side (as in aten.py).
+constexpr double SIGMA_FLOOR = 1e-2;
+
+enum class Core { Diag, Band, Dense };
+
+template <class Enum>
+Enum choice(std::string_view given, const char* name,
+            std::initializer_list<std::pair<std::string_view, Enum>> all) {
+  for (const auto& [text, value] : all)
+    if (text == given) return value;
+  TORCH_CHECK_VALUE(false, name, " is not known: ", given);
+}
+
+inline Core core_named(std::string_view name) {
+  return choice<Core>(name, "core",
+                      {{"diag", Core::Diag}, {"band", Core::Band}, {"dense", Core::Dense}});
+}
+
+inline bool thin(int64_t k, std::initializer_list<at::Tensor> operands) {
+  return k <= THIN_RANK && thin_supported() &&
+         std::all_of(operands.begin(), operands.end(), thin_operand);
+}
+
+// x B  [N, k], times diag(scale) less `shift` where they are given.
+inline at::Tensor project(const at::Tensor& x, const at::Tensor& basis, const at::Tensor& scale = {},
+                          const at::Tensor& shift = {}) {
+  if (thin(basis.size(1), {x}) && basis.scalar_type() == at::kFloat)
+    return thin_project(x, basis, scale, shift);
+  at::Tensor p = at::mm(x, basis);
+  if (scale.defined()) p.mul_(scale);
+  return shift.defined() ? p.sub_(shift) : p;
+}
+
+// Calls f(h + o, rows of C on diagonal o, their columns, how many) for every diagonal of a band
+// [..., 2 h + 1, k].
+template <class F>
+void each_diagonal(const at::Tensor& band, F f) {
+  const int64_t h = band.size(-2) / 2, k = band.size(-1);
+  for (int64_t o = std::max(-h, 1 - k); o <= std::min(h, k - 1); ++o) {
+    const int64_t begin = std::max<int64_t>(0, -o), count = k - std::abs(o);
+    f(h + o, begin, begin + o, count);
+  }
+}
+
+// The sizes of `like` but for the last.
+inline std::vector<int64_t> with_last(const at::Tensor& like, int64_t last) {
+  auto sizes = like.sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+template <class Function>
+auto operator_handle(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+}  // namespace fastspec
