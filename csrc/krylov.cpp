@@ -2,6 +2,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,6 +10,8 @@
 #include <vector>
 
 #include "dense.h"
+#include "row_products.h"
+#include "triplets.h"
 
 namespace fastspec {
 namespace {
@@ -17,6 +20,8 @@ namespace {
 constexpr double kCopies = 30;
 // Basis vectors made in all, in short sides, after which a restarted iteration ends as it is.
 constexpr int64_t kRestartedLengths = 10;
+// Rows of a Gram matrix that are worth a thread, and rows made at once.
+constexpr int64_t kGramRows = 64, kGramTile = 4;
 
 // Lower Cholesky factor of the b x b matrix `a`, in place. False where it is made of rounding errors.
 bool cholesky(std::vector<double>& a, int64_t b, double smallest_pivot) {
@@ -51,20 +56,51 @@ void invert_triangle(const std::vector<double>& l, int64_t b, T* out) {
   std::copy(x.begin(), x.end(), out);
 }
 
+// L^-1 with `gram` = L L^T, b x b, into `out`; false where L is made of rounding errors.
+template <typename T>
+bool inverse_factor(const T* gram, int64_t b, double eps, double negligible, T* out) {
+  std::vector<double> factor(gram, gram + b * b);
+  double high = 0;
+  for (int64_t j = 0; j < b; ++j) high = std::max(high, factor[j * b + j]);
+  // below sqrt(eps) of the largest row, what is left of another one is rounding
+  if (!cholesky(factor, b, std::max(8 * std::sqrt(eps * high), negligible))) return false;
+  invert_triangle(factor, b, out);
+  return true;
+}
+
+// W^T W of a matrix alone on the CPU.
+at::Tensor gram_of_one(const at::Tensor& w) {
+  const int64_t m = w.size(1), n = w.size(2);
+  const bool turned = w.mT().is_contiguous();
+  const auto matrix = turned ? w : w.contiguous();
+  auto gram = at::empty({1, n, n}, w.options());
+  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "gram_of_one", [&] {
+    const auto* const from = matrix.const_data_ptr<scalar_t>();
+    auto* const to = gram.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, n, kGramRows, [&](int64_t begin, int64_t end) {
+      if (!turned) return gram_upper(from, m, n, begin, end, to);
+      for (int64_t i = begin; i < end; i += kGramTile) {
+        const auto* const rows = from + i * m;
+        rows_dot(rows, std::min(kGramTile, end - i), rows, n - i, m, to + i * n + i, n);
+      }
+    });
+    for (int64_t i = 1; i < n; ++i) {
+      for (int64_t j = 0; j < i; ++j) to[i * n + j] = to[j * n + i];
+    }
+  });
+  return gram;
+}
+
 // W^T W, the blocks below the diagonal mirrored instead of multiplied: 5/8 of the work.
 at::Tensor gram_of(const at::Tensor& w) {
+  if (w.is_cpu() && w.size(0) == 1) return gram_of_one(w);
   const int64_t n = w.size(2), block = (n + 3) / 4;
   auto gram = at::empty({w.size(0), n, n}, w.options());
   for (int64_t start = 0; start < n; start += block) {
     const int64_t size = std::min(block, n - start), rest = n - start - size;
     const auto own = w.narrow(2, start, size).mT(), others = w.narrow(2, start, n - start);
     auto rows = gram.narrow(1, start, size).narrow(2, start, n - start);
-    if (w.size(0) == 1) {
-      auto only = rows[0];
-      at::mm_out(only, own[0], others[0]);
-    } else {
-      rows.copy_(at::bmm(own, others));
-    }
+    rows.copy_(at::bmm(own, others));
     if (rest) {
       gram.narrow(1, start + size, rest)
           .narrow(2, start, size)
@@ -102,6 +138,10 @@ class Iteration {
 
   // Takes the next block into the basis and makes the one after it.
   void step() {
+    if (w_.is_cpu() && w_.size(0) == 1) {
+      AT_DISPATCH_FLOATING_TYPES(w_.scalar_type(), "step", [&] { step_alone<scalar_t>(); });
+      return;
+    }
     const int64_t before = size_, b = next_.size(1), c = coupling_.defined() ? coupling_.size(1) : 0;
     append();
     const auto local = basis_.narrow(1, before - c, c + b), block = basis_.narrow(1, before, b);
@@ -181,6 +221,72 @@ class Iteration {
   }
 
  private:
+  // The same for a matrix alone on the CPU, where calls of ATen would cost more than these products.
+  template <typename T>
+  void step_alone() {
+    const int64_t n = short_, before = size_, b = next_.size(1);
+    const int64_t c = coupling_.defined() ? coupling_.size(1) : 0;
+    append();
+    T* const t = t_.mutable_data_ptr<T>();
+    const int64_t ld = t_.size(2);
+    if (c) {
+      const T* const coupling = coupling_.const_data_ptr<T>();
+      for (int64_t i = 0; i < c; ++i) {
+        for (int64_t j = 0; j < b; ++j) {
+          const int64_t row = before - c + i, column = before + j;
+          t[row * ld + column] = t[column * ld + row] = coupling[i * b + j];
+        }
+      }
+    }
+    const T* const basis = basis_.const_data_ptr<T>();
+    const T* const block = basis + before * n;
+    const T* const local = block - c * n;
+    at::Tensor image;
+    if (gram_.defined()) {
+      image = at::empty_like(next_);
+      rows_times(block, b, gram_.const_data_ptr<T>(), n, n, image.mutable_data_ptr<T>());
+    } else {
+      image = at::bmm(at::bmm(basis_.narrow(1, before, b), w_.mT()), w_);
+    }
+    T* const rest = image.mutable_data_ptr<T>();
+    std::vector<T> h(b * size_);
+    rows_dot(rest, b, local, c + b, n, h.data(), c + b);
+    T* const scale = scale_.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < b; ++i) {
+      const T* const own = h.data() + i * (c + b) + c;
+      std::copy(own, own + b, t + (before + i) * ld + before);
+      *scale = std::max(*scale, own[i]);
+    }
+    const int64_t room = std::min(b, n - size_);
+    if (room == 0) return;
+    rows_subtract(h.data(), b, local, c + b, n, rest);
+
+    next_ = image.clone();
+    rows_dot(rest, b, basis, size_, n, h.data(), size_);
+    rows_subtract(h.data(), b, basis, size_, n, next_.mutable_data_ptr<T>());
+    const double negligible = 64 * eps_ * *scale;
+    if (!normalise_alone<T>(negligible) || !normalise_alone<T>(0)) {
+      next_[0].copy_(repaired(image[0], basis_[0].narrow(0, 0, size_), negligible));
+    }
+    coupling_ = at::empty({1, b, room}, w_.options());
+    next_ = next_.narrow(1, 0, room).contiguous();
+    rows_dot(rest, b, next_.const_data_ptr<T>(), room, n, coupling_.mutable_data_ptr<T>(), room);
+  }
+
+  // One of the two normalisations; false where it breaks down.
+  template <typename T>
+  bool normalise_alone(double negligible) {
+    const int64_t n = short_, b = next_.size(1);
+    const T* const block = next_.const_data_ptr<T>();
+    std::vector<T> gram(b * b), inverse(b * b);
+    rows_dot(block, b, block, b, n, gram.data(), b);
+    if (!inverse_factor(gram.data(), b, eps_, negligible, inverse.data())) return false;
+    auto normal = at::empty_like(next_);
+    rows_times(inverse.data(), b, block, b, n, normal.mutable_data_ptr<T>());
+    next_ = normal;
+    return true;
+  }
+
   void append() {
     const int64_t needed = size_ + next_.size(1);
     const int64_t capacity = basis_.defined() ? basis_.size(1) : 0;
@@ -228,13 +334,7 @@ class Iteration {
       auto* out = inverse.mutable_data_ptr<scalar_t>();
       for (size_t i = 0; i < broken.size(); ++i, g += b * b, out += b * b) {
         if (!broken[i]) {
-          std::vector<double> factor(g, g + b * b);
-          double high = 0;
-          for (int64_t j = 0; j < b; ++j) high = std::max(high, factor[j * b + j]);
-          // below sqrt(eps) of the largest row, what is left of another one is rounding
-          const double smallest = 8 * std::sqrt(eps_ * high);
-          broken[i] = !cholesky(factor, b, std::max(smallest, negligible ? negligible[i] : 0.0));
-          if (!broken[i]) invert_triangle(factor, b, out);
+          broken[i] = !inverse_factor(g, b, eps_, negligible ? negligible[i] : 0.0, out);
         }
       }
     });
@@ -284,7 +384,7 @@ at::Tensor iterate(const at::Tensor& w, const KrylovOptions& o, int64_t width,
   for (size_t i = 0; i < active.size(); ++i) active[i] = i;
 
   Iteration run(w, o, width);
-  int64_t check = std::min(3 * o.k + 10 * width, n), made = 0;
+  int64_t check = std::min(3 * o.k + 13 * width, n), made = 0;
   // basis vectors made, and log10 of the error over the one allowed; before the first check, a guess
   double last_made = o.k + width, last_log = -std::log10(o.tol);
   for (int64_t steps = 1; !active.empty(); ++steps) {
@@ -325,7 +425,7 @@ at::Tensor iterate(const at::Tensor& w, const KrylovOptions& o, int64_t width,
     std::nth_element(ahead.begin(), ahead.begin() + ahead.size() / 2, ahead.end());
     const double here = ahead[ahead.size() / 2], slope = (last_log - here) / (made - last_made);
     const double wanted = slope > 0 ? here / slope : std::numeric_limits<double>::infinity();
-    // a check costs about as much as two steps, and a long extrapolation is not to be trusted
+    // a long extrapolation is not to be trusted
     const double longest = std::max(0.3 * made, 2.0 * width);
     check = std::min(kRestartedLengths * n, made + int64_t(std::clamp(wanted, double(width), longest)));
     last_made = made;
@@ -333,8 +433,13 @@ at::Tensor iterate(const at::Tensor& w, const KrylovOptions& o, int64_t width,
   }
   if (!again.empty()) {
     const auto rows = indices(again, w);
-    right.index_copy_(
-        0, rows, iterate(w.index_select(0, rows), o, std::min(2 * width, n), check_interrupt));
+    const auto crowded = w.index_select(0, rows);
+    const int64_t wider = std::min(2 * width, n);
+    // where the Gram matrix is small, its eigenvectors cost less than a third run
+    const bool direct = n <= o.gram_short && width > o.width;
+    right.index_copy_(0, rows,
+                      direct ? gram_subspace(crowded, o.k).to(w.scalar_type())
+                             : iterate(crowded, o, wider, check_interrupt));
   }
   return right;
 }

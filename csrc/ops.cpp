@@ -9,6 +9,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -91,6 +92,15 @@ void check_problem(const at::Tensor& w, const KrylovOptions& o) {
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// What `work` returns; a failure of LAPACK in it says which matrix of the stack it was.
+Triplets named(int64_t i, const std::function<Triplets()>& work) {
+  try {
+    return work();
+  } catch (const c10::LinAlgError& error) {
+    TORCH_CHECK_LINALG(false, "matrix ", i, " of the stack: ", error.what_without_backtrace());
+  }
+}
+
 // A CPU takes the matrices one by one, each on its own thread.
 Result topk_svd_cpu(const at::Tensor& w,  // [L, m, n], m >= n
                     int64_t k, double tol, double floor, int64_t max_steps, int64_t seed, int64_t width,
@@ -102,7 +112,9 @@ Result topk_svd_cpu(const at::Tensor& w,  // [L, m, n], m >= n
   auto right = at::empty({count, w.size(2), k}, w.options()), residual = at::empty({count}, w.options());
   Interrupt interrupt;
   for_each_matrix(count, [&](int64_t i) {
-    const auto found = leading_triplets(w.narrow(0, i, 1), options, std::ref(interrupt));
+    const auto found = named(i, [&] {
+      return leading_triplets(w.narrow(0, i, 1), options, std::ref(interrupt));
+    });
     left[i].copy_(found.left[0]);
     s[i].copy_(found.s[0]);
     right[i].copy_(found.right[0]);
@@ -111,7 +123,7 @@ Result topk_svd_cpu(const at::Tensor& w,  // [L, m, n], m >= n
   return {left, s, right, residual};
 }
 
-// Other devices take the whole stack in step; converged matrices leave it.
+// Other devices take the whole stack in step; converged matrices leave it. On the CPU only the tests call it.
 Result topk_svd_stack(const at::Tensor& w, int64_t k, double tol, double floor, int64_t max_steps,
                       int64_t seed, int64_t width, int64_t gram_short, int64_t most) {
   const KrylovOptions options{k, tol, floor, max_steps, seed, width, gram_short, most};
@@ -160,14 +172,17 @@ std::tuple<at::Tensor, at::Tensor> symmetric_eigh(const at::Tensor& a) {
 }
 
 TORCH_LIBRARY_FRAGMENT(fastspec, m) {
-  m.def(
-      "topk_svd(Tensor w, int k, float tol, float floor, int max_steps, int seed, int width, "
-      "int gram_short, int most) -> (Tensor left, Tensor s, Tensor right, Tensor residual)");
+  const std::string arguments =
+      "(Tensor w, int k, float tol, float floor, int max_steps, int seed, int width, int gram_short, int most)"
+      " -> (Tensor left, Tensor s, Tensor right, Tensor residual)";
+  m.def(("topk_svd" + arguments).c_str());
+  m.def(("topk_svd_in_step" + arguments).c_str());
   m.def("jacobi_eigh(Tensor a) -> (Tensor values, Tensor vectors)");
 }
 
 TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
   m.impl("topk_svd", topk_svd_cpu);
+  m.impl("topk_svd_in_step", topk_svd_stack);
   m.impl("jacobi_eigh", jacobi_eigh_cpu);
 }
 

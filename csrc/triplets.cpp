@@ -1,8 +1,12 @@
 #include "triplets.h"
 
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 
 #include "dense.h"
+#include "row_products.h"
 
 namespace fastspec {
 namespace {
@@ -12,10 +16,37 @@ namespace {
 constexpr double kSmall = 1e-4;
 // Rows of W that are widened at a time, so that float64 products need no float64 copy of W.
 constexpr int64_t kRows = 512;
+// Columns of a thin product that are worth a thread.
+constexpr int64_t kThreadColumns = 8;
+
+// a [1, m, n] x [1, n, k] on the CPU for thin x, of which the result has the layout: columns adjacent.
+at::Tensor times_alone(const at::Tensor& a, const at::Tensor& x) {
+  const bool turned = !a.is_contiguous();
+  const auto matrix = turned ? a.mT().contiguous() : a, rows = x.mT().contiguous();
+  const int64_t m = a.size(1), n = a.size(2), k = x.size(2);
+  auto out = at::empty({1, k, m}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "times_alone", [&] {
+    const auto* const from = matrix.const_data_ptr<scalar_t>();
+    at::parallel_for(0, k, kThreadColumns, [&](int64_t begin, int64_t end) {
+      const auto* const own = rows.const_data_ptr<scalar_t>() + begin * n;
+      auto* const to = out.mutable_data_ptr<scalar_t>() + begin * m;
+      if (turned) {
+        rows_times(own, end - begin, from, n, m, to);
+      } else {
+        rows_dot(own, end - begin, from, m, n, to, m);
+      }
+    });
+  });
+  return out.mT();
+}
+
+at::Tensor product(const at::Tensor& a, const at::Tensor& x) {
+  return a.is_cpu() && a.size(0) == 1 ? times_alone(a, x) : at::bmm(a, x);
+}
 
 // W x in the dtype of x.
 at::Tensor times(const at::Tensor& w, const at::Tensor& x) {
-  if (w.scalar_type() == x.scalar_type()) return at::bmm(w, x);
+  if (w.scalar_type() == x.scalar_type()) return product(w, x);
   auto out = at::empty({w.size(0), w.size(1), x.size(2)}, x.options());
   for (int64_t row = 0; row < w.size(1); row += kRows) {
     const int64_t size = std::min(kRows, w.size(1) - row);
@@ -26,7 +57,7 @@ at::Tensor times(const at::Tensor& w, const at::Tensor& x) {
 
 // W^T y in the dtype of y.
 at::Tensor transposed_times(const at::Tensor& w, const at::Tensor& y) {
-  if (w.scalar_type() == y.scalar_type()) return at::bmm(w.mT(), y);
+  if (w.scalar_type() == y.scalar_type()) return product(w.mT(), y);
   auto out = at::zeros({w.size(0), w.size(2), y.size(2)}, y.options());
   for (int64_t row = 0; row < w.size(1); row += kRows) {
     const int64_t size = std::min(kRows, w.size(1) - row);
@@ -116,10 +147,12 @@ Triplets rayleigh_ritz(const at::Tensor& w, const at::Tensor& subspace, at::Scal
   const auto vectors = std::get<1>(symmetric_eigh(energy)).flip(2);
   const auto c = at::linalg_solve_triangular(metric.mT(), vectors, /*upper=*/true)
                      .to(right.scalar_type());
-  return finish(w, at::bmm(right, c), at::bmm(image, c), result);
+  // in the layout of `image`: columns adjacent where the next products want them so
+  const auto turned = [&](const at::Tensor& x) { return at::bmm(c.mT(), x.mT()).mT(); };
+  return finish(w, turned(right), turned(image), result);
 }
 
-Triplets gram_triplets(const at::Tensor& w, int64_t k) {
+at::Tensor gram_subspace(const at::Tensor& w, int64_t k) {
   const int64_t n = w.size(2);
   auto gram = at::zeros({w.size(0), n, n}, w.options().dtype(at::kDouble));
   for (int64_t row = 0; row < w.size(1); row += kRows) {
@@ -131,7 +164,11 @@ Triplets gram_triplets(const at::Tensor& w, int64_t k) {
       gram.baddbmm_(wide.mT(), wide);
     }
   }
-  const auto right = std::get<1>(symmetric_eigh(gram)).narrow(2, n - k, k).flip(2);
+  return std::get<1>(symmetric_eigh(gram)).narrow(2, n - k, k).flip(2);
+}
+
+Triplets gram_triplets(const at::Tensor& w, int64_t k) {
+  const auto right = gram_subspace(w, k);
   return finish(w, right, times(w, right), w.scalar_type());
 }
 

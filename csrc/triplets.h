@@ -16,6 +16,9 @@ struct Triplets {
 // m >= n; the result has the dtype of `result`.
 Triplets rayleigh_ritz(const at::Tensor& w, const at::Tensor& right, at::ScalarType result);
 
+// The k leading right vectors [A, n, k], float64, by all eigenvectors of W^T W accumulated in float64.
+at::Tensor gram_subspace(const at::Tensor& w, int64_t k);
+
 // The k leading triplets by all eigenvectors of W^T W, accumulated in float64.
 Triplets gram_triplets(const at::Tensor& w, int64_t k);
 

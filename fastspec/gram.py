@@ -35,10 +35,15 @@ def chunk_size(shape: tuple[int, ...], k: int, dtype: torch.dtype, workspace: in
 
 def factorize(w: Tensor, k: int) -> Triplets:
     """The k leading triplets by eigenvectors of W^T W, accumulated in float64."""
+    right = leading_subspace(w, k)
     wide = w.double()
-    square = wide.mT @ wide
-    right = torch.linalg.eigh(square)[1][..., -k:].flip(-1)
     return _triplets(wide, right, wide @ right, w.dtype)
+
+
+def leading_subspace(w: Tensor, k: int) -> Tensor:  # [L, n, k] float64
+    """Leading right vectors, by eigenvectors of W^T W."""
+    wide = w.double()
+    return torch.linalg.eigh(wide.mT @ wide)[1][..., -k:].flip(-1)
 
 
 def rayleigh_ritz(w: Tensor, right: Tensor) -> Triplets:

@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastspec import gram
+
 # Values within this many tolerances of one another may be copies of one value: Ritz vectors that mix
 # values further apart would not have passed for converged.
 _COPIES = 30
@@ -69,10 +71,12 @@ def leading_subspace(
     seed: int,
     width: int,
     most: int,
+    widened: bool = False,
 ) -> Tensor:  # [L, n, k]
     """Right vectors whose estimated residuals meet `tol`, or the best found within `max_steps`.
 
-    In blocks of `width` columns, and with `most` basis vectors at once.
+    In blocks of `width` columns, and with `most` basis vectors at once; `widened` after a first run whose
+    blocks were too narrow.
     """
     short = w.shape[-1]
     width = min(width, short)
@@ -116,8 +120,13 @@ def leading_subspace(
             last = here
     for rows in crowded_rows:
         if rows.numel():
+            if short <= GRAM_SHORT and widened:  # a third run would cost more
+                right[rows] = gram.leading_subspace(w[rows], k).to(w.dtype)
+                continue
             wider = min(2 * width, short)
-            right[rows] = leading_subspace(w[rows], k, tol, floor, max_steps, seed, wider, most)
+            right[rows] = leading_subspace(
+                w[rows], k, tol, floor, max_steps, seed, wider, most, widened=True
+            )
     return right
 
 

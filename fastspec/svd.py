@@ -174,7 +174,11 @@ def _factorize_chunk(
     scale = _scale(weights, labels, compute)
     if scale is not None:
         w = w / scale[:, None, None]
-    triplets = _leading_triplets(w, k, tol, max_steps, seed, workspace)
+    try:
+        triplets = _leading_triplets(w, k, tol, max_steps, seed, workspace)
+    except torch.linalg.LinAlgError as error:
+        of = labels[0] if len(labels) == 1 else f"the stack {labels[0]} .. {labels[-1]}"
+        raise torch.linalg.LinAlgError(f"in {of}: {error}") from error
     u, vh = (triplets.right, triplets.left.mT) if turned else (triplets.left, triplets.right.mT)
     sign = _signs(vh)
     u.mul_(sign[:, None, :])

@@ -18,9 +18,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def topk(w, k=4, tol=1e-5, floor=2**-8, max_steps=0, seed=0, width=4, gram_short=1024, most=4096):
+def topk(
+    w,
+    k=4,
+    tol=1e-5,
+    floor=2**-8,
+    max_steps=0,
+    seed=0,
+    width=4,
+    gram_short=1024,
+    most=4096,
+    op="topk_svd",
+):
     """left [L, m, k], s [L, k], right [L, n, k], residual [L]."""
-    return torch.ops.fastspec.topk_svd(w, k, tol, floor, max_steps, seed, width, gram_short, most)
+    run = getattr(torch.ops.fastspec, op)
+    return run(w, k, tol, floor, max_steps, seed, width, gram_short, most)
 
 
 def subspace(w, **options):
@@ -40,17 +52,22 @@ def allowed_sine(w: torch.Tensor, k: int, tol: float = 1e-5) -> torch.Tensor:
     return k**0.5 * tol * values[:, 0] / (values[:, k - 1] - values[:, k])
 
 
+# matrix by matrix, as a CPU runs it, and all of a stack in step, as other devices do
+both_ways = pytest.mark.parametrize("op", ["topk_svd", "topk_svd_in_step"])
+
+
 @pytest.fixture
 def stack() -> torch.Tensor:
     return torch.randn(5, 90, 70, generator=torch.Generator().manual_seed(0))
 
 
+@both_ways
 @pytest.mark.parametrize("gram_short", [0, 1024], ids=["products", "gram"])
 @pytest.mark.parametrize("width", [1, 3, 4, 16, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_subspace(stack, gram_short: int, width: int, dtype: torch.dtype) -> None:
+def test_subspace(stack, op: str, gram_short: int, width: int, dtype: torch.dtype) -> None:
     w = stack.to(dtype)
-    right = subspace(w, width=width, gram_short=gram_short)
+    right = subspace(w, width=width, gram_short=gram_short, op=op)
     assert (sine(right, w) <= allowed_sine(w, 4)).all()
 
 
@@ -61,9 +78,33 @@ def test_a_matrix_gets_the_same_bits_in_any_stack(stack) -> None:
     assert torch.equal(whole, reversed_)
 
 
-def test_turned_and_strided_input(stack) -> None:
-    turned = stack.mT.contiguous().mT
-    assert (sine(subspace(turned), stack) <= allowed_sine(stack, 4)).all()
+@both_ways
+def test_turned_and_strided_input(stack, op: str) -> None:
+    turned, strided = stack.mT.contiguous().mT, torch.stack([stack, -stack], dim=-1)[..., 0]
+    for w in (turned, strided):
+        assert (sine(subspace(w, op=op), stack) <= allowed_sine(stack, 4)).all()
+
+
+@both_ways
+@pytest.mark.parametrize("n", [1, 2, 5, 17, 31, 64, 65, 131])
+@pytest.mark.parametrize("turned", [False, True])
+def test_sides_of_every_remainder(n: int, turned: bool, op: str) -> None:
+    w = torch.randn(2, n + 30, n, generator=torch.Generator().manual_seed(n))
+    w = w.mT.contiguous().mT if turned else w
+    _, s, _, residual = topk(w, k=min(n, 7), op=op)
+    exact = torch.linalg.svdvals(w.double())[:, : min(n, 7)]
+    assert (residual <= 1e-5).all()
+    assert (s.double() - exact).abs().max() <= 1e-5 * exact.max()
+
+
+@both_ways
+def test_matrices_that_need_different_numbers_of_steps(op: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    decay = torch.tensor([3.0, 0.3, 1.0, 0.6])[:, None]
+    w = torch.randn(4, 120, 100, generator=g) * ((1 + torch.arange(100.0)) ** -decay)[:, None]
+    _, s, _, residual = topk(w, k=8, op=op)
+    assert (residual <= 1e-5).all()
+    assert (s.double() / torch.linalg.svdvals(w.double())[:, :8] - 1).abs().max() <= 1e-5
 
 
 def test_step_limit_still_gives_k_vectors(stack) -> None:
@@ -73,10 +114,14 @@ def test_step_limit_still_gives_k_vectors(stack) -> None:
     assert (right.mT @ right - eye).abs().max() < 1e-5
 
 
-def test_more_copies_than_columns() -> None:
+@both_ways
+@pytest.mark.parametrize("gram_short", [0, 1024], ids=["wider", "gram"])
+def test_more_copies_than_columns(op: str, gram_short: int) -> None:
     q = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
     w = (q * torch.where(torch.arange(64) < 20, 2.0, 0.5)) @ q.mT
-    assert sine(subspace(w[None], k=20, width=4), w[None]) <= allowed_sine(w[None], 20)
+    assert sine(
+        subspace(w[None], k=20, width=4, gram_short=gram_short, op=op), w[None]
+    ) <= allowed_sine(w[None], 20)
 
 
 @pytest.mark.parametrize("width", [0, 4], ids=["gram", "krylov"])
@@ -90,11 +135,14 @@ def test_residual_is_that_of_the_returned_vectors(stack, width: int) -> None:
     assert (residual <= measured + 1e-6).all()
 
 
+@both_ways
 @pytest.mark.parametrize("most", [1, 30, 45])
 @pytest.mark.parametrize("width", [1, 4])
-def test_restart_reaches_the_tolerance_in_a_bounded_basis(stack, width: int, most: int) -> None:
+def test_restart_reaches_the_tolerance_in_a_bounded_basis(
+    stack, op: str, width: int, most: int
+) -> None:
     decaying = stack * (1 + torch.arange(70)) ** -0.5
-    _, s, _, residual = topk(decaying, k=8, width=width, most=most)
+    _, s, _, residual = topk(decaying, k=8, width=width, most=most, op=op)
     assert (residual <= 1e-5).all()
     exact = torch.linalg.svdvals(decaying.double())[:, :8]
     assert (s.double() - exact).abs().max() <= 1e-6 * exact.max()
@@ -114,7 +162,9 @@ def test_the_interpreter_is_free_while_it_runs() -> None:
 def test_interrupt_ends_a_call_at_once() -> None:
     """Ctrl-C within one matrix, which would take minutes."""
     code = (
-        "import torch, fastspec, sys\n"
+        "import torch, fastspec, signal\n"
+        # ignored in what a shell starts in the background, and inherited
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "w = torch.randn(2, 6000, 6000); print('ready', flush=True)\n"
         "try:\n    fastspec.topk_svd(w, 600, tol=1e-7)\n"
         "except KeyboardInterrupt:\n    print('interrupted')\n"

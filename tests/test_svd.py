@@ -326,3 +326,13 @@ def test_any_matrix_large_enough_to_iterate(
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         check(w, topk_svd(w, k, seed=seed), k)
+
+
+def test_a_failure_of_lapack_names_the_layers(monkeypatch) -> None:
+    def fails(*args, **kwargs):
+        raise torch.linalg.LinAlgError("matrix 1 of the stack: no convergence")
+
+    monkeypatch.setattr("fastspec.svd._leading_triplets", fails)
+    stack = [torch.randn(4, 4)] * 2
+    with pytest.raises(torch.linalg.LinAlgError, match=r"encoder.0 .. encoder.1: matrix 1 of"):
+        topk_svd(stack, 2, names=["encoder.0", "encoder.1"])
