@@ -1,6 +1,7 @@
 // Passes over [N, k] with a core of few diagonals: t C and the trained entries of q^T p, all at once.
 #pragma once
 #include <ATen/core/Tensor.h>
+
 namespace fastspec {
 
 // t (diag(s) + C), or t (diag(s) + C)^T  [N, k], for t [N, k] float32 or float64, s [k] or undefined and
