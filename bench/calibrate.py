@@ -58,7 +58,7 @@ def measure(n: int, k: int, factors, rounds: int) -> Measured:
     out_features, in_features = w.shape
     p = problem(n, *factors, k)
     plans = legal_plans(
-        in_features, out_features, k, core="diag", dtype=torch.float32, device="cpu",
+        n, in_features, out_features, k, core="diag", dtype=torch.float32, device="cpu",
         needs_dx=True, needs_delta=True, singular_basis=True,
     )  # fmt: skip
     repeats = max(1, round(2e8 / (n * in_features * out_features)))

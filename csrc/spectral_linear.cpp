@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "diagonals.h"
 #include "layer.h"
 
 namespace fastspec {
@@ -80,34 +81,23 @@ bool all_zero(const Tensor& delta) {
 // t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in delta's dtype or wider.
 Tensor apply_core(const Tensor& t, const Tensor& delta, Core core, bool transpose) {
   const auto wide = at::promote_types(t.scalar_type(), delta.scalar_type());
-  const Tensor d = delta.to(wide);
-  if (core == Core::Diag) return at::mul(t, d).to(t.scalar_type());
-  if (core == Core::Dense) return at::mm(t.to(wide), transpose ? d.t() : d).to(t.scalar_type());
-  Tensor out = at::zeros(t.sizes(), t.options().dtype(wide));
-  each_diagonal(d, [&](int64_t row, int64_t i, int64_t j, int64_t count) {
-    const int64_t source = transpose ? j : i, target = transpose ? i : j;
-    out.narrow(1, target, count).addcmul_(t.narrow(1, source, count).to(wide), d[row].narrow(0, i, count));
-  });
+  const Tensor d = delta.to(wide), wide_t = t.to(wide);
+  const Tensor out = core == Core::Dense ? at::mm(wide_t, transpose ? d.t() : d)
+                                         : diagonals_apply(wide_t, {}, d, transpose);
   return out.to(t.scalar_type());
 }
 
-// t M, or t M^T  [N, k], with M = diag(S) + C.
+// t M, or t M^T  [N, k], with M = diag(S) + C, for t in float32 or float64.
 Tensor apply_sigma(const Tensor& t, const Layer& layer, bool transpose) {
   const Tensor s = layer.s.to(t.scalar_type());
-  if (layer.core == Core::Diag) return at::mul(t, at::add(layer.s, layer.delta).to(t.scalar_type()));
-  return at::addcmul(apply_core(t, layer.delta, layer.core, transpose), t, s);
+  if (layer.core == Core::Dense) return at::addcmul(apply_core(t, layer.delta, layer.core, transpose), t, s);
+  return diagonals_apply(t, s, layer.delta.to(t.scalar_type()), transpose);
 }
 
 // The trained entries of q^T p, in delta's shape and dtype.
 Tensor reduce_core(const Tensor& q_in, const Tensor& p_in, const Tensor& delta, Core core) {
   const Tensor q = q_in.to(delta.scalar_type()), p = p_in.to(delta.scalar_type());
-  if (core == Core::Diag) return at::mul(q, p).sum(0);
-  if (core == Core::Dense) return at::mm(q.t(), p);
-  Tensor out = at::zeros_like(delta);
-  each_diagonal(delta, [&](int64_t row, int64_t i, int64_t j, int64_t count) {
-    out[row].narrow(0, i, count).copy_(at::mul(q.narrow(1, i, count), p.narrow(1, j, count)).sum(0));
-  });
-  return out;
+  return core == Core::Dense ? at::mm(q.t(), p) : diagonals_reduce(q, p, delta);
 }
 
 // W + L R into a row-major `out`.

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastspec import ops, reference
+from fastspec import aten, ops, reference
 from fastspec.config import CORES
 from fastspec.plan import Plan, make_plan, spectral_is_legal
 
@@ -95,9 +95,14 @@ def spectral_linear(
     gradient = plan.gradient if needs_delta else "none"
     if needs_delta and gradient == "none":
         raise ValueError("plan.gradient is 'none' but delta requires a gradient")
+    forward = plan.forward
+    if forward == "saved":
+        with torch.no_grad():
+            effective = aten.merge(weight, u, vh, delta, core, torch.empty_like(weight))
+        forward = "resident"
     if effective is not None:
         weight = effective
-    return ops.spectral_linear(x, bias, weight, u, s, vh, delta, core, plan.forward, gradient)
+    return ops.spectral_linear(x, bias, weight, u, s, vh, delta, core, forward, gradient)
 
 
 def _check_plan(
@@ -112,6 +117,11 @@ def _check_plan(
     """Refuse a forced plan whose identities do not hold here."""
     if plan.forward == "resident":
         raise ValueError("plan.forward='resident' can't be forced: give `effective` instead")
+    if plan.forward == "saved" and plan.gradient != "dense":
+        raise ValueError(
+            "plan.forward='saved' saves a matrix as large as the weight: only beside gradient='dense', "
+            f"which saves x, got gradient={plan.gradient!r}"
+        )
     if plan.gradient == "short" and not (singular_basis and core != "band"):
         raise ValueError(
             "plan.gradient='short' needs singular_basis=True and a diag or dense core: take 'two_sided'"

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-Forward = Literal["merged", "resident", "factored", "spectral"]
+Forward = Literal["merged", "saved", "resident", "factored", "spectral"]
 Gradient = Literal["none", "two_sided", "short", "dense"]
-FORWARDS = ("merged", "resident", "factored", "spectral")
+FORWARDS = ("merged", "saved", "resident", "factored", "spectral")
 GRADIENTS = ("none", "two_sided", "short", "dense")
 
 
@@ -23,8 +23,9 @@ class Plan:
 
     Args:
         forward: `"merged"`: W + U C Vh is written to a scratch buffer and multiplied once, in the
-            forward and again in the backward (F2); `"resident"`: the same with a copy that the caller
-            keeps (`SpectralLinear.keep_merged`); `"factored"`: the plain product plus two thin ones;
+            forward and again in the backward (F2); `"saved"`: it is written once, and saved for the
+            backward; `"resident"`: the same with a copy that the caller keeps
+            (`SpectralLinear.keep_merged`); `"factored"`: the plain product plus two thin ones;
             `"spectral"`: with a complete basis W = U S Vh, so y = (x Vh^T) (diag(S) + C)^T U^T and
             p and q come for nothing.
         gradient: `"none"`: no coefficient gradient is asked for; `"two_sided"`: p = x Vh^T, q = g U
@@ -97,7 +98,7 @@ def work_of(
     forward, gradient = plan.forward, plan.gradient
     weight = in_features * out_features
     flops = thin = moved = 0
-    one_product = forward in ("merged", "resident")
+    one_product = forward in ("merged", "saved", "resident")
 
     # The factored correction and the complete basis share their first products, p and q, with the
     # gradient: only what the gradient would not compute anyway counts against them.
@@ -115,9 +116,10 @@ def work_of(
     if gradient == "short":  # y U has the size of g U, dx V that of x V
         thin += 2 * n * k * (out_features * (not p_from_x) + in_features * (not q_from_g))
 
-    if forward == "merged":  # once a direction: a product of the weight's size, read and written
-        thin += 2 * k * weight * (1 + needs_dx)
-        moved += 2 * weight * itemsize * (1 + needs_dx)
+    if forward in ("merged", "saved"):  # a product of the weight's size, read and written
+        times = 1 + (needs_dx and forward == "merged")
+        thin += 2 * k * weight * times
+        moved += 2 * weight * itemsize * times
     elif not one_product:
         wide = out_features + in_features * needs_dx
         thin += 2 * n * k * wide
@@ -170,6 +172,7 @@ def make_plan(
         return costs.of(work, k)
 
     plans = legal_plans(
+        n,
         in_features,
         out_features,
         k,
@@ -189,6 +192,7 @@ def make_plan(
 
 
 def legal_plans(
+    n: int,
     in_features: int,
     out_features: int,
     k: int,
@@ -215,6 +219,9 @@ def legal_plans(
     if resident:
         return [Plan("resident", gradient) for gradient in gradients]
     plans = [Plan(forward, gradient) for forward in forwards for gradient in gradients]
+    # Beside a saved x, a weight of less than half its size is no burden.
+    if wide and needs_dx and "dense" in gradients and n >= 2 * out_features:
+        plans.append(Plan("saved", "dense"))
     if spectral_is_legal(in_features, out_features, k, dtype, device, singular_basis):
         plans.append(Plan("spectral", "two_sided" if needs_delta else "none"))
     return plans

@@ -37,6 +37,7 @@ def legal_plans(core, out_features, in_features, dtype, needs_dx=True, k=None):
     if short_side_is_legal(in_features, out_features, core, dtype, "cpu", needs_dx, True):
         gradients.append("short")
     plans = [Plan(f, g) for f, g in itertools.product(("merged", "factored"), gradients)]
+    plans.append(Plan("saved", "dense"))
     if k is not None and spectral_is_legal(in_features, out_features, k, dtype, "cpu", True):
         plans.append(Plan("spectral", "two_sided"))
     return plans
@@ -209,6 +210,7 @@ def test_only_p_is_saved(core):
     p = singular_problem(40, 24, 5, core=core, n=30)
     for plan in legal_plans(core, 40, 24, torch.float32):
         expected = 30 * 24 if plan.gradient == "dense" else 30 * 5
+        expected += 40 * 24 if plan.forward == "saved" else 0
         assert saved_numbers(p, core, plan) == expected, plan
     assert saved_numbers(p, core, Plan("merged", "none"), needs_delta=False) == 0
 
@@ -438,6 +440,8 @@ def test_errors_name_the_argument():
         call(0, p["x"], core="full")
     with pytest.raises(ValueError, match="singular_basis"):
         call(0, p["x"], plan=Plan("merged", "short"))
+    with pytest.raises(ValueError, match="only beside gradient='dense'.*got gradient='two_sided'"):
+        call(0, p["x"], plan=Plan("saved", "two_sided"))
     with pytest.raises(ValueError, match="give `effective` instead"):
         call(0, p["x"], plan=Plan("resident", "two_sided"))
     with pytest.raises(ValueError, match=r"effective must be \[12, 8\].*got \[8, 12\]"):

@@ -36,6 +36,12 @@ def test_high_rank_takes_the_dense_route_on_squares():
     assert make_plan(4096, 768, 768, 768, core="band").gradient == "dense"
 
 
+def test_a_merged_copy_is_saved_only_beside_an_input_twice_as_large():
+    assert make_plan(4096, 768, 768, 768) == Plan("saved", "dense")
+    assert make_plan(1024, 768, 768, 768).forward != "saved"
+    assert make_plan(4096, 768, 768, 32).forward == "merged"
+
+
 @pytest.mark.parametrize("core", CORES)
 def test_what_no_plan_may_do(core):
     for n, (i, o), k, dtype, device, dx, delta, singular in itertools.product(
