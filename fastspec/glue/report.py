@@ -109,7 +109,7 @@ def markdown(suite: Suite, times: Mapping[str, StepTime] | None = None) -> str:
         seeds = suite.seeds_of(row)
         line += [spread(by_task[t].best, seeds) if t in by_task else "" for t in suite.tasks]
         line += [_mean(by_task, suite.tasks, "best"), _mean(by_task, suite.tasks, "last")]
-        line.append(", ".join(_rate(by_task[t]) if t in by_task else "" for t in suite.tasks))
+        line.append(", ".join(_rate(by_task[t]) if t in by_task else "-" for t in suite.tasks))
         if times:
             time = times.get(row.name)
             line += [f"{time.ratio:.2f}", f"{time.saved:.2f}"] if time else ["", ""]
@@ -237,7 +237,7 @@ def draw(suite: Suite, path: Path) -> None:
                 counts["adapter"] + counts["head"],
                 middle,
                 yerr=[[middle - min(scores.values())], [max(scores.values()) - middle]],
-                fmt="osD^vP*X<>"[i // 10 % 10],
+                fmt="osD^vP*X<>"[(i + i // 10) % 10],
                 color=f"C{i % 10}",
                 capsize=3,
                 label=name,
