@@ -440,7 +440,7 @@ def test_errors_name_the_argument():
         call(0, p["x"], core="full")
     with pytest.raises(ValueError, match="singular_basis"):
         call(0, p["x"], plan=Plan("merged", "short"))
-    with pytest.raises(ValueError, match="only beside gradient='dense'.*got gradient='two_sided'"):
+    with pytest.raises(ValueError, match=r"only beside gradient='dense'.*got gradient='two_sided'"):
         call(0, p["x"], plan=Plan("saved", "two_sided"))
     with pytest.raises(ValueError, match="give `effective` instead"):
         call(0, p["x"], plan=Plan("resident", "two_sided"))
