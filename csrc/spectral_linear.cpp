@@ -166,8 +166,16 @@ Tensor dense_gradient(const Tensor& g, const Tensor& x, const Layer& layer) {
   const Tensor rows = at::mm(layer.u.to(g.scalar_type()).t(), grad);  // [k, in]
   const Tensor vh = layer.vh.to(g.scalar_type());
   if (layer.core == Core::Dense) return at::mm(rows, vh.t()).to(layer.delta.scalar_type());
-  // rows of U^T G against (shifted) rows of Vh: the same reduction, over `in` instead of tokens
-  return reduce_core(rows.t(), vh.t(), layer.delta, layer.core);
+  // rows of U^T G against (shifted) rows of Vh
+  const auto entries = [&](int64_t i, int64_t j, int64_t count) {
+    return at::mul(rows.narrow(0, i, count), vh.narrow(0, j, count)).sum(1);
+  };
+  if (layer.core == Core::Diag) return entries(0, 0, rows.size(0)).to(layer.delta.scalar_type());
+  Tensor out = at::zeros_like(layer.delta);
+  each_diagonal(layer.delta, [&](int64_t row, int64_t i, int64_t j, int64_t count) {
+    out[row].narrow(0, i, count).copy_(entries(i, j, count));
+  });
+  return out;
 }
 
 // y [..., out] and p [N, k] (no rows where the plan saves none).
