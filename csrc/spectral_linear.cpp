@@ -103,7 +103,7 @@ Tensor reduce_core(const Tensor& q_in, const Tensor& p_in, const Tensor& delta, 
 // W + L R into a row-major `out`.
 void merge_rows(const Tensor& weight, const Tensor& left_in, const Tensor& right_in, Tensor& out) {
   const Tensor left = left_in.contiguous(), right = right_in.contiguous();
-  if (thin(left.size(1), {weight, left, right, out}))
+  if (thin_merge_supported() && thin(left.size(1), {weight, left, right, out}))
     thin_merge(weight, left, right, out);
   else
     at::addmm_out(out, weight, left, right);

@@ -1,4 +1,4 @@
-// Thin float32 products of the spectral layer on x86 CPUs with AVX-512 (design section 2, F1 and F2).
+// Thin float32 products of the spectral layer on x86 CPUs with AVX-512 or AVX2 (design section 2, F1 and F2).
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -9,8 +9,9 @@ namespace fastspec {
 // Above this rank a BLAS is at its full speed and these products are no faster.
 constexpr int64_t THIN_RANK = 64;
 
-// Whether this processor runs them.
+// Whether this processor runs the projections, and whether it runs the merge.
 bool thin_supported();
+bool thin_merge_supported();
 
 // Whether they take this matrix: float32 on the CPU, unit column stride.
 bool thin_operand(const at::Tensor& matrix);
