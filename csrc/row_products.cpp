@@ -2,26 +2,32 @@
 
 #include <algorithm>
 
-// Compiled for each kind of processor, and chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define FASTSPEC_CLONES __attribute__((target_clones("avx512f", "fma", "default")))
-#else
-#define FASTSPEC_CLONES
-#endif
 #define FASTSPEC_INLINE inline __attribute__((always_inline))
 
 namespace fastspec {
 namespace {
 
-// The compiler splits a vector where registers are narrower.
-template <typename T>
-struct Lanes {
-  typedef T type __attribute__((vector_size(64), aligned(alignof(T)), may_alias));
-  static constexpr int64_t count = 64 / sizeof(T);
+// A kind of processor: bytes of a vector, and vectors of a tile of kRows rows. Its accumulators, the vectors
+// they are made from and one operand more have to fit the registers: what the compiler keeps on the stack
+// takes a tile to half its speed.
+constexpr int kRows = 4;
+struct Avx512 {  // 32 registers
+  static constexpr int kBytes = 64, kVectors = 4;
+};
+struct Fma {  // 16
+  static constexpr int kBytes = 32, kVectors = 3;
+};
+struct Plain {  // 16 or more, and products that take one until they are added
+  static constexpr int kBytes = 16, kVectors = 2;
 };
 
-constexpr int kRows = 4, kVectors = 4;  // of a tile: 16 accumulators
-constexpr int64_t kCache = 1 << 18;     // bytes of w that one pass over its Gram matrix reads again and again
+constexpr int64_t kCache = 1 << 18;  // bytes of w that one pass over its Gram matrix reads again and again
+
+template <typename K, typename T>
+struct Lanes {
+  typedef T type __attribute__((vector_size(K::kBytes), aligned(alignof(T)), may_alias));
+  static constexpr int64_t count = K::kBytes / sizeof(T);
+};
 
 enum class Into { kSet, kAdd, kSubtract };
 
@@ -43,10 +49,10 @@ struct View {
 };
 
 // A tile [R, C vectors] of x [R, n] a [n, ..], but for the first `skip` columns of a tile of one vector.
-template <typename T, int R, int C, Into I>
+template <typename K, typename T, int R, int C, Into I>
 FASTSPEC_INLINE void times_tile(View<const T> x, View<const T> a, int64_t n, View<T> out, int64_t skip) {
-  using V = typename Lanes<T>::type;
-  constexpr int64_t lanes = Lanes<T>::count;
+  using V = typename Lanes<K, T>::type;
+  constexpr int64_t lanes = Lanes<K, T>::count;
   V sum[R][C] = {};
   for (int64_t i = 0; i < n; ++i, a.data += a.row, x.data += x.column) {
     V columns[C];
@@ -70,25 +76,25 @@ FASTSPEC_INLINE void times_tile(View<const T> x, View<const T> a, int64_t n, Vie
 }
 
 // The columns [b, C vectors] of x [b, n] a [n, ..], all rows of x before the next columns: `a` is read once.
-template <typename T, int C, Into I>
+template <typename K, typename T, int C, Into I>
 FASTSPEC_INLINE void times_columns(View<const T> x, int64_t b, View<const T> a, int64_t n, View<T> out,
                                    int64_t skip = 0) {
   int64_t r = 0;
-  for (; r + kRows <= b; r += kRows) times_tile<T, kRows, C, I>(x.from(r), a, n, out.from(r), skip);
-  for (; r < b; ++r) times_tile<T, 1, C, I>(x.from(r), a, n, out.from(r), skip);
+  for (; r + kRows <= b; r += kRows) times_tile<K, T, kRows, C, I>(x.from(r), a, n, out.from(r), skip);
+  for (; r < b; ++r) times_tile<K, T, 1, C, I>(x.from(r), a, n, out.from(r), skip);
 }
 
 // [b, m] of x [b, n] a [n, m]
-template <typename T, Into I>
+template <typename K, typename T, Into I>
 FASTSPEC_INLINE void times(View<const T> x, int64_t b, View<const T> a, int64_t n, int64_t m, View<T> out) {
-  constexpr int64_t lanes = Lanes<T>::count, wide = kVectors * lanes;
+  constexpr int64_t lanes = Lanes<K, T>::count, wide = K::kVectors * lanes;
   int64_t j = 0;
-  for (; j + wide <= m; j += wide) times_columns<T, kVectors, I>(x, b, a.at(j), n, out.at(j));
-  for (; j + lanes <= m; j += lanes) times_columns<T, 1, I>(x, b, a.at(j), n, out.at(j));
+  for (; j + wide <= m; j += wide) times_columns<K, T, K::kVectors, I>(x, b, a.at(j), n, out.at(j));
+  for (; j + lanes <= m; j += lanes) times_columns<K, T, 1, I>(x, b, a.at(j), n, out.at(j));
   if (j == m) return;
   if (m >= lanes) {  // the last vector overlaps the one before
     const int64_t last = m - lanes;
-    return times_columns<T, 1, I>(x, b, a.at(last), n, out.at(last), j - last);
+    return times_columns<K, T, 1, I>(x, b, a.at(last), n, out.at(last), j - last);
   }
   for (int64_t r = 0; r < b; ++r) {
     for (j = 0; j < m; ++j) {
@@ -100,32 +106,32 @@ FASTSPEC_INLINE void times(View<const T> x, int64_t b, View<const T> a, int64_t 
 }
 
 // `rows` rows from `row` on of w^T w, from the diagonal's tile on.
-template <typename T, Into I>
+template <typename K, typename T, Into I>
 FASTSPEC_INLINE void gram_rows(const T* w, int64_t m, int64_t n, int64_t row, int64_t rows, T* out) {
-  constexpr int64_t wide = kVectors * Lanes<T>::count;
+  constexpr int64_t wide = K::kVectors * Lanes<K, T>::count;
   const int64_t j = row / wide * wide;
-  times<T, I>({w + row, 1, n}, rows, {w + j, n, 1}, m, n - j, {out + row * n + j, n, 1});
+  times<K, T, I>({w + row, 1, n}, rows, {w + j, n, 1}, m, n - j, {out + row * n + j, n, 1});
 }
 
-template <typename T, Into I>
+template <typename K, typename T, Into I>
 FASTSPEC_INLINE void gram_pass(const T* w, int64_t m, int64_t n, int64_t begin, int64_t end, T* out) {
   for (; begin < end; begin += kRows)
-    gram_rows<T, I>(w, m, n, begin, std::min<int64_t>(kRows, end - begin), out);
+    gram_rows<K, T, I>(w, m, n, begin, std::min<int64_t>(kRows, end - begin), out);
 }
 
-template <typename T>
+template <typename K, typename T>
 FASTSPEC_INLINE void gram(const T* w, int64_t m, int64_t n, int64_t begin, int64_t end, T* out) {
   const int64_t chunk = std::max<int64_t>(1, kCache / (n * int64_t(sizeof(T))));
-  gram_pass<T, Into::kSet>(w, std::min(chunk, m), n, begin, end, out);
+  gram_pass<K, T, Into::kSet>(w, std::min(chunk, m), n, begin, end, out);
   for (int64_t start = chunk; start < m; start += chunk)
-    gram_pass<T, Into::kAdd>(w + start * n, std::min(chunk, m - start), n, begin, end, out);
+    gram_pass<K, T, Into::kAdd>(w + start * n, std::min(chunk, m - start), n, begin, end, out);
 }
 
 // The tile [R, C] of x q^T.
-template <typename T, int R, int C>
+template <typename K, typename T, int R, int C>
 FASTSPEC_INLINE void dot_tile(const T* x, const T* q, int64_t n, T* out, int64_t ld) {
-  using V = typename Lanes<T>::type;
-  constexpr int64_t lanes = Lanes<T>::count;
+  using V = typename Lanes<K, T>::type;
+  constexpr int64_t lanes = Lanes<K, T>::count;
   V sum[R][C] = {};
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
@@ -150,35 +156,87 @@ FASTSPEC_INLINE void dot_tile(const T* x, const T* q, int64_t n, T* out, int64_t
 }
 
 // The columns [b, C] of x q^T, all rows of x before the next rows of q.
-template <typename T, int C>
+template <typename K, typename T, int C>
 FASTSPEC_INLINE void dot_columns(const T* x, int64_t b, const T* q, int64_t n, T* out, int64_t ld) {
-  for (; b >= kRows; b -= kRows, x += kRows * n, out += kRows * ld) dot_tile<T, kRows, C>(x, q, n, out, ld);
-  for (; b; --b, x += n, out += ld) dot_tile<T, 1, C>(x, q, n, out, ld);
+  for (; b >= kRows; b -= kRows, x += kRows * n, out += kRows * ld) dot_tile<K, T, kRows, C>(x, q, n, out, ld);
+  for (; b; --b, x += n, out += ld) dot_tile<K, T, 1, C>(x, q, n, out, ld);
 }
 
-template <typename T>
+template <typename K, typename T>
 FASTSPEC_INLINE void dot(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out, int64_t ld) {
   int64_t j = 0;
-  for (; j + kVectors <= p; j += kVectors) dot_columns<T, kVectors>(x, b, q + j * n, n, out + j, ld);
-  for (; j < p; ++j) dot_columns<T, 1>(x, b, q + j * n, n, out + j, ld);
+  for (; j + K::kVectors <= p; j += K::kVectors) dot_columns<K, T, K::kVectors>(x, b, q + j * n, n, out + j, ld);
+  for (; j < p; ++j) dot_columns<K, T, 1>(x, b, q + j * n, n, out + j, ld);
+}
+
+// The products as one kind of processor runs them.
+template <typename T>
+struct Products {
+  void (*times)(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out);
+  void (*subtract)(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out);
+  void (*dot)(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out, int64_t ld);
+  void (*gram)(const T* w, int64_t m, int64_t n, int64_t begin, int64_t end, T* out);
+};
+
+#define FASTSPEC_PRODUCTS_OF(K, ATTRIBUTE)                                                          \
+  template <typename T>                                                                             \
+  struct K##Products {                                                                              \
+    ATTRIBUTE static void times_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) { \
+      times<K, T, Into::kSet>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                          \
+    }                                                                                               \
+    ATTRIBUTE static void subtract_(const T* x, int64_t b, const T* a, int64_t n, int64_t m,        \
+                                    T* out) {                                                       \
+      times<K, T, Into::kSubtract>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                     \
+    }                                                                                               \
+    ATTRIBUTE static void dot_(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out,     \
+                               int64_t ld) {                                                        \
+      dot<K, T>(x, b, q, p, n, out, ld);                                                            \
+    }                                                                                               \
+    ATTRIBUTE static void gram_(const T* w, int64_t m, int64_t n, int64_t begin, int64_t end,       \
+                                T* out) {                                                           \
+      gram<K, T>(w, m, n, begin, end, out);                                                         \
+    }                                                                                               \
+    static constexpr Products<T> all = {times_, subtract_, dot_, gram_};                            \
+  };
+
+FASTSPEC_PRODUCTS_OF(Plain, )
+#if defined(__x86_64__) && defined(__GNUC__)
+FASTSPEC_PRODUCTS_OF(Avx512, __attribute__((target("avx512f"))))
+FASTSPEC_PRODUCTS_OF(Fma, __attribute__((target("avx2,fma"))))
+
+template <typename T>
+const Products<T>& best() {
+  if (__builtin_cpu_supports("avx512f")) return Avx512Products<T>::all;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return FmaProducts<T>::all;
+  return PlainProducts<T>::all;
+}
+#else
+template <typename T>
+const Products<T>& best() {
+  return PlainProducts<T>::all;
+}
+#endif
+
+template <typename T>
+const Products<T>& products() {
+  static const Products<T>& chosen = best<T>();
+  return chosen;
 }
 
 }  // namespace
 
 #define FASTSPEC_ROW_PRODUCTS(T)                                                                       \
-  FASTSPEC_CLONES void rows_times(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {   \
-    times<T, Into::kSet>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                                  \
+  void rows_times(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                   \
+    products<T>().times(x, b, a, n, m, out);                                                           \
   }                                                                                                    \
-  FASTSPEC_CLONES void rows_subtract(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {\
-    times<T, Into::kSubtract>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                             \
+  void rows_subtract(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                \
+    products<T>().subtract(x, b, a, n, m, out);                                                        \
   }                                                                                                    \
-  FASTSPEC_CLONES void rows_dot(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out,       \
-                                int64_t ld) {                                                          \
-    dot<T>(x, b, q, p, n, out, ld);                                                                    \
+  void rows_dot(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out, int64_t ld) {         \
+    products<T>().dot(x, b, q, p, n, out, ld);                                                         \
   }                                                                                                    \
-  FASTSPEC_CLONES void gram_upper(const T* w, int64_t m, int64_t n, int64_t begin, int64_t end,        \
-                                  T* out) {                                                            \
-    gram<T>(w, m, n, begin, end, out);                                                                 \
+  void gram_upper(const T* w, int64_t m, int64_t n, int64_t begin, int64_t end, T* out) {              \
+    products<T>().gram(w, m, n, begin, end, out);                                                      \
   }
 
 FASTSPEC_ROW_PRODUCTS(float)

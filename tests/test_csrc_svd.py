@@ -86,10 +86,11 @@ def test_turned_and_strided_input(stack, op: str) -> None:
 
 
 @both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 5, 17, 31, 64, 65, 131])
 @pytest.mark.parametrize("turned", [False, True])
-def test_sides_of_every_remainder(n: int, turned: bool, op: str) -> None:
-    w = torch.randn(2, n + 30, n, generator=torch.Generator().manual_seed(n))
+def test_sides_of_every_remainder(n: int, turned: bool, dtype: torch.dtype, op: str) -> None:
+    w = torch.randn(2, n + 30, n, dtype=dtype, generator=torch.Generator().manual_seed(n))
     w = w.mT.contiguous().mT if turned else w
     _, s, _, residual = topk(w, k=min(n, 7), op=op)
     exact = torch.linalg.svdvals(w.double())[:, : min(n, 7)]
