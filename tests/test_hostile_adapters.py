@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import os
-import resource
 import struct
 import tempfile
 import time
@@ -15,10 +14,18 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tasks_support import assert_unchanged, frozen_state, little_memory
 from test_adapter import plain, trained
 from test_convert import IDS
 
-from fastspec import SpectralConfig, load_adapter, save_adapter, spectralize
+from fastspec import (
+    SpectralConfig,
+    add_task,
+    load_adapter,
+    load_tasks,
+    save_adapter,
+    spectralize,
+)
 from fastspec.adapter import AdapterError
 
 CONFIG = SpectralConfig(rank={"up": 3, "default": 4}, core="dense", train_layernorm=True)
@@ -61,51 +68,41 @@ def folder_of(data, config, *, honest=True):
         yield folder
 
 
-def frozen_state(model):
-    parameters = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
-    return repr(model), set(vars(model)), parameters
+def load_as_task(model, folder):
+    return load_tasks(model, [folder], name=lambda folder: "hostile")
 
 
-def refused(folder, model=None):
+def add_as_task(model, folder):
+    return add_task(model, "hostile", folder)
+
+
+LOADERS = [load_adapter, load_as_task, add_as_task]
+by_every_loader = pytest.mark.parametrize("load", LOADERS)
+
+
+def refused(folder, model=None, load=load_adapter):
     """Load; True if refused. Then the model must be as before, and else its values must be finite."""
     model = model or plain()
-    text, attributes, before = frozen_state(model)
+    before = frozen_state(model)
     try:
-        load_adapter(model, folder)
+        load(model, folder)
     except (AdapterError, FileNotFoundError):
-        assert repr(model) == text
-        assert set(vars(model)) == attributes
-        after = frozen_state(model)[2]
-        assert before.keys() == after.keys()
-        for n, (flag, value) in before.items():
-            assert after[n][0] == flag
-            assert torch.equal(after[n][1], value)
+        assert_unchanged(model, before)
         return True
-    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    tensors = (*model.parameters(), *model.buffers())
+    assert all(bool(torch.isfinite(t).all()) for t in tensors)
     model(IDS)
     return False
-
-
-@contextmanager
-def little_memory(megabytes=192):
-    """Let no more than this be allocated on top of what is there; a breach is a MemoryError."""
-    with open("/proc/self/statm") as f:
-        now = int(f.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 fuzz = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def test_the_sound_adapter_loads(good, adapted):
+@by_every_loader
+def test_the_sound_adapter_loads(good, adapted, load):
     with folder_of(*good) as folder, little_memory():
-        assert not refused(folder)
-        assert not refused(folder, copy.deepcopy(adapted))
+        assert not refused(folder, load=load)
+        assert not refused(folder, copy.deepcopy(adapted), load)
 
 
 @fuzz
@@ -115,7 +112,7 @@ def test_truncated(good, data):
     keep = data.draw(st.integers(0, len(content) - 1))
     for honest in (False, True):
         with folder_of(content[:keep], config, honest=honest) as folder:
-            assert refused(folder)
+            assert refused(folder, load=data.draw(st.sampled_from(LOADERS)))
 
 
 @fuzz
@@ -128,10 +125,13 @@ def test_flipped_bits(good, data):
     changed = bytearray(content)
     for bit in data.draw(st.sets(places, min_size=1, max_size=4)):
         changed[bit // 8] ^= 1 << bit % 8
+    load = data.draw(st.sampled_from(LOADERS))
     with folder_of(bytes(changed), config, honest=False) as folder:
-        assert refused(folder)
+        assert refused(folder, load=load)
     with folder_of(bytes(changed), config) as folder:
-        refused(folder)  # a flipped value is another adapter: it may load, if it is finite
+        refused(
+            folder, load=load
+        )  # a flipped value is another adapter: it may load, if it is finite
 
 
 NUMBERS = st.one_of(
@@ -188,7 +188,8 @@ def test_any_change_of_the_config(good, adapted, data):
     changed = mutated(data.draw, config)
     assume(changed != config)
     with folder_of(content, changed) as folder:
-        refused(folder, copy.deepcopy(adapted) if data.draw(st.booleans()) else None)
+        model = copy.deepcopy(adapted) if data.draw(st.booleans()) else None
+        refused(folder, model, data.draw(st.sampled_from(LOADERS)))
 
 
 @settings(fuzz, max_examples=150)
@@ -199,7 +200,7 @@ def test_any_change_of_the_header(good, data):
     changed = mutated(data.draw, header)
     assume(changed != header)
     with folder_of(join(changed, body), config) as folder, little_memory():
-        refused(folder)
+        refused(folder, load=data.draw(st.sampled_from(LOADERS)))
 
 
 @fuzz
@@ -221,24 +222,26 @@ def test_any_bytes_for_either_file(good, junk):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["blocks.0.up.delta", "head.bias"])
-def test_values_that_are_not_finite(good, name, value):
+@by_every_loader
+def test_values_that_are_not_finite(good, name, value, load):
     content, config = good
     header, body = split(content)
     at = header[name]["data_offsets"][0]
     body = body[:at] + struct.pack("<f", value) + body[at + 4 :]
     with folder_of(join(header, body), config) as folder:
-        assert refused(folder)
+        assert refused(folder, load=load)
 
 
 @pytest.mark.parametrize(
     "dtype", ["F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4", "X9"]
 )
-def test_another_dtype(good, dtype):
+@by_every_loader
+def test_another_dtype(good, dtype, load):
     content, config = good
     header, body = split(content)
     header["blocks.0.up.delta"]["dtype"] = dtype
     with folder_of(join(header, body), config) as folder:
-        assert refused(folder)
+        assert refused(folder, load=load)
 
 
 def test_every_tensor_in_double_precision(good, tmp_path):
@@ -287,12 +290,13 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("make", BOMBS.values(), ids=BOMBS)
-def test_bombs_in_the_config(good, adapted, make):
+@by_every_loader
+def test_bombs_in_the_config(good, adapted, make, load):
     config = make(good)
     for model in (plain(), adapted):
         began = time.process_time()
         with folder_of(good[0], config) as folder, little_memory():
-            assert refused(folder, model)
+            assert refused(folder, model, load)
         assert time.process_time() - began < 5
 
 
@@ -317,11 +321,12 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("make", HEADERS.values(), ids=HEADERS)
-def test_bombs_in_the_header(good, make):
+@by_every_loader
+def test_bombs_in_the_header(good, make, load):
     content, config = good
     with folder_of(make(*split(content)), config) as folder, little_memory():
         began = time.process_time()
-        assert refused(folder)
+        assert refused(folder, load=load)
         assert time.process_time() - began < 5
 
 
