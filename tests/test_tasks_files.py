@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from support import assert_close
+from tasks_support import assert_unchanged, frozen_state, little_memory
 from test_convert import IDS, Net
 from torch import nn
 
@@ -138,6 +139,54 @@ class TestAllOrNone:
         model.head = nn.Linear(7, 3)
         with pytest.raises(AdapterError, match=r"head\.weight is \[3, 16\].*expects \[3, 7\]"):
             load_tasks(model, runs / "*")
+
+    def test_a_head_that_would_fill_the_memory(self, runs):
+        """10,000 rows are 680 KB in one folder, and 700 MB in the tables of 1,024 tasks."""
+        save_adapter(trained(0, labels=10_000), runs / "wide")
+        with little_memory():
+            for model in (plain(), spectralize(plain(), SpectralConfig(rank=4))):
+                before = frozen_state(model)
+                with pytest.raises(
+                    ValueError, match=r"8 tasks would take 5 MB.*max_bytes=1,000,000"
+                ):
+                    load_tasks(model, runs / "*", max_bytes=10**6)
+                assert_unchanged(model, before)
+            model = spectralize(plain(), SpectralConfig(rank=4))
+            bank = fastspec.task_bank(model, 1024, max_bytes=10**8)
+            fastspec.add_task(model, "there")
+            before = frozen_state(model)
+            for refuse in (
+                lambda: load_tasks(model, runs / "*"),
+                lambda: fastspec.add_task(model, "wide", runs / "wide"),
+                lambda: fastspec.replace_task(model, "there", runs / "wide"),
+                lambda: bank.reserve(10**6),
+            ):
+                with pytest.raises(ValueError, match=r"tasks would take .* MB, above max_bytes"):
+                    refuse()
+                assert_unchanged(model, before)
+                assert list(bank) == ["there"]
+                assert bank.capacity == 1024
+        # the same head where there is room for few
+        bank = load_tasks(plain(), runs / "*")
+        assert bank.model(IDS, tasks=["wide", "t0"]).shape == (2, 11, 10_000)
+        with pytest.raises(ValueError, match="max_bytes=100:"):
+            fastspec.task_bank(spectralize(plain(), SpectralConfig(rank=4)), max_bytes=100)
+
+    def test_memory_that_runs_out_on_the_way(self, runs, monkeypatch):
+        model = spectralize(plain(), SpectralConfig(rank=4))
+        bank = fastspec.task_bank(model)
+        before, made = frozen_state(model), []
+
+        def new_table(slot, shape):
+            made.append(slot)
+            if len(made) == len(bank.slots):
+                raise MemoryError
+            return torch.zeros(shape)
+
+        monkeypatch.setattr("fastspec.multitask.bank.Slot.new_table", new_table)
+        with pytest.raises(MemoryError):
+            bank.reserve(100)
+        assert_unchanged(model, before)
 
     def test_nothing_there(self, tmp_path):
         refused(tmp_path / "*", "no adapter folder there", FileNotFoundError)

@@ -8,7 +8,8 @@ mixed batch is one gather a layer, and tasks come and go below the capacity with
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fastspec.nn import SpectralLayer
 from fastspec.targets import spectral_layers
 
 CAPACITY = 8  # of a new bank; it doubles when it is full
+MAX_BYTES = 4 << 30  # 1,024 dense cores of 64 x 64 on BERT-base take 1.2 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Slot:
     name: str
     owner: nn.Module
     leaf: str
+    shape: torch.Size  # the pretrained one
     is_output: bool  # of a head's output layer: tasks may differ in its first dimension
 
     @property
@@ -44,18 +47,21 @@ class Slot:
     def pretrained(self) -> Tensor:
         return getattr(self.owner, f"{self.leaf}_pretrained")
 
-    def lay_out(self, capacity: int, size: int) -> None:
-        """Make the table, or a larger one with the same values; `size` is the widest output layer's."""
-        shape = self.pretrained.shape
-        shape = torch.Size((max(size, shape[0]), *shape[1:])) if self.is_output else shape
+    def table_shape(self, capacity: int, rows: int) -> torch.Size:
+        """Of a table for `capacity` tasks; `rows` is the widest output layer's size."""
+        shape = self.shape
+        if self.is_output:
+            shape = torch.Size((max(rows, shape[0]), *shape[1:]))
+        return torch.Size((capacity, *shape))
+
+    def new_table(self, shape: torch.Size) -> Tensor:
+        """A table of this shape with the values of the present one, if any; not registered."""
         former = getattr(self.owner, f"{self.leaf}_table", None)
-        if former is not None and former.shape == (capacity, *shape):
-            return
         with torch.no_grad():
-            table = torch.zeros(capacity, *shape, dtype=self.live.dtype, device=self.live.device)
+            table = torch.zeros(shape, dtype=self.live.dtype, device=self.live.device)
             if former is not None:
                 table[tuple(slice(n) for n in former.shape)] = former
-        self.owner.register_buffer(f"{self.leaf}_table", table, persistent=False)
+        return table
 
 
 class TaskBank:
@@ -68,6 +74,8 @@ class TaskBank:
         model: a spectralized model. Its heads as they are now become those of the pretrained model
             (`None`), which new tasks start from.
         capacity: tasks to have room for at first.
+        max_bytes: the most that the tables may take together. A head's size comes from its adapter
+            file and counts once for every task there is room for.
 
     Attributes:
         capacity: rows of the tables; reaching it doubles them, which allocates and recompiles.
@@ -75,11 +83,14 @@ class TaskBank:
         trained: whether the tables require gradients (`requires_grad_`).
 
     Raises:
-        ValueError: the model is no spectralized one, or holds biases or norms that were trained already.
+        ValueError: the model is no spectralized one, or holds biases or norms that were trained already,
+            or the tables would take more than `max_bytes`. The model is unchanged.
     """
 
     @torch.inference_mode(False)  # what is made here is written to later, anywhere
-    def __init__(self, model: nn.Module, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self, model: nn.Module, capacity: int = CAPACITY, *, max_bytes: int = MAX_BYTES
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         adapted = adaptation_of(model)
@@ -91,6 +102,7 @@ class TaskBank:
             )
         self.model = model
         self.capacity = capacity
+        self.max_bytes = max_bytes
         self.active: str | None = None
         self.trained = False
         self._rows: dict[str, int] = {}
@@ -98,11 +110,15 @@ class TaskBank:
         self.slots = []
         for name, tensor in adapter_tensors(model).items():
             module, _, leaf = name.rpartition(".")
-            slot = Slot(name, model.get_submodule(module), leaf, name in outputs)
-            value = torch.zeros_like(tensor) if leaf == "delta" else tensor.detach().clone()
-            slot.owner.register_buffer(f"{leaf}_pretrained", value, persistent=False)
-            slot.lay_out(capacity, 0)
-            self.slots.append(slot)
+            owner = model.get_submodule(module)
+            self.slots.append(Slot(name, owner, leaf, tensor.shape, name in outputs))
+        tables = self._new_tables(capacity, {})
+        for slot, table in tables:
+            value = (
+                torch.zeros_like(slot.live) if slot.leaf == "delta" else slot.live.detach().clone()
+            )
+            slot.owner.register_buffer(f"{slot.leaf}_pretrained", value, persistent=False)
+            slot.owner.register_buffer(f"{slot.leaf}_table", table, persistent=False)
         self._unmixable: str | None = None
         for slot in self.slots:
             if isinstance(slot.owner, SpectralLayer):
@@ -174,12 +190,7 @@ class TaskBank:
             ValueError: a name is taken or no name, or a tensor does not fit.
         """
         for name in tasks:
-            if not isinstance(name, str) or not name:
-                raise ValueError(f"a task's name must be a string that is not empty, got {name!r}")
-            if name in self._rows:
-                raise ValueError(
-                    f"the task {name!r} is there already: replace_task() or remove_task()"
-                )
+            check_name(name, self)
         checked = [self._checked(name, values) for name, values in tasks.items()]
         self._grow(len(self) + len(tasks), checked)
         taken = set(self._rows.values())
@@ -335,26 +346,43 @@ class TaskBank:
     @torch.inference_mode(False)
     def _grow(self, count: int, checked: Sequence[Mapping[str, Tensor]]) -> None:
         """Room for `count` tasks in all and for the sizes of new ones."""
-        capacity = self.capacity
-        while capacity < count:
-            capacity *= 2
-        for slot in self.slots:
-            size = 0
-            if slot.is_output:
-                size = max([slot.table.shape[1], *(len(values[slot.name]) for values in checked)])
-            grows = capacity > self.capacity or (slot.is_output and size > slot.table.shape[1])
-            if grows and self.trained:
-                raise ValueError(
-                    f"the tables are being trained and have no room for {count} tasks of these sizes: "
-                    "make the bank with a larger capacity, or bank.requires_grad_(False) first"
-                )
-            if grows:
-                slot.lay_out(capacity, size)
+        capacity = capacity_for(count, self.capacity)
+        rows = {
+            slot.owner: max([slot.table.shape[1], *(len(values[slot.name]) for values in checked)])
+            for slot in self.slots
+            if slot.is_output
+        }
+        tables = self._new_tables(capacity, rows)
+        if tables and self.trained:
+            raise ValueError(
+                f"the tables are being trained and have no room for {count} tasks of these sizes: "
+                "make the bank with a larger capacity, or bank.requires_grad_(False) first"
+            )
+        for slot, table in tables:
+            slot.owner.register_buffer(f"{slot.leaf}_table", table, persistent=False)
         if capacity > self.capacity:
-            for owner in {slot.owner for slot in self.slots if slot.is_output}:
+            for owner in rows:
                 sizes: Tensor = owner.task_sizes  # type: ignore[assignment]
                 owner.task_sizes = torch.cat([sizes, sizes.new_zeros(capacity - self.capacity)])
         self.capacity = capacity
+
+    def _new_tables(
+        self, capacity: int, rows: Mapping[nn.Module, int]
+    ) -> list[tuple[Slot, Tensor]]:
+        """Tables in place of those that are too small: all allocated, none registered yet."""
+        shapes = {slot: slot.table_shape(capacity, rows.get(slot.owner, 0)) for slot in self.slots}
+        small = [
+            slot
+            for slot, shape in shapes.items()
+            if getattr(slot.owner, f"{slot.leaf}_table", torch.empty(0)).shape != shape
+        ]
+        if small:
+            check_bytes(
+                sum(math.prod(shape) * slot.live.itemsize for slot, shape in shapes.items()),
+                capacity,
+                self.max_bytes,
+            )
+        return [(slot, slot.new_table(shapes[slot])) for slot in small]
 
     def _write(self, rows: list[int], checked: Sequence[Mapping[str, Tensor]]) -> None:
         if not rows:
@@ -366,8 +394,11 @@ class TaskBank:
             if slot.is_output:
                 lengths = torch.tensor([len(v) for v in values], device=table.device)
                 slot.owner.task_sizes[index] = lengths  # type: ignore[index, operator]
-                values = [_padded(v, table.shape[1]) for v in values]
-            table[index] = torch.stack(values)
+                for row, value in zip(rows, values, strict=True):
+                    table[row, : len(value)] = value
+                    table[row, len(value) :] = 0
+            else:
+                table[index] = torch.stack(values)
 
 
 def output_tensors(model: nn.Module, heads: Sequence[str]) -> dict[str, str]:
@@ -385,6 +416,25 @@ def output_tensors(model: nn.Module, heads: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _padded(value: Tensor, size: int) -> Tensor:
-    padding = value.new_zeros(size - len(value), *value.shape[1:])
-    return torch.cat([value, padding]) if len(padding) else value
+def check_name(name: object, taken: Container[object]) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a task's name must be a string that is not empty, got {name!r}")
+    if name in taken:
+        raise ValueError(f"the task {name!r} is there already: replace_task() or remove_task()")
+
+
+def capacity_for(count: int, capacity: int = CAPACITY) -> int:
+    """The capacity after making room for `count` tasks by doubling."""
+    while capacity < count:
+        capacity *= 2
+    return capacity
+
+
+def check_bytes(needed: int, capacity: int, limit: int) -> None:
+    """Refuse tables of `needed` bytes before any of them is allocated."""
+    if needed > limit:
+        raise ValueError(
+            f"tables for {capacity:,} tasks would take {needed / 1e6:,.0f} MB, above max_bytes="
+            f"{limit:,}: every task has room for the widest head among them; leave that task out, or "
+            "raise the limit, as by task_bank(model, max_bytes=...)"
+        )

@@ -17,19 +17,39 @@ from fastspec.adapter import (
     spectralize_for,
 )
 from fastspec.config import SpectralConfig
-from fastspec.multitask.bank import CAPACITY, TaskBank, output_tensors
+from fastspec.multitask.bank import (
+    CAPACITY,
+    MAX_BYTES,
+    TaskBank,
+    capacity_for,
+    check_bytes,
+    output_tensors,
+)
 from fastspec.targets import spectral_layers
 
 
-def task_bank(model: nn.Module, capacity: int | None = None) -> TaskBank:
-    """The model's bank of tasks, made now if it has none, with room for `capacity` tasks if given.
+def task_bank(
+    model: nn.Module, capacity: int | None = None, *, max_bytes: int | None = None
+) -> TaskBank:
+    """The model's bank of tasks, made now if it has none.
+
+    Args:
+        model: a spectralized model.
+        capacity: make room for this many tasks.
+        max_bytes: the most that the tables may take from now on; of a new bank 4 GiB.
 
     Raises:
-        ValueError: the model is no spectralized one.
+        ValueError: the model is no spectralized one, or the tables would take more than `max_bytes`.
     """
     bank: TaskBank | None = getattr(model, "task_bank", None)
     if bank is None:
-        return TaskBank(model, CAPACITY if capacity is None else capacity)
+        return TaskBank(
+            model,
+            CAPACITY if capacity is None else capacity,
+            max_bytes=MAX_BYTES if max_bytes is None else max_bytes,
+        )
+    if max_bytes is not None:
+        bank.max_bytes = max_bytes
     if capacity is not None:
         bank.reserve(capacity)
     return bank
@@ -123,6 +143,7 @@ def load_tasks(
     folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
     name: Callable[[Path], str] = lambda folder: folder.name,
+    max_bytes: int | None = None,
 ) -> TaskBank:
     """Load many adapter folders as tasks, all or none.
 
@@ -131,6 +152,8 @@ def load_tasks(
         folders: a pattern such as "runs/*" (matches that are no adapter folders are passed over), or
             the folders themselves.
         name: a task's name from its folder; the default is the folder's own.
+        max_bytes: as in `task_bank`: a folder brings a head of a size of its own, and the tables have
+            room for the widest once for every task.
 
     Returns:
         The model's bank.
@@ -138,7 +161,7 @@ def load_tasks(
     Raises:
         FileNotFoundError: nothing matches, or a folder lacks a file.
         AdapterError: a folder does not fit this model or the others; nothing was loaded.
-        ValueError: two folders of one name, or one that is taken.
+        ValueError: two folders of one name, or one that is taken; tables larger than `max_bytes`.
     """
     if isinstance(folders, (str, os.PathLike)):
         matches = (Path(match) for match in sorted(glob.glob(os.fspath(folders))))
@@ -157,9 +180,11 @@ def load_tasks(
             "name=lambda folder: folder.parent.name"
         )
     config, tensors = _read(model, found)
+    if getattr(model, "task_bank", None) is None:
+        _check_room(model, tensors, MAX_BYTES if max_bytes is None else max_bytes)
     if next(spectral_layers(model), None) is None:
         spectralize_for(model, config, found[0])
-    bank = task_bank(model)
+    bank = task_bank(model, max_bytes=max_bytes)
     bank.add(dict(zip(names, tensors, strict=True)))
     return bank
 
@@ -181,6 +206,14 @@ def _read(
             if sizes.setdefault(layer, len(tensors[name])) != len(tensors[name]):
                 raise AdapterError(f"{folder}: the tensors of {layer} are not of one size")
     return config, found
+
+
+def _check_room(model: nn.Module, tasks: Sequence[Mapping[str, Tensor]], limit: int) -> None:
+    """`check_bytes` of the tables these tasks need, for a model that has no bank yet."""
+    own = model.state_dict()
+    widest = [max(t[name].nbytes for t in (*tasks, own) if name in t) for name in tasks[0]]
+    capacity = capacity_for(len(tasks))
+    check_bytes(capacity * sum(widest), capacity, limit)
 
 
 def _bank_of(model: nn.Module) -> TaskBank:
