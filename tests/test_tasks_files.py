@@ -94,6 +94,26 @@ def test_names(runs, tmp_path):
         load_tasks(model, runs / "*")
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_names_are_checked_before_anything(runs, adapted, monkeypatch):
+    model = plain()
+    if adapted:
+        spectralize(model, SpectralConfig(rank=4))
+    before = frozen_state(model)
+    monkeypatch.chdir(runs / "t0")  # Path(".").name is empty
+    for call in (
+        lambda: load_tasks(model, ["."]),
+        lambda: load_tasks(model, [runs / "t0"], name=lambda folder: None),
+        lambda: fastspec.add_task(model, "", runs / "t0"),
+        lambda: fastspec.add_task(model, 3, runs / "t0"),
+        lambda: fastspec.add_task(model, ""),
+        lambda: fastspec.add_task(model, "", current=True),
+    ):
+        with pytest.raises(ValueError, match="name must be a string that is not empty"):
+            call()
+        assert_unchanged(model, before)
+
+
 def refused(folders, message, error=AdapterError):
     """Refused by a plain model and by one with tasks, both unchanged."""
     model = plain()

@@ -23,6 +23,7 @@ from fastspec.multitask.bank import (
     TaskBank,
     capacity_for,
     check_bytes,
+    check_name,
     output_tensors,
 )
 from fastspec.targets import spectral_layers
@@ -81,6 +82,7 @@ def add_task(
         ValueError: the name is taken, a tensor does not fit, or `current` with a `source`.
         FileNotFoundError, AdapterError: as `load_adapter`. The model is unchanged.
     """
+    check_name(name, list_tasks(model))
     if current:
         if source is not None:
             raise ValueError("current=True takes the model's own values: it goes without a source")
@@ -179,6 +181,9 @@ def load_tasks(
             f"two of the folders are named {twice[0]!r}: tell them apart, as by "
             "name=lambda folder: folder.parent.name"
         )
+    taken = list_tasks(model)
+    for task in names:
+        check_name(task, taken)
     config, tensors = _read(model, found)
     if getattr(model, "task_bank", None) is None:
         _check_room(model, tensors, MAX_BYTES if max_bytes is None else max_bytes)
