@@ -268,7 +268,7 @@ def _base_fingerprint(model: nn.Module, trained: set[str]) -> str:
     return combined_fingerprint({name: tensor_fingerprint(whole(p)) for name, p in state.items()})
 
 
-def _read_bounded(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path, limit: int) -> bytes:
     """The content of a file that is no larger than `limit` bytes; of a larger one nothing is read."""
     try:
         status = path.stat()
@@ -288,7 +288,7 @@ def _read_bounded(path: Path, limit: int) -> bytes:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The fields of an adapter config, their types checked; "spectral" is still to be."""
-    data = _read_bounded(path, MAX_CONFIG_BYTES)
+    data = read_bounded(path, MAX_CONFIG_BYTES)
     try:
         meta = json.loads(data)
         if meta["format"] != FORMAT:
@@ -319,7 +319,7 @@ def _read_tensors(
 ) -> dict[str, Tensor]:
     """The tensors `expected`, and nothing else; at most `limit` bytes of them are read."""
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
-    data = _read_bounded(path, min(size, limit) + MAX_HEADER_BYTES)
+    data = read_bounded(path, min(size, limit) + MAX_HEADER_BYTES)
     if hashlib.sha256(data).hexdigest() != digest:
         raise AdapterError(
             f"{path}: the file is truncated, damaged or of another save than {CONFIG_FILE} beside it"
@@ -328,7 +328,7 @@ def _read_tensors(
         tensors = load_tensors(data)
     except Exception as e:  # what it raises depends on which of its assumptions the file breaks
         raise AdapterError(f"{path}: not a usable safetensors file: {e!r}") from None
-    _check_tensors(tensors, expected, path.parent, sizes_free)
+    check_tensors(tensors, expected, path.parent, sizes_free)
     return tensors
 
 
@@ -354,7 +354,7 @@ def _check_same_layers(model: nn.Module, want: Mapping[str, int], folder: Path) 
             )
 
 
-def _check_tensors(
+def check_tensors(
     tensors: dict[str, Tensor], expected: Expected, folder: Path, sizes_free: Collection[str]
 ) -> None:
     for name, (shape, dtype) in expected.items():

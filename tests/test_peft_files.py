@@ -303,6 +303,7 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     exec(code.replace("path/to/encoder", str(minilm_path())), names)
     assert (tmp_path / "runs/rte/adapter_model.safetensors").stat().st_size < 16_000
     assert names["logits"].shape == (3, 2)
+    assert list(names["safe"].peft_config) == ["rte"]
     names["model"].set_adapter("rte")
     ids = names["batch"]["input_ids"]
     torch.testing.assert_close(

@@ -34,9 +34,17 @@ def require_peft() -> None:
 require_peft()
 
 from fastspec.peft.config import PeftType, SpectralConfig  # noqa: E402 - after the version check
+from fastspec.peft.files import load_adapter  # noqa: E402
 from fastspec.peft.lora import convert_to_lora, save_as_lora  # noqa: E402
 from fastspec.peft.model import SpectralModel, register  # noqa: E402
 
 register()
 
-__all__ = ["PeftType", "SpectralConfig", "SpectralModel", "convert_to_lora", "save_as_lora"]
+__all__ = [
+    "PeftType",
+    "SpectralConfig",
+    "SpectralModel",
+    "convert_to_lora",
+    "load_adapter",
+    "save_as_lora",
+]

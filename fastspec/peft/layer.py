@@ -248,6 +248,11 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
                     f"{prefix}base_layer.weight: the basis was made from other weights than these (or the "
                     "state dict was saved while merged): load the base model first, adapt it afterwards"
                 )
+        for name in state_dict:
+            if name.startswith(f"{prefix}fastspec_delta.") and not bool(
+                torch.isfinite(state_dict[name]).all()
+            ):
+                error_msgs.append(f"{name} holds NaN or infinity")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -97,7 +97,7 @@ class SpectralModel(BaseTuner):
         if isinstance(target, SpectralLinear):
             layer = target
         else:
-            _check_target(current_key, target, parent)
+            check_target(current_key, target, parent)
             layer = SpectralLinear(target)
         short_side = min(layer.base_matrix().shape)
         k = peft_config.directions(current_key, short_side).rank
@@ -205,7 +205,7 @@ def _with_adapter_names(
     return args, kwargs | {"adapter_names": adapter_names}
 
 
-def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
+def check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
     """Refuse what the layer can't stand in for."""
     if not isinstance(target, (nn.Linear, Conv1D)):
         raise TypeError(

@@ -1,0 +1,299 @@
+"""PEFT adapter folders from anybody: checked as a whole before anything of the model is changed.
+
+PEFT's own loader wraps the layers first and reads the tensors afterwards, runs the regular expressions of the
+folder's config, takes a pickle where there is no safetensors file, and only warns of missing tensors. This
+one takes the layers and their ranks from the tensors, and nothing from the config that could be a pattern.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    set_peft_model_state_dict,
+)
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load as load_tensors
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastspec.adapter import (
+    MAX_CONFIG_BYTES,
+    MAX_HEADER_BYTES,
+    AdapterError,
+    check_tensors,
+    read_bounded,
+)
+from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.functional import delta_shape
+from fastspec.peft.config import PeftType, SpectralConfig
+from fastspec.peft.layer import BASE, SpectralLinear
+from fastspec.peft.lora import PREFIX
+from fastspec.peft.model import SpectralModel, check_target
+
+DELTA = ".fastspec_delta"
+TEXTS = ("base_model_name_or_path", "revision", "base_fingerprint")
+FIELDS = ("core", "half_width", "select", "basis", "tol", "seed", "task_type", *TEXTS)
+# the modules to save that PEFT's model classes add themselves, where the model has them
+CLASSIFIERS = ("classifier", "score")
+HEADS = {
+    PeftModelForSequenceClassification: CLASSIFIERS,
+    PeftModelForTokenClassification: CLASSIFIERS,
+    PeftModelForQuestionAnswering: ("qa_outputs",),
+}
+METHODS = {  # what these classes take from the base model when they are made
+    PeftModelForCausalLM: ("prepare_inputs_for_generation",),
+    PeftModelForSeq2SeqLM: (
+        "prepare_inputs_for_generation",
+        "_prepare_encoder_decoder_kwargs_for_generation",
+    ),
+}
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    is_trainable: bool = False,
+) -> PeftModel:
+    """Load an adapter folder that PEFT's `save_pretrained` wrote; nothing in it is trusted.
+
+    Args:
+        model: the base model, or a PEFT model with adapters of this method.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        name: the new adapter's.
+        is_trainable: as in `PeftModel.from_pretrained`.
+
+    Returns:
+        The PEFT model, its config naming each layer and rank; of a base model the new adapter is active.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        AdapterError: the folder does not fit this model, is damaged, or holds values that are not finite.
+        ValueError: the name is taken or can't be one, or the PEFT model is of another method.
+        The model is unchanged.
+    """
+    folder = Path(folder)
+    _check_name(model, name)
+    config, heads = _read_config(folder)
+    kind = type(model) if isinstance(model, PeftModel) else _kind_of(model, config, folder)
+    modules = _base_modules(model)
+    limit = 8 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
+    tensors = _read_tensors(folder, limit)
+    ranks = _ranks(tensors, modules, folder)
+    saved = _modules_to_save(heads, kind, modules, ranks, folder)
+    _name_everything(config, ranks, saved)
+    expected = {}
+    for layer, rank in ranks.items():
+        layer_rank = _rank_allowed(config, layer, modules[layer], folder)
+        if layer_rank != rank:
+            raise AdapterError(
+                f"{folder}: {layer} has rank {rank} by its tensor and {layer_rank} by the config"
+            )
+        shape = delta_shape(config.core, rank, config.half_width)
+        expected[f"{PREFIX}{layer}{DELTA}"] = (shape, torch.float32)
+    for head in saved:
+        for key, tensor in modules[head].state_dict().items():
+            expected[f"{PREFIX}{head}.{key}"] = (tuple(tensor.shape), tensor.dtype)
+    check_tensors(tensors, expected, folder, ())
+    _check_fingerprint(config, {layer: modules[layer] for layer in ranks}, folder)
+
+    config.inference_mode = not is_trainable
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = kind(model, config, name)
+    except (ValueError, TypeError) as e:
+        raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    if is_trainable:
+        model.set_requires_grad(name)
+    else:
+        model.eval()
+    return model
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    # "." can't be in a module's name; PEFT finds tensors of an adapter by its name
+    if not isinstance(name, str) or not name or "." in name or name in SpectralModel.prefix:
+        raise ValueError(
+            f"an adapter's name must be a string without dots that is no part of {SpectralModel.prefix!r}, "
+            f"got {name!r}"
+        )
+    taken: Mapping[str, Any] = getattr(model, "peft_config", {})
+    if name in taken or name == BASE:
+        raise ValueError(f"the adapter {name!r} is there already: delete_adapter() or another name")
+    if taken and not isinstance(model, PeftModel):
+        raise ValueError("the model has adapters of its own: wrap a fresh base model instead")
+    other = next((c.peft_type for c in taken.values() if c.peft_type != PeftType.FASTSPEC), None)
+    if other is not None:
+        raise ValueError(f"the model has adapters of the method {other}: one PEFT model holds one")
+
+
+def _read_config(folder: Path) -> tuple[SpectralConfig, list[str]]:
+    """The config without its patterns, and the ends of the names of the modules it saves."""
+    path = folder / CONFIG_NAME
+    data = read_bounded(path, MAX_CONFIG_BYTES)
+    try:
+        meta = json.loads(data)
+        if not isinstance(meta, dict) or meta.get("peft_type") != PeftType.FASTSPEC.value:
+            raise ValueError(f"'peft_type' is not {PeftType.FASTSPEC.value!r}")
+        if meta.get("bias", "none") != "none":
+            raise ValueError("it trains biases of the base model, which this loader does not touch")
+        for key in TEXTS:
+            if not isinstance(meta.get(key), (str, type(None))):
+                raise TypeError(f"{key!r} is not a str")
+        heads = meta.get("modules_to_save") or []
+        # PEFT makes regular expressions of these
+        if not isinstance(heads, list) or not all(
+            isinstance(m, str) and re.fullmatch(r"\w[\w.]*", m) for m in heads
+        ):
+            raise TypeError("'modules_to_save' must list module names")
+        return SpectralConfig(**{key: meta[key] for key in FIELDS if key in meta}), heads
+    except (ValueError, TypeError, OverflowError, RecursionError) as e:
+        raise AdapterError(f"{path}: not a usable adapter config: {e}") from None
+
+
+def _read_tensors(folder: Path, limit: int) -> dict[str, Tensor]:
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.exists() and (folder / WEIGHTS_NAME).exists():
+        raise AdapterError(
+            f"{folder}: {WEIGHTS_NAME} is a pickle, which can run code and is not read; expected "
+            f"{SAFETENSORS_WEIGHTS_NAME}"
+        )
+    data = read_bounded(path, limit + MAX_HEADER_BYTES)
+    try:
+        return load_tensors(data)
+    except Exception as e:  # what it raises depends on which of its assumptions the file breaks
+        raise AdapterError(f"{path}: truncated, damaged or no safetensors file: {e!r}") from None
+
+
+def _kind_of(model: nn.Module, config: SpectralConfig, folder: Path) -> type[PeftModel]:
+    """PEFT's class for the task type, whose constructor may ask methods of the base model."""
+    kind: type[PeftModel] = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel)
+    for cls, methods in METHODS.items():
+        if issubclass(kind, cls) and not all(hasattr(model, method) for method in methods):
+            raise AdapterError(f"{folder}: this model does not do the task {config.task_type}")
+    return kind
+
+
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The base model's modules by name: of saved modules the pretrained ones, adapted layers as leaves."""
+    found: dict[str, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        found[name] = module
+        if not isinstance(module, SpectralLinear):
+            for child, inner in module.named_children():
+                visit(f"{name}.{child}" if name else child, inner)
+
+    visit("", model.get_base_model() if isinstance(model, PeftModel) else model)
+    return found
+
+
+def _ranks(
+    tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], folder: Path
+) -> dict[str, int]:
+    """The layers that the tensors are for, with their ranks."""
+    ranks = {}
+    for key, tensor in tensors.items():
+        if not key.endswith(DELTA):
+            continue
+        layer = key.removeprefix(PREFIX).removesuffix(DELTA)
+        module = modules.get(layer)
+        if not key.startswith(PREFIX) or not isinstance(
+            module, (nn.Linear, Conv1D, SpectralLinear)
+        ):
+            raise AdapterError(
+                f"{folder}: the adapter does not fit this model: it adapts {layer!r}, which is no linear "
+                "layer of it"
+            )
+        if not isinstance(module, SpectralLinear):
+            try:
+                check_target(layer, module, modules[layer.rpartition(".")[0]])
+            except (ValueError, TypeError) as e:
+                raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
+        if tensor.dim() == 0 or math.prod(tensor.shape) == 0:
+            raise AdapterError(f"{folder}: {key} is empty")
+        ranks[layer] = tensor.shape[-1]
+    if not ranks:
+        raise AdapterError(f"{folder}: the adapter has no coefficients")
+    return ranks
+
+
+def _rank_allowed(config: SpectralConfig, layer: str, module: Any, folder: Path) -> int:
+    weight = module.base_weight if isinstance(module, SpectralLinear) else module.weight
+    try:
+        return config.directions(layer, min(weight.shape)).rank
+    except ValueError as e:
+        raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
+
+
+def _modules_to_save(
+    heads: list[str],
+    kind: type[PeftModel],
+    modules: Mapping[str, nn.Module],
+    ranks: Mapping[str, int],
+    folder: Path,
+) -> list[str]:
+    """Full names of the modules that PEFT will give copies of their own: by the ends of their names."""
+    own = next((names for cls, names in HEADS.items() if issubclass(kind, cls)), ())
+    ends = tuple({*heads, *own})
+    saved = [name for name in modules if ends and name.endswith(ends)]
+    lost = next((h for h in heads if not any(name.endswith(h) for name in saved)), None)
+    if lost is not None and lost not in CLASSIFIERS:
+        raise AdapterError(f"{folder}: it saves {lost!r}, which this model does not have")
+    for inner in (*saved, *ranks):
+        own_name = inner in saved and inner in ranks
+        outer = next((head for head in saved if own_name or inner.startswith(f"{head}.")), None)
+        if outer is not None:
+            raise AdapterError(
+                f"{folder}: it saves {outer!r} whole and a part of it, {inner!r}, too"
+            )
+    return saved
+
+
+def _name_everything(config: SpectralConfig, ranks: Mapping[str, int], saved: list[str]) -> None:
+    """Let the config say in names of ours what the folder may have said in patterns."""
+    config.target_modules = "|".join(map(re.escape, sorted(ranks)))  # matched against whole names
+    config.modules_to_save = saved or None
+    config.r = max(ranks.values())
+    if any(rank != config.r for rank in ranks.values()):
+        # matched against the ends of names, the first that fits: a layer's own name before parts of it
+        longest_first = sorted(ranks, key=len, reverse=True)
+        config.rank_pattern = {re.escape(layer): ranks[layer] for layer in longest_first}
+
+
+def _check_fingerprint(config: SpectralConfig, layers: Mapping[str, Any], folder: Path) -> None:
+    weights = {
+        name: layer.base_weight if isinstance(layer, SpectralLinear) else layer.weight
+        for name, layer in layers.items()
+    }
+    prints = {name: tensor_fingerprint(weight) for name, weight in weights.items()}
+    if combined_fingerprint(prints) != config.base_fingerprint:
+        made_from = config.base_model_name_or_path
+        raise AdapterError(
+            f"{folder}: the adapter was made from other base weights"
+            f"{f' ({made_from})' if made_from else ''}, or lacks tensors of some of its layers: "
+            "coefficients only mean something in the basis of their own model: load that one, in the same "
+            "dtype"
+        )
