@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import sys
 
 import pytest
@@ -13,7 +14,8 @@ from fastspec.glue.cli import add_arguments
 from fastspec.glue.config import GlueConfig
 from fastspec.glue.presets import PRESETS
 from fastspec.glue.rows import SUITES, TASK_SIZES, Row
-from fastspec.glue.suite import Job, Suite, SuiteError, choose, flags, make
+from fastspec.glue.runs import flags
+from fastspec.glue.suite import Job, Suite, SuiteError, choose, make
 from fastspec.glue.tasks import TASKS
 
 ROWS = (
@@ -25,21 +27,25 @@ ROWS = (
 # the score rises with the rate up to 1e-2 and falls with the seed; 1e-1 diverges
 FAKE = """
 import json, pathlib, sys
-folder, rate, seed = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+folder, config = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
 folder.mkdir()
 (folder.parent.parent / "order.txt").open("a").write(str(folder.relative_to(folder.parent.parent)) + "\\n")
-if rate == 0.1:
+digest, fingerprint = config["task"] + 16 * "0", config["start"] + 16 * "f"
+(folder / "config.json").write_text(json.dumps(config))
+(folder / "inputs.json").write_text(json.dumps({"rows": {"train": digest}, "model": fingerprint}))
+if config["lr"] == 0.1:
     (folder / "diverged.json").write_text(json.dumps({"error": "the loss is nan at step 3"}))
     sys.exit(2)
-score = 60 + 1000 * rate - seed
-(folder / "result.json").write_text(json.dumps({
-    "config": {"seed": seed, "epochs": 3, "batch_size": 32}, "losses": [0.7, 0.6],
+score = 60 + 1000 * config["lr"] - config["seed"]
+(folder / "written").write_text(json.dumps({
+    "config": config, "losses": [0.7, 0.6],
     "best": {"score": score}, "last": {"score": score - 5},
     "parameters": {"adapter": 100, "head": 10, "total": 10000},
-    "data": {"rows": {"trained on": 44, "dev": 2}, "sha256": {"train": "0"}},
+    "data": {"rows": {"trained on": 44, "dev": 2}, "sha256": {"train": digest}},
     "predictions": {"last": {"dev": [0, int("reference" in str(folder))]}}, "regression_tolerance": 0.0,
-    "model": {"fingerprint": "f" * 64}, "step_ms": 5.0,
+    "model": {"fingerprint": fingerprint}, "step_ms": 5.0,
 }))
+(folder / "written").rename(folder / "result.json")
 """
 
 
@@ -48,7 +54,7 @@ def fake(monkeypatch):
     """Runs that take no time and know their score."""
 
     def command(config, folder, threads):
-        return [sys.executable, "-c", FAKE, str(folder), str(config.lr), str(config.seed)]
+        return [sys.executable, "-c", FAKE, str(folder), json.dumps(config.to_dict())]
 
     monkeypatch.setattr(suite, "command", command)
 
@@ -103,8 +109,8 @@ def test_the_report_says_what_is_there_and_what_is_not(tmp_path, fake):
     assert "| a | rte | 1 | 0.0e+00 | +0.00 | +0.00 | 1 of 2 |" in text
     assert "rte 44 rows, 3 epochs" in text
     lines = list(csv.DictReader((tmp_path / "report" / "runs.csv").open()))
-    # the diverged rate leaves no line
-    assert len(lines) == 4 + 2 + 2
+    assert len(lines) == 5 + 2 + 3
+    assert [(r["best"], r["chosen"]) for r in lines if r["rate"] == "0.1"] == [("", "0")] * 2
     chosen = {(r["task"], r["row"], r["rate"], r["seed"]) for r in lines if r["chosen"] == "1"}
     assert ("rte", "a", "0.01", "2") in chosen
     assert ("rte", "a", "0.001", "0") not in chosen

@@ -68,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tasks", nargs="+", choices=list(TASKS), help="default: " + " ".join(TASK_SIZES))
     add("--rows", nargs="+", metavar="ROW", help="only these rows, and those they need")
     add("--seeds", type=int, help="at most so many seeds a row")
+    add(
+        "--record",
+        type=Path,
+        metavar="CSV",
+        help="runs made anywhere, a line each: they are not made again, and new ones are added",
+    )
     add("--jobs", type=int, help="runs at a time (default: one a core, at most 8; 1 with a GPU)")
     add("--report", action="store_true", help="make no run; report what is finished")
     add("--time", action="store_true", help="then time single steps of all rows, alone; minutes")
@@ -219,7 +225,14 @@ def run_suite(args: argparse.Namespace) -> int:
         model=args.model,
         data=args.data,
         seeds=args.seeds,
+        record=args.record,
     )
+    stale = suite.stale()
+    if stale:
+        print(
+            f"{args.record}: lines that don't count, because this suite has another command for their "
+            f"run: {len(stale)} (the first: {stale[0].where()})"
+        )
     folder = output / f"report-{args.suite}"
     threads = args.threads or torch.get_num_threads()
     if not args.report:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
-import shlex
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastspec.files import write_atomically
-from fastspec.glue.record import compare, read_result
 from fastspec.glue.rows import Row
-from fastspec.glue.suite import Job, Suite, flags
+from fastspec.glue.runs import Run, to_csv
+from fastspec.glue.suite import Suite
 from fastspec.glue.tasks import TASKS
 from fastspec.glue.timing import FLOOR, StepTime
 
 TABLE, RUNS, PICTURE, TIMING = "table.md", "runs.csv", "scores.png", "timing.json"
-COLUMNS = (
-    "task", "row", "rate", "seed", "chosen", "best", "last", "adapter", "head", "total", "step_ms",
-    "fingerprint", "command",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,40 +26,35 @@ class Cell:
     Args:
         rate: of all of them: the row's choice, or while its search is unfinished the best so far.
         searched: how many rates of the row's grid were tried, and how many it has.
-        best, last: scores by seed, of the best and of the last dev epoch, in points.
-        result: of the first of them, for what does not depend on the seed.
+        runs: by seed.
     """
 
     rate: float
     searched: tuple[int, int]
-    best: dict[int, float]
-    last: dict[int, float]
-    result: dict[str, Any]
+    runs: dict[int, Run]
+
+    def scores(self, which: str) -> dict[int, float]:
+        """By seed, in points, of the "best" or of the "last" dev epoch."""
+        return {seed: getattr(run, which) for seed, run in self.runs.items()}
+
+    @property
+    def first(self) -> Run:
+        """For what does not depend on the seed."""
+        return self.runs[min(self.runs)]
 
 
 def cell(suite: Suite, task: str, row: Row) -> Cell | None:
     """What is finished of one row on one task; None if nothing is."""
-    grid = row.rates or suite.row(row.like or "").rates
-    finished = {
-        (rate, seed): read_result(folder)
-        for rate in grid
-        for seed in range(suite.seeds_of(row))
-        if ((folder := Job(task, row, rate, seed).folder(suite.output)) / "result.json").exists()
-    }
+    ended = suite.runs(task, row)
+    finished = {(run.rate, run.seed): run for run in ended if run.best is not None}
     if not finished:
         return None
     first = min(seed for _, seed in finished)
-    rates = sorted(rate for rate, seed in finished if seed == first)
-    rate = max(rates, key=lambda r: finished[r, first]["best"]["score"])
-    ours = {seed: result for (r, seed), result in finished.items() if r == rate}
-    tried = sum(suite.score(Job(task, row, r, 0)) is not None for r in grid)
-    return Cell(
-        rate,
-        (tried, len(grid)) if row.rates else (0, 0),
-        {seed: r["best"]["score"] for seed, r in ours.items()},
-        {seed: r["last"]["score"] for seed, r in ours.items()},
-        ours[first],
-    )
+    scores = {r: run.best or 0.0 for (r, seed), run in sorted(finished.items()) if seed == first}
+    rate = max(scores, key=scores.__getitem__)
+    tried = sum(run.seed == 0 for run in ended)
+    ours = {seed: run for (r, seed), run in finished.items() if r == rate}
+    return Cell(rate, (tried, len(row.rates)) if row.rates else (0, 0), ours)
 
 
 def cells(suite: Suite) -> dict[str, dict[str, Cell]]:
@@ -103,11 +91,11 @@ def markdown(suite: Suite, times: Mapping[str, StepTime] | None = None) -> str:
         by_task = found.get(row.name)
         if by_task is None:
             continue
-        counts = next(iter(by_task.values())).result["parameters"]
-        both = counts["adapter"] + counts["head"]
-        line = [row.name, _share(counts["adapter"], counts["total"]), _share(both, counts["total"])]
+        line = [row.name, *_shares(next(iter(by_task.values())).first)]
         seeds = suite.seeds_of(row)
-        line += [spread(by_task[t].best, seeds) if t in by_task else "" for t in suite.tasks]
+        line += [
+            spread(by_task[t].scores("best"), seeds) if t in by_task else "" for t in suite.tasks
+        ]
         line += [_mean(by_task, suite.tasks, "best"), _mean(by_task, suite.tasks, "last")]
         line.append(", ".join(_rate(by_task[t]) if t in by_task else "-" for t in suite.tasks))
         if times:
@@ -122,14 +110,18 @@ def markdown(suite: Suite, times: Mapping[str, StepTime] | None = None) -> str:
     return "\n".join(lines)
 
 
-def _share(count: int, total: int) -> str:
-    return f"{count:,} ({100 * count / total:.3f} %)"
+def _shares(run: Run) -> list[str]:
+    """Trained parameters without and with the head, and their shares of all."""
+    assert run.adapter is not None
+    assert run.head is not None
+    assert run.total is not None
+    return [f"{n:,} ({100 * n / run.total:.3f} %)" for n in (run.adapter, run.adapter + run.head)]
 
 
 def _mean(by_task: Mapping[str, Cell], tasks: tuple[str, ...], which: str) -> str:
     if any(task not in by_task for task in tasks):
         return ""
-    medians = [statistics.median(getattr(by_task[t], which).values()) for t in tasks]
+    medians = [statistics.median(by_task[t].scores(which).values()) for t in tasks]
     return f"{statistics.mean(medians):.1f}"
 
 
@@ -141,14 +133,13 @@ def _rate(cell: Cell) -> str:
 def _caption(
     suite: Suite, found: Mapping[str, Mapping[str, Cell]], times: Mapping[str, StepTime] | None
 ) -> str:
-    first: dict[str, dict[str, Any]] = {}
+    first: dict[str, Run] = {}
     for by_task in found.values():
         for task, c in by_task.items():
-            first.setdefault(task, c.result)
+            first.setdefault(task, c.first)
     sizes = [
-        f"{task} {r['data']['rows']['trained on']:,} rows, {r['config']['epochs']} epochs of batches "
-        f"of {r['config']['batch_size']}"
-        for task, r in first.items()
+        f"{task} {run.rows:,} rows, {run.epochs} epochs of batches of {run.batch_size}"
+        for task, run in first.items()
     ]
     text = (
         'Scores in points, median (least to largest) over seeds, of the best dev epoch; "last epoch": '
@@ -170,48 +161,14 @@ def parity_table(suite: Suite) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     heading = len(lines)
-    for row in suite.rows:
-        if row.fields.get("path") != "reference" or row.like is None:
-            continue
-        for task in suite.tasks:
-            rate = suite.chosen_rate(task, row)
-            for seed in range(suite.seeds_of(row)):
-                jobs = [Job(task, r, rate or 0.0, seed) for r in (suite.row(row.like), row)]
-                folders = [job.folder(suite.output) for job in jobs]
-                if not all((folder / "result.json").exists() for folder in folders):
-                    continue
-                c = compare(*map(read_result, folders))
-                lines.append(
-                    f"| {row.like} | {task} | {seed} | {c.loss_difference:.1e} | "
-                    f"{c.score_difference:+.2f} | {c.best_difference:+.2f} | "
-                    f"{c.differing} of {c.predictions} |"
-                )
+    for run in suite.all_runs():
+        if run.loss_difference is not None:
+            lines.append(
+                f"| {suite.row(run.row).like} | {run.task} | {run.seed} | {run.loss_difference:.1e} | "
+                f"{run.score_difference:+.2f} | {run.best_difference:+.2f} | "
+                f"{run.differing} of {run.predictions} |"
+            )
     return "\n".join(lines) if len(lines) > heading else ""
-
-
-def runs_csv(suite: Suite) -> str:
-    """Every finished run of the suite, the searched rates among them, one a line."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in suite.rows:
-        grid = row.rates or suite.row(row.like or "").rates
-        for task in suite.tasks:
-            chosen = suite.chosen_rate(task, row)
-            for rate in grid:
-                for seed in range(suite.seeds_of(row)):
-                    folder = Job(task, row, rate, seed).folder(suite.output)
-                    if not (folder / "result.json").exists():
-                        continue
-                    r = read_result(folder)
-                    words = ["fastspec", "glue", *flags(suite.config(Job(task, row, rate, seed)))]
-                    writer.writerow(
-                        [task, row.name, f"{rate:g}", seed, int(rate == chosen)]
-                        + [f"{r[which]['score']:.4f}" for which in ("best", "last")]
-                        + [r["parameters"][part] for part in ("adapter", "head", "total")]
-                        + [f"{r['step_ms']:.1f}", r["model"]["fingerprint"][:16], shlex.join(words)]
-                    )
-    return out.getvalue()
 
 
 def draw(suite: Suite, path: Path) -> None:
@@ -230,11 +187,11 @@ def draw(suite: Suite, path: Path) -> None:
         for i, (name, by_task) in enumerate(found.items()):
             if task not in by_task:
                 continue
-            scores = by_task[task].best
+            scores = by_task[task].scores("best")
             middle = statistics.median(scores.values())
-            counts = by_task[task].result["parameters"]
+            run = by_task[task].first
             axes.errorbar(
-                counts["adapter"] + counts["head"],
+                (run.adapter or 0) + (run.head or 0),
                 middle,
                 yerr=[[middle - min(scores.values())], [max(scores.values()) - middle]],
                 fmt="osD^vP*X<>"[(i + i // 10) % 10],
@@ -264,7 +221,8 @@ def write_report(suite: Suite, folder: Path) -> str:
         ValueError: nothing is finished.
     """
     if not cells(suite):
-        raise ValueError(f"no run of this suite is finished in {suite.output}")
+        where = f"{suite.output} or {suite.record}" if suite.record else suite.output
+        raise ValueError(f"no run of this suite is finished in {where}")
     path = folder / TIMING
     times = None
     if path.exists():
@@ -272,6 +230,7 @@ def write_report(suite: Suite, folder: Path) -> str:
         times = {name: StepTime(**fields) for name, fields in stored.items()}
     text = markdown(suite, times)
     write_atomically(folder / TABLE, (text + "\n").encode())
-    write_atomically(folder / RUNS, runs_csv(suite).encode())
+    write_atomically(folder / RUNS, to_csv(suite.all_runs()).encode())
+    suite.save_record()
     draw(suite, folder / PICTURE)
     return text

@@ -9,12 +9,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastspec.glue.config import GlueConfig
-from fastspec.glue.record import DIVERGED, RESULT, read_json, read_result
+from fastspec.glue.record import DIVERGED, RESULT, read_json
 from fastspec.glue.rows import OTHER_TASKS, SUITES, TASK_SIZES, Row
+from fastspec.glue.runs import (
+    Run,
+    add_to_record,
+    check_alike,
+    command_text,
+    flags,
+    read_csv,
+    read_folder,
+)
 
 
 class SuiteError(ChildProcessError):
@@ -47,6 +57,7 @@ class Suite:
         model, data: as in `GlueConfig`, for every run.
         seeds: a lower limit to the rows' own numbers of seeds; None for none.
         overrides: further fields of `GlueConfig` for every run.
+        record: CSV file of runs made anywhere (`fastspec.glue.runs`); they are not made again.
     """
 
     output: Path
@@ -56,6 +67,7 @@ class Suite:
     data: str | None = None
     seeds: int | None = None
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    record: Path | None = None
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
@@ -73,7 +85,11 @@ class Suite:
         return row.seeds if self.seeds is None else min(row.seeds, self.seeds)
 
     def config(self, job: Job) -> GlueConfig:
-        """The configuration of one run."""
+        """The configuration of one run.
+
+        Raises:
+            ValueError: the rate of the run that gives its basis is not chosen yet.
+        """
         size = TASK_SIZES.get(job.task, OTHER_TASKS)
         fields: dict[str, Any] = {
             "task": job.task,
@@ -87,12 +103,22 @@ class Suite:
             "seed": job.seed,
         }
         if job.row.basis_of is not None:
+            donor = self.needed(job)
+            if donor is None:
+                raise ValueError(f"no rate of {job.row.basis_of!r} is chosen on {job.task} yet")
+            fields["basis_model"] = str(donor.folder(self.output))
+        return GlueConfig(**fields)
+
+    def needed(self, job: Job) -> Job | None:
+        """The run whose folder this one needs: the one that gives its basis, or for the reference path
+        the same run on the fused path. None if there is none, or its rate is not chosen yet."""
+        if job.row.basis_of is not None:
             donor = self.row(job.row.basis_of)
             rate = self.chosen_rate(job.task, donor)
-            assert rate is not None
-            folder = Job(job.task, donor, rate, job.seed).folder(self.output)
-            fields["basis_model"] = str(folder)
-        return GlueConfig(**fields)
+            return None if rate is None else Job(job.task, donor, rate, job.seed)
+        if job.row.like is not None and job.row.fields.get("path") == "reference":
+            return Job(job.task, self.row(job.row.like), job.rate, job.seed)
+        return None
 
     def examples(self) -> dict[str, GlueConfig]:
         """One configuration of every row, by its name: for timing, which no rate, basis or seed changes."""
@@ -103,22 +129,91 @@ class Suite:
             for row in self.rows
         }
 
-    def score(self, job: Job) -> float | None:
-        """Best dev epoch's score in points; minus infinity where it diverged, None if not run yet."""
-        folder = job.folder(self.output)
-        if (folder / RESULT).exists():
-            return read_result(folder)["best"]["score"]
-        return float("-inf") if (folder / DIVERGED).exists() else None
+    @cached_property
+    def _recorded(self) -> dict[tuple[str, str], Run]:
+        """The record's lines by row and command."""
+        lines = read_csv(self.record) if self.record else []
+        return {(run.row, run.command): run for run in lines}
+
+    @cached_property
+    def _found(self) -> dict[Job, Run]:
+        return {}
+
+    def find(self, job: Job) -> Run | None:
+        """The run, if it has ended: from the record, or else from its folder.
+
+        Raises:
+            ValueError: it is of other rows or another pretrained model than the task's other runs.
+        """
+        if job not in self._found:
+            run = self._look_up(job)
+            if run is None:
+                return None
+            for other in self._found.values():
+                if other.task == run.task:
+                    check_alike(other, run)
+            self._found[job] = run
+        return self._found[job]
+
+    def _look_up(self, job: Job) -> Run | None:
+        needed = self.needed(job)
+        if job.row.basis_of is not None and needed is None:
+            return None
+        command = command_text(self.config(job))
+        if (job.row.name, command) in self._recorded:
+            return self._recorded[job.row.name, command]
+        fused = None
+        if job.row.basis_of is None and needed is not None:
+            fused = needed.folder(self.output)
+            if not (fused / RESULT).exists():
+                return None  # nothing to compare it with yet
+        run = read_folder(job.folder(self.output), job.row.name, fused)
+        # of another command: `fastspec glue` will refuse its folder and say why
+        return run if run is not None and run.command == command else None
+
+    def runs(self, task: str, row: Row) -> list[Run]:
+        """The ended runs of one row on one task, searched rates among them."""
+        jobs = [Job(task, row, r, s) for r in self.grid(row) for s in range(self.seeds_of(row))]
+        return [run for job in jobs if (run := self.find(job)) is not None]
+
+    def all_runs(self) -> list[Run]:
+        return [run for row in self.rows for task in self.tasks for run in self.runs(task, row)]
+
+    def grid(self, row: Row) -> tuple[float, ...]:
+        return row.rates or self.row(row.like or "").rates
+
+    def save_record(self) -> None:
+        """Add to the record what is not in it."""
+        if self.record:
+            add_to_record(self.record, self.all_runs())
+
+    def stale(self) -> list[Run]:
+        """The record's lines of this suite's rows and tasks that it would make by another command."""
+        names = {row.name for row in self.rows}
+        today = {
+            (row.name, command_text(self.config(job)))
+            for row in self.rows
+            for task in self.tasks
+            for rate in self.grid(row)
+            for seed in range(row.seeds)
+            if self.needed(job := Job(task, row, rate, seed)) or row.basis_of is None
+        }
+        return [
+            run
+            for key, run in self._recorded.items()
+            if run.row in names and run.task in self.tasks and key not in today
+        ]
 
     def chosen_rate(self, task: str, row: Row) -> float | None:
-        """The rate of the best score on the first seed, the lower of equals; None before all are run."""
+        """The rate of the best score on the first seed, the lower of equals; None before all are run, and
+        where all diverged."""
         if row.like is not None:
             return self.chosen_rate(task, self.row(row.like))
-        scores = {rate: self.score(Job(task, row, rate, 0)) for rate in sorted(row.rates)}
-        found = {rate: score for rate, score in scores.items() if score is not None}
-        if len(found) < len(scores):
+        tried = [self.find(Job(task, row, rate, 0)) for rate in sorted(row.rates)]
+        if None in tried:
             return None
-        return max(found, key=found.__getitem__)
+        scores = {run.rate: run.best for run in tried if run is not None and run.best is not None}
+        return max(scores, key=scores.__getitem__) if scores else None
 
     def ready(self) -> Iterator[Job]:
         """Runs that are not done and wait for no other, the search first."""
@@ -133,15 +228,20 @@ class Suite:
         if chosen is not None:
             jobs += [Job(task, row, chosen, seed) for seed in range(self.seeds_of(row))]
         for job in dict.fromkeys(jobs):
-            if self.score(job) is None and self._basis_is_there(job):
+            if self.find(job) is not None:
+                continue
+            needed = self.needed(job)
+            if needed is None:
+                if row.basis_of is None:
+                    yield job
+            elif (needed.folder(self.output) / RESULT).exists():
                 yield job
+            elif not self._diverged(needed):
+                yield needed  # again, where only the record has it
 
-    def _basis_is_there(self, job: Job) -> bool:
-        if job.row.basis_of is None:
-            return True
-        donor = self.row(job.row.basis_of)
-        rate = self.chosen_rate(job.task, donor)
-        return rate is not None and self.score(Job(job.task, donor, rate, job.seed)) is not None
+    def _diverged(self, job: Job) -> bool:
+        run = self.find(job)
+        return (job.folder(self.output) / DIVERGED).exists() or (run is not None and run.diverged)
 
 
 def choose(suite: str, names: Sequence[str] | None = None) -> tuple[Row, ...]:
@@ -171,38 +271,39 @@ def make(suite: Suite, jobs: int, threads: int, report: Callable[[str], None] = 
         SuiteError: a run failed, other than by divergence. The others under way are stopped.
     """
     began = time.perf_counter()
-    running: dict[Future[str], Job] = {}
+    running: dict[Future[int], Job] = {}
     processes: list[subprocess.Popen] = []
+    suite.save_record()
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while True:
-                busy = set(running.values())
                 for job in suite.ready():
-                    if len(running) < jobs and job not in busy:
+                    if len(running) < jobs and job not in running.values():
                         running[pool.submit(_make, suite, job, threads, processes)] = job
                 if not running:
                     break
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     job = running.pop(future)
+                    outcome = _outcome(suite, job, future.result())
                     minutes = (time.perf_counter() - began) / 60
                     report(
                         f"{minutes:6.1f} min  {job.task} {job.row.name}, rate {job.rate:g}, "
-                        f"seed {job.seed}: {future.result()}"
+                        f"seed {job.seed}: {outcome}"
                     )
+                    suite.save_record()
         except BaseException:
             for process in processes:
                 process.terminate()
             raise
 
 
-def _make(suite: Suite, job: Job, threads: int, processes: list[subprocess.Popen]) -> str:
-    """Make one run in a process of its own; returns what to say of it."""
+def _make(suite: Suite, job: Job, threads: int, processes: list[subprocess.Popen]) -> int:
+    """Make one run in a process of its own; returns its exit status."""
     folder = job.folder(suite.output)
     folder.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    log = folder.with_name(folder.name + ".log")
-    with log.open("w") as stream:
+    with _log(folder).open("w") as stream:
         process = subprocess.Popen(
             command(suite.config(job), folder, threads),
             stdout=stream,
@@ -210,14 +311,25 @@ def _make(suite: Suite, job: Job, threads: int, processes: list[subprocess.Popen
             env=environment,
         )
         processes.append(process)
-        process.wait()
-    score = suite.score(job)
-    if score is None:
-        tail = log.read_text("utf-8", errors="replace")[-2000:]
-        raise SuiteError(f"{folder} failed with status {process.returncode}:\n{tail}")
-    if (folder / DIVERGED).exists():
+        return process.wait()
+
+
+def _outcome(suite: Suite, job: Job, status: int) -> str:
+    """What to say of a run that was made."""
+    run = suite.find(job)
+    folder = job.folder(suite.output)
+    # the record may have a run whose folder is made again
+    ended = any((folder / name).exists() for name in (RESULT, DIVERGED))
+    if run is None or not ended:
+        tail = _log(folder).read_text("utf-8", errors="replace")[-2000:]
+        raise SuiteError(f"{folder} failed with status {status}:\n{tail}")
+    if run.best is None:
         return read_json(folder / DIVERGED)["error"]
-    return f"best dev epoch {score:.2f}"
+    return f"best dev epoch {run.best:.2f}"
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".log")
 
 
 def command(config: GlueConfig, folder: Path, threads: int) -> list[str]:
@@ -225,18 +337,3 @@ def command(config: GlueConfig, folder: Path, threads: int) -> list[str]:
     words = [sys.executable, "-m", "fastspec", "glue", "--output", str(folder)]
     words += ["--threads", str(threads)]
     return words + flags(config)
-
-
-def flags(config: GlueConfig) -> list[str]:
-    """The flags of `fastspec glue` for every field that is not at its default."""
-    words = []
-    for field in dataclasses.fields(GlueConfig):
-        value = getattr(config, field.name)
-        if value == field.default:
-            continue
-        words.append("--" + field.name.replace("_", "-"))
-        if isinstance(value, tuple):
-            words.append("{}:{}".format(*value))
-        elif not isinstance(value, bool):
-            words.append(str(value))
-    return words
