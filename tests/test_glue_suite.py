@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import re
 import sys
 
 import pytest
@@ -15,7 +16,7 @@ from fastspec.glue.config import GlueConfig
 from fastspec.glue.presets import PRESETS
 from fastspec.glue.rows import SUITES, TASK_SIZES, Row
 from fastspec.glue.runs import flags
-from fastspec.glue.suite import Job, Suite, SuiteError, choose, make
+from fastspec.glue.suite import Job, Suite, SuiteError, choose, make, with_reference
 from fastspec.glue.tasks import TASKS
 
 ROWS = (
@@ -131,6 +132,58 @@ def test_a_run_that_fails_ends_the_suite_with_its_output(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "command", lambda *_: [sys.executable, "-c", program])
     with pytest.raises(SuiteError, match=r"lr0.0001-seed0 failed with status 1:\nno such thing"):
         make(Suite(tmp_path, ROWS[2:3], tasks=("rte",)), jobs=1, threads=1)
+
+
+def test_processes_get_their_part_of_the_threads(tmp_path, monkeypatch):
+    program = (
+        "import os, pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); "
+        "(p / 'threads').write_text(os.environ['OMP_NUM_THREADS'] + os.environ['TOKENIZERS_PARALLELISM'])"
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(
+        suite, "command", lambda _, folder, __: [sys.executable, "-c", program, str(folder)]
+    )
+    s = Suite(tmp_path, ROWS[2:3], tasks=("rte",))
+    job = next(s.ready())
+    assert suite._make(s, job, 3, []) == 0
+    assert (job.folder(tmp_path) / "threads").read_text() == "3false"
+    monkeypatch.undo()
+    words = suite.command(s.config(job), job.folder(tmp_path), 3)
+    assert words[words.index("--threads") + 1] == "3"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epochs", "3"], "--epochs does not apply to --suite, whose rows decide it"),
+        (["--lr", "0.1"], "--lr does not apply to --suite"),
+        (["--preset", "band"], "--preset does not apply to --suite"),
+        (["--train-bias"], "--train-bias does not apply to --suite"),
+        (["--overwrite"], "--overwrite does not apply to --suite"),
+        (["--jobs", "3", "--threads", "2"], "from 1 to the number of threads, 2, .* got 3"),
+        (["--jobs", "-1"], "from 1 to the number of threads"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+    ],
+)
+def test_options_that_a_suite_would_ignore_are_refused(words, message, capsys):
+    assert main(["glue", "--suite", "small", *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_options_of_suites_are_refused_without_one(capsys):
+    assert main(["glue", "--task", "rte", "--seeds", "2"]) == 2
+    assert "--seeds applies to --suite only" in capsys.readouterr().err
+
+
+def test_the_reference_path_goes_beside_every_spectral_row():
+    rows = {row.name: row for row in with_reference(SUITES["full"])}
+    assert len(rows) == len(with_reference(tuple(rows.values())))
+    for name, row in rows.items():
+        fast = row.fields.get("method", "spectral") == "spectral" and row.like is None
+        assert fast == (f"{name}, reference path" in rows), name
+    row = rows["dense 32, reference path"]
+    assert (row.like, row.seeds) == ("dense 32", rows["dense 32"].seeds)
+    assert row.fields == {**rows["dense 32"].fields, "path": "reference"}
 
 
 def test_flags_give_the_configuration_back():

@@ -14,6 +14,8 @@ from fastspec.glue.record import compare, read_json, read_result, table
 from fastspec.glue.rows import SUITES, TASK_SIZES
 from fastspec.glue.tasks import TASKS
 
+_SUITE_ONLY = {"tasks", "rows", "seeds", "record", "jobs", "report", "time"}
+_WITH_SUITE = {*_SUITE_ONLY, "suite", "path", "model", "data", "output", "threads", "debug"}
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(GlueConfig) if f.name != "task"}
 
 
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Finetune a pretrained encoder on one GLUE task and score it after every epoch. The same "
         "command after an interruption continues the run. Results go to OUTPUT/result.json."
     )
+    parser.register("action", None, Stored)
     add = parser.add_argument
     add("--task", choices=list(TASKS), help="what to finetune on; swap is the embedded task")
     add(
@@ -61,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "suite",
         "A whole table: every missing run is made, then the table is printed and written to "
         "OUTPUT/report-SUITE with a CSV file and a picture. Of the other options only --model, --data, "
-        "--output and --threads (of all processes together) apply.",
+        "--output, --threads (of all processes together) and --path apply: --path reference adds a row of "
+        "the reference path to every spectral row.",
     )
     add = suite.add_argument
     add("--suite", choices=list(SUITES), help="which rows (docs/glue.md)")
@@ -147,11 +151,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
-class Preset(argparse.Action):
-    """Sets the fields of a preset, so that what is said after it has the last word."""
+class Stored(argparse.Action):
+    """Stores a value, and its name in `given`: what was said is no default even if it equals it."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, values)
+        namespace.given = {*getattr(namespace, "given", ()), self.dest}
+
+
+class Preset(Stored):
+    """Sets the fields of a preset, so that what is said after it has the last word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        super().__call__(parser, namespace, values, option_string)
         for name, value in PRESETS[values].items():
             setattr(namespace, name, value)
 
@@ -193,8 +205,11 @@ def main(args: argparse.Namespace) -> int:
     if args.table:
         print(table([read_result(path) for path in args.table]))
         return 0
+    given = {*getattr(args, "given", ()), *(name for name, v in vars(args).items() if v is True)}
     if args.suite:
+        _refuse(given - _WITH_SUITE, "does not apply to --suite, whose rows decide it")
         return run_suite(args)
+    _refuse(given & _SUITE_ONLY, "applies to --suite only")
     if args.task is None:
         raise ValueError(f"--task is missing, expected one of {', '.join(TASKS)}")
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(GlueConfig)}
@@ -209,18 +224,30 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(names: set[str], why: str) -> None:
+    if names:
+        raise ValueError(f"--{min(names).replace('_', '-')} {why}")
+
+
 def run_suite(args: argparse.Namespace) -> int:
     """Make the missing runs of a suite, time them if asked, write and print its report."""
     import torch
 
     from fastspec.files import write_json
     from fastspec.glue import report
-    from fastspec.glue.suite import Suite, choose, make
+    from fastspec.glue.suite import Suite, choose, make, with_reference
 
+    threads = args.threads or torch.get_num_threads()
+    jobs = args.jobs or (1 if torch.cuda.is_available() else min(threads, 8))
+    if not 1 <= jobs <= threads:
+        raise ValueError(
+            f"--jobs must be from 1 to the number of threads, {threads}, which its runs share; got {jobs}"
+        )
+    rows = choose(args.suite, args.rows)
     output = Path(args.output or "runs/suite")
     suite = Suite(
         output=output,
-        rows=choose(args.suite, args.rows),
+        rows=with_reference(rows) if args.path == "reference" else rows,
         tasks=tuple(args.tasks or TASK_SIZES),
         model=args.model,
         data=args.data,
@@ -234,9 +261,7 @@ def run_suite(args: argparse.Namespace) -> int:
             f"run: {len(stale)} (the first: {stale[0].where()})"
         )
     folder = output / f"report-{args.suite}"
-    threads = args.threads or torch.get_num_threads()
     if not args.report:
-        jobs = args.jobs or (1 if torch.cuda.is_available() else min(threads, 8))
         make(suite, jobs, max(1, threads // jobs))
     if args.time:
         from fastspec.glue.timing import step_times

@@ -55,7 +55,7 @@ class Suite:
         rows: of the table.
         tasks: names of tasks.
         model, data: as in `GlueConfig`, for every run.
-        seeds: a lower limit to the rows' own numbers of seeds; None for none.
+        seeds: an upper limit to the rows' own numbers of seeds; None for none.
         overrides: further fields of `GlueConfig` for every run.
         record: CSV file of runs made anywhere (`fastspec.glue.runs`); they are not made again.
     """
@@ -70,6 +70,8 @@ class Suite:
     record: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         names = [row.name for row in self.rows]
         for row in self.rows:
             for other in (row.like, row.basis_of):
@@ -260,6 +262,20 @@ def choose(suite: str, names: Sequence[str] | None = None) -> tuple[Row, ...]:
         if row.name in wanted:
             wanted.update(name for name in (row.like, row.basis_of) if name)
     return tuple(row for row in rows if row.name in wanted)
+
+
+def with_reference(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows, and after each spectral one with rates of its own the same on the reference path."""
+    names = {row.name for row in rows}
+    out = []
+    for row in rows:
+        out.append(row)
+        name = f"{row.name}, reference path"
+        spectral = row.fields.get("method", "spectral") == "spectral"
+        if spectral and row.rates and row.basis_of is None and name not in names:
+            fields = {**row.fields, "path": "reference"}
+            out.append(Row(name, fields, seeds=row.seeds, like=row.name))
+    return tuple(out)
 
 
 def make(suite: Suite, jobs: int, threads: int, report: Callable[[str], None] = print) -> None:
