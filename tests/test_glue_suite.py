@@ -127,6 +127,24 @@ def test_an_unfinished_search_is_marked(tmp_path, fake):
     assert "0.001 (1 of 3 tried)" in report.markdown(s)
 
 
+def test_rows_whose_donor_diverged_are_skipped_with_a_line(tmp_path, fake):
+    rows = (
+        Row("good", {"rank": 4}, (1e-2,)),
+        Row("scratch", {"method": "full", "start": "random"}, (0.1,), seeds=3),
+        Row("basis", {"rank": 4}, (1e-3, 1e-2), basis_of="scratch"),
+        Row("labels", {"method": "full", "labels": "random"}, like="scratch"),
+    )
+    s = Suite(tmp_path, rows, tasks=("rte",))
+    make(s, jobs=1, threads=1, report=lambda _: None)
+    order = (tmp_path / "rte" / "order.txt").read_text().split()
+    assert order == ["good/lr0.01-seed0", "scratch/lr0.1-seed0"]
+    lines = report.markdown(s).splitlines()
+    assert "rte, scratch: every rate diverged." in lines
+    assert "rte, basis: skipped, since every rate of 'scratch' diverged." in lines
+    assert "rte, labels: skipped, since every rate of 'scratch' diverged." in lines
+    assert s.skipped() == [line for line in lines if line.startswith("rte, ")]
+
+
 def test_a_run_that_fails_ends_the_suite_with_its_output(tmp_path, monkeypatch):
     program = "import sys; sys.exit('no such thing')"
     monkeypatch.setattr(suite, "command", lambda *_: [sys.executable, "-c", program])

@@ -269,7 +269,7 @@ def run_suite(args: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
         times = step_times(suite.examples())
         write_json(folder / report.TIMING, {n: dataclasses.asdict(t) for n, t in times.items()})
-    print(report.write_report(suite, folder))
+    print(report.write_report(suite, folder, with_stability=args.suite == "controls"))
     print(f"\n{folder / report.TABLE}, {report.RUNS}, {report.PICTURE}")
     return 0
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastspec.files import write_atomically
+from fastspec.files import write_atomically, write_json
+from fastspec.glue.record import RESULT, read_json
 from fastspec.glue.rows import Row
 from fastspec.glue.runs import Run, to_csv
-from fastspec.glue.suite import Suite
+from fastspec.glue.suite import Job, Suite
 from fastspec.glue.tasks import TASKS
 from fastspec.glue.timing import FLOOR, StepTime
 
+Stable = Mapping[str, float]
 TABLE, RUNS, PICTURE, TIMING = "table.md", "runs.csv", "scores.png", "timing.json"
 
 
@@ -74,8 +75,37 @@ def spread(values: Mapping[int, float], seeds: int) -> str:
     return text if len(values) == seeds else f"{text}, {len(values)} of {seeds} seeds"
 
 
-def markdown(suite: Suite, times: Mapping[str, StepTime] | None = None) -> str:
-    """The table. Scores are of the best dev epoch, last epoch's medians in brackets."""
+def stabilities(suite: Suite) -> dict[str, dict[str, Stable]]:
+    """`stable` by row and task, of the seed-0 runs of full finetuning whose folders are there."""
+    found: dict[str, dict[str, Stable]] = {}
+    for name, by_task in cells(suite).items():
+        row = suite.row(name)
+        for task, c in by_task.items():
+            folder = Job(task, row, c.rate, 0).folder(suite.output)
+            if row.fields.get("method") == "full" and (folder / RESULT).exists():
+                found.setdefault(name, {})[task] = stable(folder)
+    return found
+
+
+def stable(folder: Path) -> Stable:
+    """How far a finished run left the leading vectors where they were, attention and MLP apart: root mean
+    square cosine between the spans of the leading tenth before and after. Kept beside the result."""
+    path = folder / "stability.json"
+    if not path.exists():
+        from fastspec.analyze.runs import stability
+
+        line = stability(folder).summary()
+        found = {kind: line[f"{kind}: subspace, leading tenth"] for kind in ("attention", "mlp")}
+        write_json(path, {kind: value for kind, value in found.items() if value != ""})
+    return read_json(path)
+
+
+def markdown(
+    suite: Suite,
+    times: Mapping[str, StepTime] | None = None,
+    stability: Mapping[str, Mapping[str, Stable]] | None = None,
+) -> str:
+    """The table, with step times and stabilities (of `stabilities`) where they are given."""
     found = cells(suite)
     header = [
         "method",
@@ -86,6 +116,7 @@ def markdown(suite: Suite, times: Mapping[str, StepTime] | None = None) -> str:
         "last epoch",
     ]
     header += ["rates"] + (["step", "saved"] if times else [])
+    header += ["stability"] if stability is not None else []
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in suite.rows:
         by_task = found.get(row.name)
@@ -101,9 +132,14 @@ def markdown(suite: Suite, times: Mapping[str, StepTime] | None = None) -> str:
         if times:
             time = times.get(row.name)
             line += [f"{time.ratio:.2f}", f"{time.saved:.2f}"] if time else ["", ""]
+        if stability is not None:
+            ours = stability.get(row.name, {})
+            line.append(", ".join(_stable(ours[t]) if t in ours else "-" for t in suite.tasks))
         rows.append(line)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", _caption(suite, found, times)]
+    lines += ["", _caption(found, times, stability is not None)]
+    for skipped in suite.skipped():
+        lines += ["", skipped]
     parity = parity_table(suite)
     if parity:
         lines += ["", "Fused path (a) and reference path (b), the same seed:", "", parity]
@@ -130,8 +166,16 @@ def _rate(cell: Cell) -> str:
     return f"{cell.rate:g}" + (f" ({tried} of {of} tried)" if tried < of else "")
 
 
+def _stable(kinds: Stable) -> str:
+    return " / ".join(
+        f"{kinds[kind]:.3f}" if kind in kinds else "-" for kind in ("attention", "mlp")
+    )
+
+
 def _caption(
-    suite: Suite, found: Mapping[str, Mapping[str, Cell]], times: Mapping[str, StepTime] | None
+    found: Mapping[str, Mapping[str, Cell]],
+    times: Mapping[str, StepTime] | None,
+    with_stability: bool,
 ) -> str:
     first: dict[str, Run] = {}
     for by_task in found.values():
@@ -150,6 +194,11 @@ def _caption(
         text += (
             f" Step, saved: time of a training step and bytes kept for its backward pass, over those "
             f"of the {FLOOR} ({times[FLOOR].milliseconds:.0f} ms)."
+        )
+    if with_stability:
+        text += (
+            " Stability, by task: cosine between the spans of the leading tenth of the singular vectors "
+            "before and after training, attention / MLP, seed 0; - where the run's folder is not there."
         )
     return text
 
@@ -214,8 +263,13 @@ def draw(suite: Suite, path: Path) -> None:
     plt.close(figure)
 
 
-def write_report(suite: Suite, folder: Path) -> str:
+def write_report(suite: Suite, folder: Path, with_stability: bool = False) -> str:
     """Write table, CSV and picture of what is finished to `folder`; returns the table.
+
+    Args:
+        suite: whose runs.
+        folder: for the three files.
+        with_stability: compare the weights of runs of full finetuning too; seconds for each.
 
     Raises:
         ValueError: nothing is finished.
@@ -226,9 +280,9 @@ def write_report(suite: Suite, folder: Path) -> str:
     path = folder / TIMING
     times = None
     if path.exists():
-        stored = json.loads(path.read_text("utf-8"))
+        stored = read_json(path)
         times = {name: StepTime(**fields) for name, fields in stored.items()}
-    text = markdown(suite, times)
+    text = markdown(suite, times, stabilities(suite) if with_stability else None)
     write_atomically(folder / TABLE, (text + "\n").encode())
     write_atomically(folder / RUNS, to_csv(suite.all_runs()).encode())
     suite.save_record()

@@ -61,6 +61,7 @@ _SPECTRUM = {"rate_rule": "spectrum"}
 _COEFFICIENTS_ROW = Row("coefficients", _COEFFICIENTS, DIAG, SEEDS)
 _BAND_ROW = Row("band", _BAND, BAND, SEEDS)
 _DENSE_ROW = Row("dense 32", _DENSE, DENSE, SEEDS)
+_FULL_ROW = Row("full", {"method": "full"}, FULL, SEEDS)
 _BIASES_ROW = Row(
     "coefficients, biases, LayerNorm",
     {**_COEFFICIENTS, "train_bias": True, "train_layernorm": True, "bias_lr": 5e-3},
@@ -76,7 +77,7 @@ HEADLINE = (
     _BAND_ROW,
     _DENSE_ROW,
     Row("lora-r8", {"method": "lora", "lora_rank": 8}, LOW_RANK, SEEDS),
-    Row("full", {"method": "full"}, FULL, SEEDS),
+    _FULL_ROW,
 )
 SWEEP = (
     Row("band, reference path", {**_BAND, "path": "reference"}, (), SEEDS, like="band"),
@@ -92,6 +93,8 @@ CONTROLS = (
     _DENSE_ROW,
     Row("dense 32, random basis", {**_DENSE, "basis": "random"}, DENSE),
     Row("dense 32, untrained model's basis", {**_DENSE, "basis_model": RANDOM_MODEL}, DENSE),
+    _FULL_ROW,
+    Row("full, random labels", {"method": "full", "labels": "random"}, like="full"),
     Row("full, from scratch", {"method": "full", "start": "random"}, FULL),
     Row("dense 32, from-scratch model's basis", _DENSE, DENSE, basis_of="full, from scratch"),
     Row("dense 32, trailing", {**_DENSE, "select": "trailing"}, DENSE),

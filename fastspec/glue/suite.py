@@ -217,6 +217,26 @@ class Suite:
         scores = {run.rate: run.best for run in tried if run is not None and run.best is not None}
         return max(scores, key=scores.__getitem__) if scores else None
 
+    def skipped(self) -> list[str]:
+        """Which rows have no chosen rate, and never will, because every rate diverged; one line each."""
+        lines = []
+        for task in self.tasks:
+            for row in self.rows:
+                other = row.like or row.basis_of
+                if row.rates and self._all_diverged(task, row):
+                    lines.append(f"{task}, {row.name}: every rate diverged.")
+                elif other is not None and self._all_diverged(task, self.row(other)):
+                    lines.append(
+                        f"{task}, {row.name}: skipped, since every rate of {other!r} diverged."
+                    )
+        return lines
+
+    def _all_diverged(self, task: str, row: Row) -> bool:
+        if row.like is not None:
+            return self._all_diverged(task, self.row(row.like))
+        runs = [self.find(Job(task, row, rate, 0)) for rate in row.rates]
+        return all(run is not None and run.diverged for run in runs)
+
     def ready(self) -> Iterator[Job]:
         """Runs that are not done and wait for no other, the search first."""
         for first_seed in (True, False):
