@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import dataclasses
 import json
+import math
 import re
 import sys
 
@@ -10,14 +12,17 @@ import pytest
 from glue_support import make_model, make_task
 
 from fastspec.cli import main
+from fastspec.functional import delta_shape
 from fastspec.glue import report, suite
 from fastspec.glue.cli import add_arguments
 from fastspec.glue.config import GlueConfig
+from fastspec.glue.methods import head_modules
 from fastspec.glue.presets import PRESETS
 from fastspec.glue.rows import SUITES, TASK_SIZES, Row
-from fastspec.glue.runs import flags
+from fastspec.glue.runs import flags, read_csv
 from fastspec.glue.suite import Job, Suite, SuiteError, choose, make, with_reference
 from fastspec.glue.tasks import TASKS
+from fastspec.targets import find_targets, is_norm
 
 ROWS = (
     Row("a", {"rank": 4}, (1e-3, 1e-2, 1e-1), seeds=3),
@@ -237,21 +242,146 @@ def test_rows_bring_along_the_rows_they_need():
     assert set(TASK_SIZES) <= set(TASKS)
 
 
-def test_the_command_makes_a_suite_of_real_runs(tmp_path, capsys, monkeypatch):
-    model = make_model(tmp_path / "model")
-    make_task(tmp_path / "glue", TASKS["rte"], train=16, dev=8)
-    rows = (Row("tiny", {"rank": 4, "epochs": 1}, (1e-2,)),)
-    monkeypatch.setitem(SUITES, "small", rows)
-    base = ["glue", "--suite", "small", "--tasks", "rte", "--model", str(model)]
-    base += ["--data", str(tmp_path / "glue"), "--output", str(tmp_path / "out"), "--threads", "1"]
-    status = main([*base, "--time"])
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model and task."""
+    folder = tmp_path_factory.mktemp("suites")
+    make_model(folder / "model", layers=3)
+    make_task(folder / "glue", TASKS["rte"], train=16, dev=8)
+    return folder
+
+
+def small(row):
+    """The row on the tiny model: ranks that it has, its middle rate, one seed, one epoch."""
+    fields = {**row.fields, "epochs": 1, "max_length": 16}
+    if isinstance(fields.get("rank"), int):
+        fields["rank"] = 4
+    return dataclasses.replace(row, fields=fields, rates=row.rates[1:2], seeds=1)
+
+
+# the whole of each suite takes minutes; these are its forms: like, basis_of, ranges, and one plain row
+MINIATURES = {
+    "small": ["band", "head"],
+    "full": ["band, reference path", "pissa-r8"],
+    "controls": [
+        "full, random labels",
+        "dense 32, untrained model's basis",
+        "dense 32, from-scratch model's basis",
+        "dense 32, trailing",
+    ],
+    "search": ["band, attention", "dense 61, MLP"],
+    "ranges": None,
+    "layers": None,
+}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_miniature_of_every_suite(place, name, capsys, monkeypatch):
+    for rows in ("ranges", "layers"):
+        make_rows = getattr(suite, rows)
+        monkeypatch.setattr(suite, rows, lambda n, f=make_rows: tuple(map(small, f(n))))
+    monkeypatch.setitem(SUITES, name, tuple(map(small, SUITES[name])))
+    out = place / "out"
+    base = ["glue", "--suite", name, "--tasks", "rte", "--model", str(place / "model")]
+    base += ["--data", str(place / "glue"), "--output", str(out), "--threads", "2"]
+    if MINIATURES[name]:
+        base += ["--rows", *MINIATURES[name]]
+    timed = ["--time"] if name == "layers" else []
+    status = main([*base, "--record", str(place / "record.csv"), *timed])
     assert status == 0, capsys.readouterr().err
-    out = capsys.readouterr().out
-    assert "rte tiny, rate 0.01, seed 0: best dev epoch" in out
-    table = (tmp_path / "out" / "report-small" / "table.md").read_text()
-    assert table in out + "\n"
-    step, saved = (float(c) for c in table.splitlines()[2].strip("| ").split("|")[-2:])
-    assert step > 0
-    assert 0.5 < saved < 2.5
-    assert main([*base, "--report"]) == 0
+    printed = capsys.readouterr().out
+    table = (out / f"report-{name}" / "table.md").read_text()
+    assert table in printed + "\n"
+    first = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    wanted = [row.name for row in choose(name, MINIATURES[name], str(place / "model"))]
+    assert first[2 : 2 + len(wanted)] == wanted
+    for row in wanted:
+        assert f"rte {row}, rate" in printed
+    assert main([*base, "--record", str(place / "record.csv"), "--report"]) == 0
     assert "best dev epoch" in capsys.readouterr().out
+    checks = {"full": parity, "controls": stability, "ranges": quarters, "layers": thirds}
+    checks.get(name, lambda *_: None)(place, table)
+
+
+def parity(place, table):
+    line = next(line for line in table.splitlines() if line.startswith("| band | rte | 0 |"))
+    assert float(line.split("|")[4]) < 1e-3
+
+
+def stability(place, table):
+    header, _, *lines = (
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if "|" in line
+    )
+    assert header[-1] == "stability"
+    stable = {line[0]: line[-1] for line in lines}
+    assert set(stable) == {row.name for row in choose("controls", MINIATURES["controls"])}
+    for row, text in stable.items():
+        if not row.startswith("full"):
+            assert text == "-", row
+            continue
+        assert all(0.5 < float(value) <= 1 for value in text.split(" / ")), row
+    assert len({stable[r] for r in ("full", "full, random labels", "full, from scratch")}) == 3
+    record = {run.row: run for run in read_csv(place / "record.csv")}
+    assert "--labels random" in record["full, random labels"].command
+    assert record["full, from scratch"].fingerprint != record["full"].fingerprint
+
+
+def quarters(place, table):
+    counts = [line.split("|")[2].split()[0] for line in table.splitlines()[2:6]]
+    assert counts == [str(8 * 6 * 3)] * 4
+    assert "directions 24 to 32" in table
+
+
+def thirds(place, table):
+    lines = table.splitlines()[2:5]
+    assert [line.split("|")[2].split()[0] for line in lines] == [str(32 * 6)] * 3
+    for line in lines:
+        step, saved = (float(c) for c in line.strip("| ").split("|")[-2:])
+        assert step > 0
+        assert 0.5 < saved < 2.5
+
+
+def test_ranges_need_a_model_that_says_its_size(place, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "model_size", lambda name, field: None)
+    assert main(["glue", "--suite", "ranges", "--model", str(place / "model")]) == 2
+    assert "needs a model whose configuration has hidden_size" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """(parameters trained beside the head, all) of every spectral control and search, on MiniLM's shapes."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    model = BertForSequenceClassification(BertConfig(30522, 384, 6, 12, 1536))
+    plain = sum(p.numel() for p in model.parameters())
+    norms = sum(p.numel() for m in model.modules() if is_norm(m) for p in m.parameters())
+    found = {}
+    for row in (*SUITES["controls"], *SUITES["search"]):
+        config = GlueConfig("cola", train_pooler=True, **row.fields)
+        if config.method != "spectral":
+            continue
+        spectral = config.spectral(head_modules(model, train_pooler=True))
+        targets, _ = find_targets(model, spectral)
+        cores = sum(
+            math.prod(delta_shape(config.core, t.directions.rank, config.half_width))
+            for t in targets
+        )
+        biases = config.train_bias * sum(t.module.bias.numel() for t in targets)
+        adapter = cores + biases + config.train_layernorm * norms
+        found[row.name] = adapter, plain + cores
+    return found
+
+
+def test_controls_have_equal_parameter_counts(counts):
+    rows = [row.name for row in SUITES["controls"] if row.name in counts]
+    assert len(rows) == 5
+    assert {counts[row][0] for row in rows} == {36 * 32 * 32}
+
+
+def test_searched_rows_keep_to_the_budget(counts):
+    assert counts["band"] == (41472, 22755458)  # as counted in docs/results-glue.csv
+    for row in SUITES["search"]:
+        adapter, total = counts[row.name]
+        assert 0 < adapter / total <= 0.002, row.name

@@ -243,7 +243,7 @@ def run_suite(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--jobs must be from 1 to the number of threads, {threads}, which its runs share; got {jobs}"
         )
-    rows = choose(args.suite, args.rows)
+    rows = choose(args.suite, args.rows, args.model)
     output = Path(args.output or "runs/suite")
     suite = Suite(
         output=output,

@@ -61,6 +61,15 @@ def load_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
 
 
+def model_size(name: str, field: str) -> int | None:
+    """A number in a model's configuration, such as "hidden_size"; None if it has none of that name."""
+    from transformers import AutoConfig
+
+    name = resolve(name)
+    config = AutoConfig.from_pretrained(name, local_files_only=os.path.isdir(name))
+    return getattr(config, field, None)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No notices from transformers below errors, no bars but our own."""

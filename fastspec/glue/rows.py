@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,29 +106,46 @@ SEARCH = (
     _BIASES_ROW,
     _BAND_ROW,
     Row("band, rates by spectrum", {**_BAND, **_SPECTRUM}, BAND),
+    Row("band, attention", {**_BAND, "target_modules": ATTENTION}, BAND),
     _DENSE_ROW,
     Row("dense 32, rates by spectrum", {**_DENSE, **_SPECTRUM}, DENSE),
     _ATTENTION_ROW,
     Row("dense 61, MLP", {"core": "dense", "rank": 61, "target_modules": MLP}, DENSE),
 )
-RANGES = tuple(
-    Row(f"directions {a} to {b}", {"select": (a, b)}, DIAG)
-    for a, b in ((0, 96), (96, 192), (192, 288), (288, 384))
-)
-LAYERS = tuple(
-    Row(
-        f"layers {a} and {a + 1}",
-        {**_COEFFICIENTS, "target_modules": rf".*layer\.[{a}{a + 1}]\..*"},
-        DIAG,
+
+
+def ranges(width: int) -> tuple[Row, ...]:
+    """A quarter of the directions of a model of hidden size `width` each."""
+    edges = [round(i * width / 4) for i in range(5)]
+    return tuple(
+        Row(f"directions {a} to {b}", {"select": (a, b)}, DIAG)
+        for a, b in itertools.pairwise(edges)
     )
-    for a in (0, 2, 4)
-)
+
+
+def layers(count: int) -> tuple[Row, ...]:
+    """A third of a model's layers each, under the names transformers gives them."""
+    edges = [round(i * count / 3) for i in range(4)]
+    return tuple(
+        Row(
+            f"layers {a} to {b - 1}",
+            {
+                **_COEFFICIENTS,
+                "target_modules": rf".*\.(layer|layers|h)\.({'|'.join(map(str, range(a, b)))})\..*",
+            },
+            DIAG,
+        )
+        for a, b in itertools.pairwise(edges)
+        if a < b
+    )
+
 
 SUITES: Mapping[str, tuple[Row, ...]] = {
     "small": HEADLINE,
     "full": (*HEADLINE, *SWEEP),
     "controls": CONTROLS,
     "search": SEARCH,
-    "ranges": RANGES,
-    "layers": LAYERS,
+    # of the default model; `fastspec.glue.suite.choose` makes those of another
+    "ranges": ranges(384),
+    "layers": layers(6),
 }

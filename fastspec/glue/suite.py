@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fastspec.glue.config import GlueConfig
+from fastspec.glue.model import model_size
 from fastspec.glue.record import DIVERGED, RESULT, read_json
-from fastspec.glue.rows import OTHER_TASKS, SUITES, TASK_SIZES, Row
+from fastspec.glue.rows import OTHER_TASKS, SUITES, TASK_SIZES, Row, layers, ranges
 from fastspec.glue.runs import (
     Run,
     add_to_record,
@@ -266,9 +267,26 @@ class Suite:
         return (job.folder(self.output) / DIVERGED).exists() or (run is not None and run.diverged)
 
 
-def choose(suite: str, names: Sequence[str] | None = None) -> tuple[Row, ...]:
-    """The rows of a named suite, or those of them named, with the rows that these need."""
+def choose(
+    suite: str, names: Sequence[str] | None = None, model: str | None = None
+) -> tuple[Row, ...]:
+    """The rows of a named suite, or those of them named, with the rows that these need.
+
+    Args:
+        suite: a name in `SUITES`.
+        names: of rows; None for all.
+        model: as in `GlueConfig`; ranges of directions and of layers are parts of what it has.
+    """
     rows = SUITES[suite]
+    if model is not None and suite in ("ranges", "layers"):
+        field, make_rows = {
+            "ranges": ("hidden_size", ranges),
+            "layers": ("num_hidden_layers", layers),
+        }[suite]
+        size = model_size(model, field)
+        if size is None:
+            raise ValueError(f"--suite {suite} needs a model whose configuration has {field}")
+        rows = make_rows(size)
     if names is None:
         return rows
     known = {row.name: row for row in rows}
