@@ -14,9 +14,9 @@ from fastspec.analyze import tables
 from fastspec.analyze.alignment import align, clusters, rank_ranges
 from fastspec.analyze.gradients import CumulativeGradients, spectra
 from fastspec.analyze.ranks import allocate, coefficient_energy, patterns
-from fastspec.analyze.runs import Stability, generalisation, holm
+from fastspec.analyze.runs import Stability, generalisation, holm, within_groups
 from fastspec.analyze.transplant import Matrices, mask, swap
-from fastspec.analyze.weights import Pair, kind_of, load_weights, pairs
+from fastspec.analyze.weights import Pair, kind_of, layer_of, load_weights, pairs
 from fastspec.cli import main
 from fastspec.targets import spectral_layers
 
@@ -123,23 +123,28 @@ def test_clusters_and_ranges():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "kind", "layer"),
     [
-        ("bert.encoder.layer.0.attention.output.dense.weight", "attention"),
-        ("bert.encoder.layer.0.output.dense.weight", "mlp"),
-        ("bert.encoder.layer.0.intermediate.dense.weight", "mlp"),
-        ("model.layers.3.self_attn.q_proj.weight", "attention"),
-        ("model.layers.3.mlp.gate_proj.weight", "mlp"),
-        ("transformer.h.1.attn.c_proj.weight", "attention"),
-        ("transformer.h.1.mlp.c_proj.weight", "mlp"),
-        ("encoder.layers.0.self_attn.in_proj_weight", "attention"),
-        ("encoder.layers.0.linear1.weight", "mlp"),
-        ("conv1.weight", "other"),
-        ("pooler.dense.weight", "other"),
+        ("bert.encoder.layer.0.attention.output.dense.weight", "attention", 0),
+        ("bert.encoder.layer.0.output.dense.weight", "mlp", 0),
+        ("bert.encoder.layer.11.intermediate.dense.weight", "mlp", 11),
+        ("model.layers.3.self_attn.q_proj.weight", "attention", 3),
+        ("model.layers.3.mlp.gate_proj.weight", "mlp", 3),
+        ("transformer.h.1.attn.c_proj.weight", "attention", 1),
+        ("transformer.h.1.mlp.c_proj.weight", "mlp", 1),
+        ("encoder.layers.0.self_attn.in_proj_weight", "attention", 0),
+        ("encoder.layers.0.linear1.weight", "mlp", 0),
+        ("encoder.layers.encoder_layer_5.mlp.0.weight", "mlp", 5),
+        ("encoder.layers.encoder_layer_10.self_attention.in_proj_weight", "attention", 10),
+        ("layer4.0.conv1.weight", "other", 4),
+        ("features.denseblock2.denselayer11.conv1.weight", "other", 2),
+        ("blocks.7.mlp.fc1.weight", "mlp", 7),
+        ("conv1.weight", "other", None),
+        ("pooler.dense.weight", "other", None),
     ],
 )
-def test_kinds(name, kind):
-    assert kind_of(name) == kind
+def test_kinds_and_layers(name, kind, layer):
+    assert (kind_of(name), layer_of(name)) == (kind, layer)
 
 
 def test_checkpoints_are_read_and_paired(tmp_path):
@@ -192,6 +197,18 @@ def test_the_command_compares_two_files_and_draws(tmp_path, capsys):
     assert "| layer.1.mlp.up_proj | mlp | 1 | 24 x 12 |" in out
     header, rule, *body = (tmp_path / "out" / "matrices.md").read_text().splitlines()
     assert len({line.count("|") for line in (header, rule, *body)}) == 1
+    matrices = list(csv.DictReader((tmp_path / "out" / "matrices.csv").open()))
+    means = list(csv.DictReader((tmp_path / "out" / "kinds.csv").open()))
+    assert (tmp_path / "out" / "kinds.md").read_text() in out
+    assert list(means[0]) == ["mean over matrices", "attention", "mlp"]
+    assert [line["attention"] for line in means if line["mean over matrices"] == "matrices"] == [
+        "4"
+    ]
+    for line in means[1:]:
+        for kind in ("attention", "mlp"):
+            values = [float(m[line["mean over matrices"]]) for m in matrices if m["kind"] == kind]
+            assert float(line[kind]) == pytest.approx(sum(values) / len(values)), line
+    assert "cosine, leading tenth" in {line["mean over matrices"] for line in means}
     lines = list(csv.DictReader((tmp_path / "out" / "vectors.csv").open()))
     assert len(lines) == 6 * 12
     assert 0 <= float(lines[0]["left cosine"]) <= 1
@@ -252,6 +269,33 @@ def test_swaps_and_masks_change_what_they_should_and_nothing_afterwards():
         Matrices(model, ["mlp"])
 
 
+def test_a_swap_uses_the_vectors_of_the_source_it_names():
+    w = matrix([4.0, 2.0, 1.0], 5, 3)[0].float()
+    given = {
+        what: matrix([1.0, 0.5, 0.2], 5, 3, seed)
+        for what, seed in (("pretrained", 3), ("other task", 9))
+    }
+    model, seen = Two(w), []
+
+    def score(m):
+        seen.append(m.attention.weight.clone())
+        return 0.0
+
+    sources = {what: {"attention.weight": x.float()} for what, (x, _, _) in given.items()}
+    scored = [s.what for s in swap(model, score, sources, shares=[1.0])]
+    s = torch.tensor([4.0, 2.0, 1.0])
+    for what, (_, p, q) in given.items():
+        expected = (p.float() * s) @ q.float().mT
+        torch.testing.assert_close(seen[scored.index(what)], expected, atol=1e-5, rtol=0)
+
+
+def test_explained_variance_by_hand():
+    w, _, _ = matrix([4.0, 2.0, 1.0], 7, 3)
+    (a,) = align([pair(w, w)])
+    torch.testing.assert_close(a.explained(), torch.tensor([16.0, 20.0, 21.0]).double() / 21)
+    assert a.summary()["W in leading tenth"] == pytest.approx(16 / 21)
+
+
 def test_gradients_are_summed_and_seen_in_the_basis():
     w, u, v = matrix([4.0, 3.0, 2.0], 5, 3)
     summed = 6 * torch.outer(u[:, 0], v[:, 0]) + 2 * torch.outer(u[:, 1], v[:, 1])
@@ -290,12 +334,14 @@ def stable(amount, seed):
     return align([Pair(f"layer.0.{n}.weight", "attention", 0, w, x) for n, x in moved.items()])
 
 
+def some_runs(task, base, labels="true", start="pretrained", runs=4):
+    for i in range(runs):
+        fields = (f"r{i}", "full", task, start, labels, 1e-3, i, base - 3 * i)
+        yield Stability(*fields, stable(0.02 * (i + 1), i))
+
+
 def test_generalisation_finds_the_matrix_that_goes_with_the_score():
-    runs = []
-    for task, base in (("rte", 60.0), ("cola", 20.0)):
-        for i in range(4):
-            fields = (f"r{i}", "full", task, "pretrained", "true", 1e-3, i, base - 3 * i)
-            runs.append(Stability(*fields, stable(0.02 * (i + 1), i)))
+    runs = [*some_runs("rte", 60.0), *some_runs("cola", 20.0)]
     first, second = generalisation(runs)
     assert first.matrix == "layer.0.query"
     assert first.rho > 0.9
@@ -304,6 +350,24 @@ def test_generalisation_finds_the_matrix_that_goes_with_the_score():
     with pytest.raises(ValueError, match="over 4 runs says nothing"):
         generalisation(runs[:4])
     assert {"task", "best dev score", "attention: cosine, leading tenth"} <= set(runs[0].summary())
+
+
+@pytest.mark.parametrize("odd", [{"labels": "random"}, {"start": "random"}])
+def test_generalisation_compares_like_with_like(odd):
+    # centred by task alone, the low scores of these equally stable runs would hide the correlation
+    groups = [*some_runs("rte", 60.0), *some_runs("rte", 10.0, **odd)]
+    first, _ = generalisation(groups)
+    assert first.rho == pytest.approx(
+        generalisation(groups[:4] + list(some_runs("cola", 1)))[0].rho
+    )
+    # a run without its like says nothing
+    lonely = next(some_runs("cola", 5.0))
+    assert generalisation([*groups, lonely]) == generalisation(groups)
+    with pytest.raises(ValueError, match=r"over 4 runs .* shares task, labels and start"):
+        generalisation([*groups[:4], lonely])
+    values = torch.tensor([1.0, 3.0, 10.0, 30.0])
+    centred = within_groups([*groups[:2], *groups[4:6]], values)
+    assert centred.tolist() == [-1.0, 1.0, -10.0, 10.0]
 
 
 def test_holm_by_hand():

@@ -9,7 +9,8 @@ import pytest
 import torch
 from glue_support import make_model, make_task
 
-from fastspec.analyze import pretraining
+from fastspec.analyze import pretraining, transplant
+from fastspec.analyze.weights import kind_of, load_weights
 from fastspec.cli import COMMANDS, main
 from fastspec.files import write_json
 from fastspec.glue.tasks import TASKS
@@ -60,7 +61,11 @@ def rows(path):
 
 def pictures(folder):
     found = sorted(folder.glob("*.png"))
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in found)
+    for path in found:
+        head = path.read_bytes()[:24]
+        assert head.startswith(b"\x89PNG")
+        # wider pictures are shrunk to illegible text where READMEs are shown
+        assert int.from_bytes(head[16:20]) <= 1250, path
     return [p.stem for p in found]
 
 
@@ -71,6 +76,7 @@ def test_weights_of_a_run_from_its_start_to_its_end(place):
     assert len(found) == 13
     assert {row["kind"] for row in found} == {"attention", "mlp", "other"}
     assert all(float(row["norm of dW over W"]) > 0 for row in found)
+    assert {"mean over matrices", "attention", "mlp", "other"} == set(rows(out / "kinds.csv")[0])
     assert pictures(out) == ["alignment", "profile", "update"]
 
 
@@ -92,6 +98,43 @@ def test_swap(place):
         "zero",
     ]
     assert pictures(out) == ["swap"]
+
+
+def test_swap_takes_the_vectors_of_the_start_and_of_the_other_run(place, monkeypatch):
+    given = {}
+
+    def spy(model, score, sources, **options):
+        given.update(sources)
+        return [transplant.Scored("own", 0.0, score(model)), transplant.Scored("zero", 1.0, 0.0)]
+
+    monkeypatch.setattr(transplant, "swap", spy)
+    words = ["analyze", "swap", str(place / "rte"), "--other", str(place / "cola")]
+    assert main([*words, "-o", str(place / "spied")]) == 0
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    start = load_weights(place / "model")[name.removeprefix("bert.")]
+    assert torch.equal(given["pretrained"][name], start)
+    assert torch.equal(given["other task"][name], load_weights(place / "cola")[name])
+    assert not torch.equal(given["other task"][name], start)
+
+
+@pytest.mark.parametrize("what", ["mask", "swap"])
+def test_one_kind_of_matrix_alone(place, what, monkeypatch):
+    changed, real = set(), getattr(transplant, what)
+
+    def spy(model, score, *args, **options):
+        before = {n: p.clone() for n, p in model.named_parameters()}
+
+        def watched(m):
+            changed.update(n for n, p in m.named_parameters() if not torch.equal(p, before[n]))
+            return score(m)
+
+        return real(model, watched, *args, **options)
+
+    monkeypatch.setattr(transplant, what, spy)
+    words = ["analyze", what, str(place / "rte"), "--kinds", "attention", "--shares", "0.5"]
+    assert main([*words, "--rows", "4", "-o", str(place / "attention")]) == 0
+    assert len(changed) == 8
+    assert {kind_of(name) for name in changed} == {"attention"}
 
 
 def test_mask(place):
@@ -121,6 +164,7 @@ def test_runs_and_generalisation(place, capsys):
     assert all(0 < float(row["attention: subspace, leading tenth"]) <= 1 for row in found)
     assert pictures(out) == ["runs"]
     capsys.readouterr()
+    assert not (out / "generalisation.csv").exists()  # only two share task, labels and start
     few = ["analyze", "runs", str(place / "rte"), "-o", str(out)]
     assert main(few) == 0
     assert "no correlations: they take 5 runs or more" in capsys.readouterr().out
@@ -164,7 +208,7 @@ def test_pretraining_scale(place, monkeypatch):
         ("0", "1"),
         ("40", "1"),
     ]
-    assert all(0 < float(row["subspace cosine"]) <= 1 for row in found)
+    assert all(0 < float(row["random spans"]) < float(row["subspace cosine"]) <= 1 for row in found)
     assert pictures(out) == ["pretraining"]
     with pytest.raises(ValueError, match="leaves 1669 images for pretraining, got 5000"):
         next(pretraining.run(smaller(sizes=(5000,))))

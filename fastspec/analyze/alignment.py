@@ -140,6 +140,22 @@ def align(matrices: Sequence[Pair], gap: float = GAP) -> list[Alignment]:
     return [_align_one(*each, gap) for each in zip(matrices, before, after, update, strict=True)]
 
 
+def by_kind(alignments: Sequence[Alignment]) -> list[dict[str, Any]]:
+    """Means of the summaries over the matrices of a kind: one line a figure, attention, MLP and others
+    apart."""
+    kinds = [k for k in ("attention", "mlp", "other") if any(a.kind == k for a in alignments)]
+    rows = {k: [a.summary() for a in alignments if a.kind == k] for k in kinds}
+    figures = [name for name, value in alignments[0].summary().items() if isinstance(value, float)]
+    head = "mean over matrices"
+    return [
+        {head: "matrices"} | {k: len(rows[k]) for k in kinds},
+        *(
+            {head: name} | {k: sum(r[name] for r in rows[k]) / len(rows[k]) for k in kinds}
+            for name in figures
+        ),
+    ]
+
+
 def decompose(matrices: Sequence[Tensor]) -> list[TopkSVD]:
     """All singular triplets of every matrix; those of one shape are factorised together."""
     found = topk_svd(list(matrices), [min(m.shape) for m in matrices], progress=False)

@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _weights(args: argparse.Namespace, output: Path) -> None:
     from fastspec.analyze import plots, tables
-    from fastspec.analyze.alignment import align
+    from fastspec.analyze.alignment import align, by_kind
     from fastspec.analyze.weights import load_weights, pairs
 
     if args.after is None:
@@ -130,6 +130,8 @@ def _weights(args: argparse.Namespace, output: Path) -> None:
     found = align(pairs(before, after, include=args.include, exclude=args.exclude), args.gap)
     rows = [a.summary() for a in found]
     _write(output, "matrices", rows)
+    print()
+    _write(output, "kinds", by_kind(found))
     tables.write_csv(output / "vectors.csv", [line for a in found for line in a.vectors()])
     plots.draw_alignment(found, output / "alignment.png")
     plots.draw_profile(found, output / "profile.png")
@@ -141,7 +143,7 @@ def _swap(args: argparse.Namespace, output: Path) -> None:
     from fastspec.analyze.transplant import OTHER, PRETRAINED, swap
     from fastspec.glue.restore import effective_weights, finished, starting_weights
 
-    model, score = _scored_run(args)
+    model, score, ylabel = _scored_run(args)
     sources = {PRETRAINED: starting_weights(args.run)}
     if args.other:
         sources[OTHER] = effective_weights(finished(args.other).model)
@@ -149,19 +151,19 @@ def _swap(args: argparse.Namespace, output: Path) -> None:
     found = list(swap(model, score, sources, kinds=args.kinds, seed=args.seed, **options))
     _write(output, "swap", [dataclasses.asdict(s) for s in found])
     xlabel = "leading vectors replaced, per cent of all"
-    plots.draw_scores(found, output / "swap.png", "other vectors, own coefficients", xlabel)
+    plots.draw_scores(found, output / "swap.png", "other vectors, own coefficients", xlabel, ylabel)
 
 
 def _mask(args: argparse.Namespace, output: Path) -> None:
     from fastspec.analyze import plots
     from fastspec.analyze.transplant import mask
 
-    model, score = _scored_run(args)
+    model, score, ylabel = _scored_run(args)
     options = {"shares": args.shares} if args.shares else {}
     found = list(mask(model, score, kinds=args.kinds, **options))
     _write(output, "mask", [dataclasses.asdict(s) for s in found])
     xlabel = "triplets dropped, per cent of all"
-    plots.draw_scores(found, output / "mask.png", "triplets dropped from one end", xlabel)
+    plots.draw_scores(found, output / "mask.png", "triplets dropped from one end", xlabel, ylabel)
 
 
 def _gradients(args: argparse.Namespace, output: Path) -> None:
@@ -181,13 +183,16 @@ def _gradients(args: argparse.Namespace, output: Path) -> None:
 
 def _runs(args: argparse.Namespace, output: Path) -> None:
     from fastspec.analyze import plots
-    from fastspec.analyze.runs import FEWEST_RUNS, generalisation, stability
+    from fastspec.analyze.runs import FEWEST_RUNS, comparable, generalisation, stability
 
     found = [stability(folder) for folder in args.runs]
     _write(output, "runs", [run.summary() for run in found])
     plots.draw_runs(found, output / "runs.png")
-    if len(found) < FEWEST_RUNS:
-        print(f"\nno correlations: they take {FEWEST_RUNS} runs or more")
+    if len(comparable(found)) < FEWEST_RUNS:
+        print(
+            f"\nno correlations: they take {FEWEST_RUNS} runs or more, each of which shares task, labels "
+            "and start with another"
+        )
         return
     correlations = sorted(generalisation(found), key=lambda c: c.p)
     if correlations:
@@ -243,8 +248,8 @@ def _pretraining(args: argparse.Namespace, output: Path) -> None:
     plots.draw_scale(rows, output / "pretraining.png")
 
 
-def _scored_run(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The plain model of a run and the function that scores it on the run's task."""
+def _scored_run(args: argparse.Namespace) -> tuple[Any, Any, str]:
+    """The plain model of a run, the function that scores it on the run's task, and the score's name."""
     from fastspec.glue import data
     from fastspec.glue.evaluate import Scorer
     from fastspec.glue.restore import merged
@@ -252,7 +257,8 @@ def _scored_run(args: argparse.Namespace) -> tuple[Any, Any]:
     built = merged(args.run)
     source = data.load(TASKS[built.config.task], args.data or built.config.data)
     scorer = Scorer(source, built.tokenizer, max_length=built.config.max_length, rows=args.rows)
-    return built.model, lambda model: scorer(model)["score"]
+    name = f"{source.task.name}: {' and '.join(source.task.metrics)} [points], dev rows"
+    return built.model, lambda model: scorer(model)["score"], name
 
 
 def _write(output: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -56,7 +56,8 @@ def run(study: Study, report: Callable[[str], None] = print) -> Iterator[dict[st
     """One row for every size and seed: images, seed, pretraining loss, cosines, accuracy.
 
     "matched cosine" is of the leading tenth of singular vectors before and after post-training,
-    "subspace cosine" of the spans they have together, means over the encoder's matrices.
+    "subspace cosine" of the spans they have together, "random spans" what the latter is by chance; means
+    over the encoder's matrices.
 
     Raises:
         ValueError: a size is above the number of images left for pretraining.
@@ -78,13 +79,15 @@ def run(study: Study, report: Callable[[str], None] = print) -> Iterator[dict[st
             before = {n: t.clone() for n, t in encoder.state_dict().items()}
             classifier = Classifier(encoder, int(labels.max()) + 1)
             posttrain(classifier, images[labelled], labels[labelled], study, seed)
-            lines = [a.summary() for a in align(pairs(before, encoder.state_dict()))]
+            found = align(pairs(before, encoder.state_dict()))
+            lines = [a.summary() for a in found]
             row = {
                 "images": size,
                 "seed": seed,
                 "pretraining loss": loss,
                 "matched cosine": _mean(line["cosine, leading tenth"] for line in lines),
                 "subspace cosine": _mean(line["subspace, leading tenth"] for line in lines),
+                "random spans": _mean(float(a.blocks[0, 2]) for a in found),
                 "norm of dW over W": _mean(line["norm of dW over W"] for line in lines),
                 "accuracy": accuracy(classifier, images[test], labels[test]),
             }

@@ -37,6 +37,10 @@ class Stability:
     best: float
     alignments: list[Alignment]
 
+    def group(self) -> tuple[str, str, str]:
+        """What runs must share for their scores to be compared."""
+        return self.task, self.labels, self.start
+
     def summary(self) -> dict[str, Any]:
         """One line of a table: means over matrices, attention and MLP apart."""
         line: dict[str, Any] = {
@@ -89,7 +93,7 @@ class Correlation:
 
     Args:
         matrix: its name.
-        rho: of ranks within the task, in [-1, 1].
+        rho: of the centred values, in [-1, 1].
         p: two-sided, for no correlation.
         p_fdr: adjusted by Benjamini and Hochberg (1995), for a false discovery rate.
         p_holm: adjusted by Holm (1979), for any false discovery at all.
@@ -105,25 +109,28 @@ class Correlation:
 def generalisation(runs: Sequence[Stability]) -> list[Correlation]:
     """Does the stability of the leading tenth go with the score? One test a matrix, so p is adjusted.
 
-    Scores and stabilities are centred within tasks, since tasks differ in both for reasons of their own.
+    Scores and stabilities are centred within runs of one task, kind of labels and start, since these differ
+    in both for reasons of their own. A run that shares them with no other is left out.
 
     Raises:
         ValueError: fewer than 5 runs, or their matrices differ.
     """
     from scipy.stats import false_discovery_control, spearmanr
 
+    runs = comparable(runs)
     if len(runs) < FEWEST_RUNS:
         raise ValueError(
-            f"a correlation over {len(runs)} runs says nothing; give {FEWEST_RUNS} or more"
+            f"a correlation over {len(runs)} runs says nothing; give {FEWEST_RUNS} or more, each of which "
+            "shares task, labels and start with another"
         )
     names = [a.name for a in runs[0].alignments]
     if any([a.name for a in run.alignments] != names for run in runs):
         raise ValueError("the runs have different matrices; give runs of one model")
-    score = _within([run.task for run in runs], torch.tensor([run.best for run in runs]))
+    score = within_groups(runs, torch.tensor([run.best for run in runs]))
     found = []
     for i, name in enumerate(names):
         values = torch.tensor([_leading(run.alignments[i]) for run in runs])
-        stable = _within([run.task for run in runs], values)
+        stable = within_groups(runs, values)
         if float(stable.abs().max()) < 1e-6 or float(score.abs().max()) == 0:
             continue  # a constant has no ranks: the matrix was not trained
         rho, p = spearmanr(stable.numpy(), score.numpy())
@@ -153,10 +160,17 @@ def _leading(alignment: Alignment) -> float:
     return float((alignment.overlap_left[tenth] + alignment.overlap_right[tenth]) / 2)
 
 
-def _within(tasks: Sequence[str], values: Tensor) -> Tensor:
-    """Values less the mean of their task."""
+def comparable(runs: Sequence[Stability]) -> list[Stability]:
+    """The runs that share task, labels and start with another."""
+    groups = [run.group() for run in runs]
+    return [run for run, group in zip(runs, groups, strict=True) if groups.count(group) > 1]
+
+
+def within_groups(runs: Sequence[Stability], values: Tensor) -> Tensor:
+    """One value a run, less the mean over the runs of its task, labels and start."""
     out = values.double()
-    for task in set(tasks):
-        members = torch.tensor([t == task for t in tasks])
+    groups = [run.group() for run in runs]
+    for group in set(groups):
+        members = torch.tensor([g == group for g in groups])
         out[members] -= out[members].mean()
     return out

@@ -20,6 +20,9 @@ _MLP = re.compile(
     r"mlp|ffn|feed_forward|intermediate|output\.dense|(^|\.)(fc|lin|linear|wi|wo)_?\d*\.|"
     r"(up|down|gate)_proj|c_fc"
 )
+# the first part of a name that is a number, or ends in one after a word for a layer: layer.3, layer4.0,
+# encoder_layer_5.mlp.0
+_LAYER = re.compile(r"(?:^|\.)(?:[a-z_]*(?:layer|block|stage)_?)?(\d+)(?:\.|$)")
 _WRAPPERS = re.compile(r"^((module|_orig_mod|base_model\.model)\.)+")
 
 
@@ -30,7 +33,7 @@ class Pair:
     Args:
         name: of the tensor, without wrappers' prefixes.
         kind: "attention", "mlp" or "other", by the name.
-        layer: the first number in the name, None without one.
+        layer: number of the layer, by the name; None without one.
         before, after: the matrix in the first and in the second checkpoint.
     """
 
@@ -125,9 +128,7 @@ def pairs(
         matrices = [t if t.dtype == torch.float64 else t.float() for t in matrices]
         if not all(bool(torch.isfinite(t).all()) for t in matrices):
             raise ValueError(f"{name} holds NaN or infinity")
-        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-        layer = int(number[1]) if number else None
-        out.append(Pair(name, kind_of(name), layer, *matrices))
+        out.append(Pair(name, kind_of(name), layer_of(name), *matrices))
     if not out:
         raise ValueError(
             "the checkpoints have no matrix in common that the patterns leave; names in one: "
@@ -141,6 +142,12 @@ def kind_of(name: str) -> str:
     if _ATTENTION.search(name):
         return "attention"
     return "mlp" if _MLP.search(name) else "other"
+
+
+def layer_of(name: str) -> int | None:
+    """The first number in a name that counts layers; None without one."""
+    number = _LAYER.search(name)
+    return int(number[1]) if number else None
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
