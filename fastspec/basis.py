@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -73,28 +74,47 @@ def load_basis(path: str | os.PathLike[str]) -> Basis:
     """Read a basis file written by `fastspec factorize`.
 
     Raises:
-        BasisError: not a basis file, truncated, or of an unknown format.
+        BasisError: not a basis file, truncated, of an unknown format, or its tensors are not those of the
+            weights it names.
         OSError: the file cannot be read.
     """
     try:
         with safe_open(os.fspath(path), framework="pt") as f:
             header = json.loads((f.metadata() or {}).get("fastspec", "null"))
-            if not isinstance(header, dict) or "weights" not in header:
+            if not isinstance(header, dict) or not isinstance(header.get("weights"), dict):
                 raise BasisError(f"{path} is not a basis file: it has no fastspec metadata")
             if header.get("format") != FORMAT:
                 raise BasisError(
                     f"{path} has basis format {header.get('format')!r}, this fastspec reads {FORMAT}"
                 )
             entries = {
-                name: BasisEntry(
-                    u=f.get_tensor(f"{name}.u"),
-                    s=f.get_tensor(f"{name}.s"),
-                    vh=f.get_tensor(f"{name}.vh"),
-                    fingerprint=about["fingerprint"],
-                    residual=about["residual"],
-                )
+                name: _entry(f, name, about, f"{path}: {name}")
                 for name, about in header["weights"].items()
             }
     except (SafetensorError, json.JSONDecodeError) as e:
         raise BasisError(f"{path} is not a readable basis file: {e}") from None
     return Basis(entries)
+
+
+def _entry(f: Any, name: str, about: Any, label: str) -> BasisEntry:
+    """One weight of the open file, whose metadata says `about` it."""
+    if not isinstance(about, dict) or not (
+        isinstance(about.get("fingerprint"), str)
+        and isinstance(about.get("residual"), (int, float))
+        and isinstance(about.get("shape"), list)
+        and len(about["shape"]) == 2
+    ):
+        raise BasisError(
+            f"{label} must have a fingerprint, a residual and a shape [m, n] in the metadata, got {about!r}; "
+            "make the file again with fastspec factorize"
+        )
+    m, n = about["shape"]
+    tensors = {key: f.get_tensor(f"{name}.{key}") for key in ("u", "s", "vh")}
+    k = tensors["s"].numel()
+    for key, shape in {"u": (m, k), "s": (k,), "vh": (k, n)}.items():
+        if tensors[key].shape != shape:
+            raise BasisError(
+                f"{label}.{key} must have shape {shape} for a weight {(m, n)} and {k} singular values, "
+                f"got {tuple(tensors[key].shape)}; make the file again with fastspec factorize"
+            )
+    return BasisEntry(**tensors, fingerprint=about["fingerprint"], residual=about["residual"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fastspec import factorize
 from fastspec.basis import BasisError, load_basis
@@ -178,3 +180,31 @@ def test_unreadable_basis_files(checkpoint, tmp_path: Path) -> None:
     out.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
     with pytest.raises(BasisError, match="basis format 9"):
         load_basis(out)
+
+
+def test_a_basis_whose_metadata_or_shapes_are_wrong_names_the_weight(checkpoint, tmp_path) -> None:
+    folder, _ = checkpoint
+    out = tmp_path / "basis.safetensors"
+    main(["factorize", str(folder), "--rank", "2", "-o", str(out)])
+    tensors = load_file(out)
+    with safe_open(out, framework="pt") as f:
+        header = json.loads(f.metadata()["fastspec"])
+
+    def spoil(message: str, module: str, change: dict, **replaced: torch.Tensor) -> None:
+        about = {**header["weights"][module], **change}
+        about = {key: value for key, value in about.items() if value is not None}
+        weights = header["weights"] | {module: about}
+        changed = tensors | {f"{module}.{key}": t for key, t in replaced.items()}
+        metadata = {"fastspec": json.dumps(header | {"weights": weights})}
+        save_file(changed, tmp_path / "spoilt.safetensors", metadata)
+        with pytest.raises(BasisError, match=message):
+            load_basis(tmp_path / "spoilt.safetensors")
+
+    for key in ("fingerprint", "residual", "shape"):
+        spoil(
+            "layer.0.up must have a fingerprint, a residual and a shape", "layer.0.up", {key: None}
+        )
+    spoil(r"layer.0.up.u must have shape \(40, 2\)", "layer.0.up", {}, u=torch.zeros(24, 2))
+    spoil(r"layer.0.up.vh must have shape \(2, 24\)", "layer.0.up", {}, vh=torch.zeros(24, 2))
+    spoil(r"layer.0.up.s must have shape \(2,\)", "layer.0.up", {}, s=torch.zeros(1, 2))
+    spoil(r"layer.1.up.u must have shape \(41, 2\)", "layer.1.up", {"shape": [41, 24]})

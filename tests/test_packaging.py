@@ -185,3 +185,16 @@ def test_installed_package_works_outside_the_repository(installed, tmp_path):
     )
     assert str(installed) in out
     assert "None" in out
+
+
+def test_a_wheel_built_with_a_compiler_holds_the_library(sources, tmp_path):
+    """Of a source that compiles at once: what is in it does not matter here."""
+    copy = tmp_path / "sources"
+    shutil.copytree(sources, copy)
+    shutil.rmtree(copy / "csrc")
+    (copy / "csrc").mkdir()
+    (copy / "csrc" / "one.cpp").write_text('extern "C" int fastspec_one() { return 1; }\n')
+    site = build_wheel(copy, tmp_path)
+    assert (site / "fastspec" / "_C.so").exists()
+    cpu, _ = reason(site, tmp_path)
+    assert cpu.startswith("extension True")
