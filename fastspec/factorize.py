@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from fastspec.basis import FORMAT
 from fastspec.config import resolve_rank
-from fastspec.files import write_atomically
+from fastspec.files import join_safetensors, write_atomically
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.svd import topk_svd
 
@@ -201,17 +202,16 @@ def _is_done(part: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _join(parts: Path, names: list[str], args: argparse.Namespace) -> None:
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, tuple[Path, str]] = {}
     weights: dict[str, Any] = {}
     for name in names:
-        module = name.removesuffix(".weight")
-        with safe_open(_part(parts, name), framework="pt") as f:
+        module, part = name.removesuffix(".weight"), _part(parts, name)
+        tensors |= {f"{module}.{key}": (part, key) for key in ("u", "s", "vh")}
+        with safe_open(part, framework="pt") as f:
             about = json.loads(f.metadata()["fastspec-part"])
-            for key in ("u", "s", "vh"):
-                tensors[f"{module}.{key}"] = f.get_tensor(key)
         weights[module] = {key: about[key] for key in ("fingerprint", "shape", "residual")}
     header = {"format": FORMAT, "model": args.model, "tol": args.tol, "weights": weights}
-    write_atomically(args.output, save(tensors, {"fastspec": json.dumps(header)}))
+    join_safetensors(args.output, tensors, {"fastspec": json.dumps(header)})
 
 
 def _from_hub(model: str) -> Path:
@@ -236,7 +236,8 @@ def _ranks() -> Iterator[tuple[int, int, Any]]:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    # the first to be done waits for the last, which may have the larger matrices by hours
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     try:
         yield dist.get_rank(), dist.get_world_size(), dist.barrier
     finally:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` so that `path` holds either its former content or all of the new one."""
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write that takes the name `path` once all of it is there, and leaves no trace otherwise."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(fd, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         umask = os.umask(0)
@@ -26,6 +30,63 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` so that `path` holds either its former content or all of the new one."""
+    with whole_file(path) as f:
+        f.write(data)
+
+
+def join_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, tuple[Path, str]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file of tensors that lie in others: name to file and name there.
+
+    Their bytes are copied from file to file, so memory holds none of them. Format: 8 bytes that count
+    those of a JSON header, the header, the tensors without gaps; wide entries first, so that all lie
+    aligned.
+    """
+    headers = {file: _safetensors_header(file) for file, _ in tensors.values()}
+    found = []  # width of an entry, name, file, offset, bytes, header's entry
+    for name, (file, key) in tensors.items():
+        start, header = headers[file]
+        about = header[key]
+        begin, end = about["data_offsets"]
+        width = (end - begin) // max(1, math.prod(about["shape"]))
+        found.append((-width, name, file, start + begin, end - begin, about))
+    found.sort(key=lambda one: one[:2])
+    joined: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for _, name, _, _, size, about in found:
+        joined[name] = about | {"data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(joined, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(path) as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, _, file, offset, size, _ in found:
+            with file.open("rb") as f:
+                f.seek(offset)
+                _copy(f, out, size)
+
+
+def _safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """(where the tensors begin, the header)"""
+    with path.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        return 8 + size, json.loads(f.read(size))
+
+
+def _copy(source: BinaryIO, to: BinaryIO, size: int) -> None:
+    while size:
+        data = source.read(min(size, 1 << 20))
+        if not data:
+            raise OSError(f"{source.name} ends {size} bytes too early; remove it and start again")
+        to.write(data)
+        size -= len(data)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

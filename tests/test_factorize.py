@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastspec import factorize
 from fastspec.basis import BasisError, load_basis
 from fastspec.cli import main
+from fastspec.files import join_safetensors
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.svd import topk_svd
 
@@ -208,3 +210,101 @@ def test_a_basis_whose_metadata_or_shapes_are_wrong_names_the_weight(checkpoint,
     spoil(r"layer.0.up.vh must have shape \(2, 24\)", "layer.0.up", {}, vh=torch.zeros(24, 2))
     spoil(r"layer.0.up.s must have shape \(2,\)", "layer.0.up", {}, s=torch.zeros(1, 2))
     spoil(r"layer.1.up.u must have shape \(41, 2\)", "layer.1.up", {"shape": [41, 24]})
+
+
+def test_joined_files_are_what_safetensors_would_have_written(tmp_path: Path) -> None:
+    """Odd counts of 16 bits among wider ones, an empty tensor, one that is left out."""
+    a = {"x": torch.randn(3, 5).bfloat16(), "s": torch.randn(3), "left out": torch.ones(2)}
+    b = {"x": torch.randn(7).half(), "s": torch.randn(2, 2).double(), "none": torch.empty(0, 4)}
+    first, second, out = (tmp_path / name for name in ("a", "b", "out"))
+    save_file(a, first)
+    save_file(b, second)
+    chosen = {"a.x": (first, "x"), "a.s": (first, "s")}
+    chosen |= {f"b.{key}": (second, key) for key in b}
+    join_safetensors(out, chosen, {"about": "these"})
+    wanted = {"a.x": a["x"], "a.s": a["s"], **{f"b.{key}": value for key, value in b.items()}}
+    found = load_file(out)
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with safe_open(out, framework="pt") as f:
+        assert f.metadata() == {"about": "these"}
+
+
+# a process of its own, whose peak memory nothing before has raised
+JOIN = """
+import sys
+from pathlib import Path
+from fastspec.files import join_safetensors
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+parts = sorted(Path(sys.argv[1]).glob("*.safetensors"))
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = status("VmRSS")
+join_safetensors(sys.argv[2], {p.stem: (p, "u") for p in parts}, {})
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_joining_holds_no_part_in_memory(tmp_path: Path) -> None:
+    size = 8 << 20
+    for i in range(6):
+        save_file({"u": torch.full((size // 4,), float(i))}, tmp_path / f"{i}.safetensors")
+    out = tmp_path / "joined"
+    run = subprocess.run(
+        [sys.executable, "-c", JOIN, str(tmp_path), str(out)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert out.stat().st_size > 6 * size
+    assert int(run.stdout) < size
+
+
+def test_progress_counts_every_matrix_once(checkpoint, tmp_path: Path, monkeypatch) -> None:
+    """Those that an earlier run left as parts too."""
+    folder, _ = checkpoint
+    command = ["factorize", str(folder), "--rank", "2", "-o", str(tmp_path / "b.safetensors")]
+    monkeypatch.setattr(factorize, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([*command, "--include", "up"]) == 130
+    monkeypatch.undo()
+    totals, advances = [], []
+
+    class Bar:
+        def __init__(self, *, total: int, **rest) -> None:
+            totals.append(total)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *raised) -> None: ...
+
+        def update(self, count: int) -> None:
+            advances.append(count)
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    assert main(command) == 0
+    assert totals == [5]
+    assert sum(advances) == 5
+    assert len(advances) > 1
+
+
+def test_ranks_wait_for_one_another_for_days(monkeypatch) -> None:
+    import torch.distributed as dist
+
+    asked: dict = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **options: asked.update(options)
+    )
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with factorize._ranks() as (rank, world, _):
+        assert (rank, world) == (1, 2)
+    assert asked["timeout"] >= datetime.timedelta(days=7)
