@@ -10,6 +10,7 @@ an isolated build) or a failing compiler skips them too, and the reason is left 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def sources(suffix: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(f"*{suffix}"))
 
 
+def architectures(built_for: list[str]) -> str:
+    """TORCH_CUDA_ARCH_LIST of a torch built for such as sm_90a; PTX of the newest serves later GPUs.
+
+    Without the letter, which stands for instructions of one architecture alone that nothing here uses.
+    """
+    numbers = {m[1] for arch in built_for if (m := re.fullmatch(r"sm_(\d+)[a-z]?", arch))}
+    return ";".join(f"{n[:-1]}.{n[-1]}" for n in sorted(numbers, key=int)) + "+PTX"
+
+
 def cuda_part() -> list[Extension]:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
@@ -42,9 +52,7 @@ def cuda_part() -> list[Extension]:
         note("_C_cuda", "nvcc was not found at installation; set CUDA_HOME")
         return []
     if not torch.cuda.is_available():
-        built_for = torch._C._cuda_getArchFlags().split()
-        numbers = [arch.removeprefix("sm_") for arch in built_for if arch.startswith("sm_")]
-        names = ";".join(f"{n[:-1]}.{n[-1]}" for n in numbers)
+        names = architectures(torch._C._cuda_getArchFlags().split())
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", names)
     flags = {"cxx": ["-O3", "-g0"], "nvcc": ["-O3"]}
     return [CUDAExtension("fastspec._C_cuda", sources(".cu"), extra_compile_args=flags)]
@@ -88,4 +96,5 @@ def extensions() -> dict:
     }
 
 
-setup(**extensions())
+if __name__ == "__main__":
+    setup(**extensions())

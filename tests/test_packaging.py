@@ -1,5 +1,6 @@
 """What installing and importing promise: lean, optional parts optional, nothing missing from the wheel."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 import fastspec
 
@@ -198,3 +200,54 @@ def test_a_wheel_built_with_a_compiler_holds_the_library(sources, tmp_path):
     assert (site / "fastspec" / "_C.so").exists()
     cpu, _ = reason(site, tmp_path)
     assert cpu.startswith("extension True")
+
+
+@pytest.fixture
+def cuda_setup(monkeypatch, tmp_path):
+    """setup.py beside a torch with CUDA on a machine with nvcc and no GPU."""
+    spec = importlib.util.spec_from_file_location("fastspec_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    monkeypatch.setattr(setup, "NOTES", tmp_path / "_build.txt")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = "sm_120 sm_75 sm_80 sm_90 sm_90a sm_100f compute_120"
+    monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: flags, raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    return setup
+
+
+def test_without_a_gpu_the_cuda_part_is_built_for_what_torch_was(cuda_setup):
+    (part,) = cuda_setup.cuda_part()
+    assert part.name == "fastspec._C_cuda"
+    assert part.sources == ["csrc/jacobi.cu"]
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0;10.0;12.0+PTX"
+    flags = torch.utils.cpp_extension._get_cuda_arch_flags()
+    assert "-gencode=arch=compute_120,code=compute_120" in flags
+    assert len(flags) == 6
+
+
+def test_the_architectures_asked_for_are_kept(cuda_setup, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+    cuda_setup.cuda_part()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0a"
+
+
+def test_a_visible_gpu_decides_for_itself(cuda_setup, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cuda_setup.cuda_part()
+    assert "TORCH_CUDA_ARCH_LIST" not in os.environ
+
+
+@pytest.mark.parametrize("lacks", ["CUDA in torch", "nvcc"])
+def test_what_the_cuda_part_lacks_is_noted(cuda_setup, monkeypatch, lacks):
+    if lacks == "nvcc":
+        monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    else:
+        monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda_setup.cuda_part() == []
+    note = cuda_setup.NOTES.read_text()
+    assert note.startswith("_C_cuda: ")
+    assert ("nvcc was not found" if lacks == "nvcc" else "without CUDA") in note
