@@ -257,6 +257,40 @@ class TestCompiled:
             check(["d", "a", None, "d", "b"])
         assert counter.frame_count == frames == 1
 
+    def test_a_wider_head_within_the_reserve_changes_no_table(self):
+        torch._dynamo.reset()
+        model = spectralize(plain(), SpectralConfig(rank=4))
+        bank = fastspec.task_bank(model, capacity=4, head_rows=6)
+        fastspec.add_task(model, "a", random_values(bank, 0))
+        places = [slot.table.data_ptr() for slot in bank.slots]
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+
+        def check(names):
+            got = compiled(IDS, tasks=bank.index(names))
+            assert got.shape == (5, 11, 6)
+            assert_close(got.nan_to_num(neginf=0), model(IDS, tasks=names).nan_to_num(neginf=0))
+            return got
+
+        with torch.no_grad():
+            check(["a", None, "a", None, "a"])
+            fastspec.add_task(model, "wide", random_values(bank, 1, labels=6))
+            fastspec.add_task(model, "small", random_values(bank, 2, labels=2))
+            got = check(["a", "wide", "small", None, "wide"])
+        assert got.isneginf().sum(-1)[:, 0].tolist() == [3, 0, 4, 3, 0]
+        assert counter.frame_count == 1
+        assert [slot.table.data_ptr() for slot in bank.slots] == places
+        # beyond it the tables of heads are made wider, and those alone
+        fastspec.add_task(model, "wider", random_values(bank, 3, labels=7))
+        moved = {
+            slot.name
+            for slot, place in zip(bank.slots, places, strict=True)
+            if slot.table.data_ptr() != place
+        }
+        assert moved == {"head.weight", "head.bias"}
+        assert fastspec.task_bank(model, head_rows=9).slots[-1].table.shape[1] == 9
+        assert bank.capacity == 4
+
     def test_switching_does_not_recompile(self):
         torch._dynamo.reset()
         model = with_tasks()

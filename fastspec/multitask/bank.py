@@ -74,11 +74,14 @@ class TaskBank:
         model: a spectralized model. Its heads as they are now become those of the pretrained model
             (`None`), which new tasks start from.
         capacity: tasks to have room for at first.
+        head_rows: rows that the tables of output heads have room for at first (a head's size is its
+            number of labels); fewer than the model's own count as those.
         max_bytes: the most that the tables may take together. A head's size comes from its adapter
             file and counts once for every task there is room for.
 
     Attributes:
-        capacity: rows of the tables; reaching it doubles them, which allocates and recompiles.
+        capacity: rows of the tables; reaching it doubles them, which allocates and recompiles. So does
+            a task whose head is wider than the widest so far and than `head_rows`.
         active: the task whose values the model's own parameters hold; None: the pretrained ones.
         trained: whether the tables require gradients (`requires_grad_`).
 
@@ -89,7 +92,12 @@ class TaskBank:
 
     @torch.inference_mode(False)  # what is made here is written to later, anywhere
     def __init__(
-        self, model: nn.Module, capacity: int = CAPACITY, *, max_bytes: int = MAX_BYTES
+        self,
+        model: nn.Module,
+        capacity: int = CAPACITY,
+        head_rows: int = 0,
+        *,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
@@ -112,7 +120,7 @@ class TaskBank:
             module, _, leaf = name.rpartition(".")
             owner = model.get_submodule(module)
             self.slots.append(Slot(name, owner, leaf, tensor.shape, name in outputs))
-        tables = self._new_tables(capacity, {})
+        tables = self._new_tables(capacity, {slot.owner: head_rows for slot in self.slots})
         for slot, table in tables:
             value = (
                 torch.zeros_like(slot.live) if slot.leaf == "delta" else slot.live.detach().clone()
@@ -178,9 +186,9 @@ class TaskBank:
             device=device,
         )
 
-    def reserve(self, count: int) -> None:
-        """Make room for `count` tasks in all, by doubling the tables."""
-        self._grow(count, ())
+    def reserve(self, count: int, head_rows: int = 0) -> None:
+        """Make room for `count` tasks in all, by doubling the tables, and for heads of `head_rows` rows."""
+        self._grow(count, (), head_rows)
 
     @torch.no_grad()
     def add(self, tasks: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -344,11 +352,15 @@ class TaskBank:
         return checked
 
     @torch.inference_mode(False)
-    def _grow(self, count: int, checked: Sequence[Mapping[str, Tensor]]) -> None:
+    def _grow(
+        self, count: int, checked: Sequence[Mapping[str, Tensor]], head_rows: int = 0
+    ) -> None:
         """Room for `count` tasks in all and for the sizes of new ones."""
         capacity = capacity_for(count, self.capacity)
         rows = {
-            slot.owner: max([slot.table.shape[1], *(len(values[slot.name]) for values in checked)])
+            slot.owner: max(
+                [head_rows, slot.table.shape[1], *(len(values[slot.name]) for values in checked)]
+            )
             for slot in self.slots
             if slot.is_output
         }

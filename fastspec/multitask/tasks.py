@@ -30,13 +30,19 @@ from fastspec.targets import spectral_layers
 
 
 def task_bank(
-    model: nn.Module, capacity: int | None = None, *, max_bytes: int | None = None
+    model: nn.Module,
+    capacity: int | None = None,
+    head_rows: int = 0,
+    *,
+    max_bytes: int | None = None,
 ) -> TaskBank:
     """The model's bank of tasks, made now if it has none.
 
     Args:
         model: a spectralized model.
         capacity: make room for this many tasks.
+        head_rows: make room for output heads of this many rows (labels): wider tasks that come within
+            it change no tables. Logits of mixed batches are that wide, -inf beyond a task's own.
         max_bytes: the most that the tables may take from now on; of a new bank 4 GiB.
 
     Raises:
@@ -47,12 +53,13 @@ def task_bank(
         return TaskBank(
             model,
             CAPACITY if capacity is None else capacity,
+            head_rows,
             max_bytes=MAX_BYTES if max_bytes is None else max_bytes,
         )
     if max_bytes is not None:
         bank.max_bytes = max_bytes
-    if capacity is not None:
-        bank.reserve(capacity)
+    if capacity is not None or head_rows:
+        bank.reserve(capacity or 0, head_rows)
     return bank
 
 
