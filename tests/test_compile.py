@@ -13,12 +13,13 @@ from fastspec.targets import spectral_layers
 transformers = pytest.importorskip("transformers")
 
 IDS = torch.arange(24).reshape(2, 12) % 50
-SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2}
 
 
-def bert():
+def bert(layers=2):
     config = transformers.BertConfig(
         **SIZES,
+        num_hidden_layers=layers,
         intermediate_size=32,
         max_position_embeddings=16,
         hidden_dropout_prob=0.0,
@@ -27,11 +28,11 @@ def bert():
     return transformers.BertForSequenceClassification(config)
 
 
-def gpt2():
+def gpt2(layers=2):
     config = transformers.GPT2Config(
         vocab_size=50,
         n_embd=16,
-        n_layer=2,
+        n_layer=layers,
         n_head=2,
         n_positions=16,
         resid_pdrop=0.0,
@@ -41,9 +42,13 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config)
 
 
-def llama():
+def llama(layers=2):
     config = transformers.LlamaConfig(
-        **SIZES, intermediate_size=32, num_key_value_heads=1, max_position_embeddings=16
+        **SIZES,
+        num_hidden_layers=layers,
+        intermediate_size=32,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -136,6 +141,29 @@ def test_inductor():
     assert_close(y, want)
     for a, b in zip(gradients(model, y), gradients(model, want), strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_inductor_of_transformers(name):
+    """Compiled for good, once for every task."""
+    torch._dynamo.reset()
+    model = adapted(lambda: MODELS[name](1), CORES[name]).eval()
+    fastspec.add_task(model, "a", current=True)
+    fastspec.add_task(model, "b", values(model))
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    seen = []
+    with torch.no_grad():
+        for task in ("a", "b", None, "a"):
+            fastspec.set_task(model, task)
+            seen.append(
+                compiled(IDS, use_cache=False).logits if name != "bert" else compiled(IDS).logits
+            )
+            assert_close(seen[-1], model(IDS).logits)
+    assert not torch.allclose(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[3])
+    assert counter.frame_count == 1
 
 
 class Logits(torch.nn.Module):
