@@ -1,6 +1,8 @@
 """A quantised base: the layer is the dequantised weight and the correction; what needs W is refused."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,24 @@ def test_a_layer_is_the_dequantised_weight_and_the_correction(config, core):
             assert not torch.allclose(y, layer._plain(x)), "the coefficients count"
 
 
+@torch.no_grad()
+def test_packed_int4_serves():
+    """torchao's prototype for CPUs: a forward alone, equal to its own product and the correction."""
+    prototype = pytest.importorskip("torchao.prototype.quantization.int4")
+    torch.manual_seed(0)
+    model = spectralize(Net(64), SpectralConfig(rank=4))
+    quantize_base(model, prototype.PrototypeInt4WeightOnlyConfig(group_size=32))
+    for _, layer in spectral_layers(model):
+        layer.delta.normal_()
+        x = torch.randn(3, 5, layer.in_features)
+        base = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        want = base + (x @ layer.vh.mT * layer.delta) @ layer.u.mT
+        assert_close(layer(x), want)
+        assert not torch.allclose(base, want, atol=1e-2), "the coefficients count"
+        w = torch.nn.functional.linear(torch.eye(layer.in_features), layer.weight)
+        assert_close(torch.nn.functional.linear(x, w.mT, layer.bias), base, torch.bfloat16)
+
+
 @pytest.mark.parametrize("config", CASES)
 def test_untrained_it_is_the_quantised_model(config):
     torch.manual_seed(0)
@@ -127,6 +147,16 @@ def test_adapters_of_a_quantised_base(tmp_path, config):
     for other in (adapted(), quantize_base(adapted(), OTHER)):
         with pytest.raises(AdapterError, match="other base weights"):
             load_adapter(other, tmp_path)
+
+
+def test_the_documented_code():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (code,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "quantize_base" in b)
+    names = {"model": Net(64)}
+    exec(code, names)
+    assert type(names["model"].blocks[0].up).__name__ == "QuantizedSpectralLinear"
+    names["model"](IDS).sum().backward()
+    assert names["model"].blocks[0].up.delta.grad.any()
 
 
 def test_refusals():
