@@ -246,12 +246,13 @@ def draw_scale(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             if "subspace cosine" in columns:
                 level = sum(row["random spans"] for row in rows) / len(rows)
                 panel.axhline(level, color="C1", linestyle=":", label="subspace, by chance")
+                # above that line, which lies far below all else
+                panel.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 0.12))
             panel.set_xticks(range(len(sizes)), [f"{size:,}" if size else "none" for size in sizes])
             panel.set(
                 xlabel=f"pretraining images (median, least to largest of {seeds} seeds)",
                 ylabel=ylabel,
             )
-            panel.legend(fontsize="small")
         axes[0][0].set_title("stability under post-training")
         axes[0][1].set_title("classification after post-training")
 
