@@ -8,7 +8,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastspec.targets import spectral_layers
 
-LOADS = [Workload("minilm", 32, 64), Workload("bert-base", 8, 128)]
+LOADS = [
+    pytest.param(Workload("minilm", 32, 64), id="quick-minilm-32x64"),
+    pytest.param(Workload("bert-base", 8, 128), id="bert-base-8x128"),
+]
 BAR = 1.05
 
 
@@ -31,8 +34,8 @@ def saved_bytes(step: Step) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("load", LOADS, ids=str)
-def test_quick_saved_activations(load, show):
+@pytest.mark.parametrize("load", LOADS)
+def test_saved_activations(load, show):
     base = build(load.model)
     frozen = saved_bytes(floor(base, load))
     prepares = {
@@ -61,9 +64,9 @@ def peak_bytes(step: Step) -> int:
     return peak
 
 
-@pytest.mark.parametrize("load", LOADS, ids=str)
+@pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("core", ["diag", "dense"])
-def test_quick_peak_growth_is_one_scratch_weight(load, core, show):
+def test_peak_growth_is_one_scratch_weight(load, core, show):
     """Over the frozen model's peak: p of every layer, which F1 counts as saved, and one scratch weight."""
     base = build(load.model)
     frozen = peak_bytes(floor(base, load))
