@@ -183,8 +183,8 @@ class Iteration {
   // T cannot be improved on, so it counts as converged here, and the measured residual decides.
   at::Tensor share_of_tolerance(double tol, double floor) const {
     const auto first = wanted_.narrow(1, 0, 1).clamp_min(std::numeric_limits<float>::min());
-    const auto allowed = at::maximum(at::maximum(wanted_, first * (floor * floor)) * (0.5 * tol),
-                                     first * (4 * eps_));
+    const auto least = (wanted_.clamp_min(0) * first).sqrt() * floor;
+    const auto allowed = at::maximum(at::maximum(wanted_, least) * (0.5 * tol), first * (4 * eps_));
     return (errors_ / allowed).amax(1).clamp_min(1e-30).to(at::kCPU, at::kDouble);
   }
 

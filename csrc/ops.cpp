@@ -62,24 +62,41 @@ class Interrupt {
   std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now();
 };
 
+using Method = std::function<Triplets(const at::Tensor& w)>;
+
+// Replaces the triplets of the matrices under the mask `late [A]` by those that `method` finds in float64.
+void redo(const Triplets& found, const at::Tensor& w, const at::Tensor& late, const Method& method) {
+  const auto rows = at::nonzero(late).select(1, 0);
+  if (rows.numel() == 0) return;
+  const auto better = method(w.index_select(0, rows).to(at::kDouble));
+  found.left.index_copy_(0, rows, better.left);
+  found.s.index_copy_(0, rows, better.s);
+  found.right.index_copy_(0, rows, better.right);
+  found.residual.index_copy_(0, rows, better.residual);
+}
+
 Triplets leading_triplets(const at::Tensor& w, const KrylovOptions& options,
                           const std::function<void()>& check_interrupt) {
-  if (options.width == 0) {
-    check_interrupt();
-    return gram_triplets(w, options.k);
-  }
   const auto type = w.scalar_type();
-  const auto found = rayleigh_ritz(w, leading_subspace(w, options, check_interrupt), type);
-  if (options.max_steps || type == at::kDouble) return found;
-  const auto late = at::nonzero((found.residual <= options.tol).logical_not()).select(1, 0);
-  if (late.numel() == 0) return found;
-  // s_1 / s_k is so large that rounding W^T W v to float32 costs more than tol
-  const auto wide = w.index_select(0, late).to(at::kDouble);
-  const auto better = rayleigh_ritz(wide, leading_subspace(wide, options, check_interrupt), type);
-  found.left.index_copy_(0, late, better.left);
-  found.s.index_copy_(0, late, better.s);
-  found.right.index_copy_(0, late, better.right);
-  found.residual.index_copy_(0, late, better.residual);
+  const Method iterated = [&](const at::Tensor& x) {
+    return rayleigh_ritz(x, leading_subspace(x, options, check_interrupt), type);
+  };
+  check_interrupt();
+  const auto found = options.width ? iterated(w) : gram_triplets(w, options.k);
+  if (options.width && options.max_steps) return found;
+  const auto late = [&] { return (found.residual <= options.tol).logical_not(); };
+  if (options.width && type != at::kDouble) {
+    // s_1 / s_k is so large that rounding W^T W v to float32 costs more than tol
+    redo(found, w, late(), iterated);
+  }
+  auto rest = late();
+  if (type != at::kDouble) {  // else it is the rounding of the result
+    rest = rest.logical_and(found.s.select(1, options.k - 1) <= found.s.select(1, 0) * kSmall);
+  }
+  redo(found, w, rest, [&](const at::Tensor& x) {
+    check_interrupt();
+    return exact_triplets(x, options.k, type);
+  });
   return found;
 }
 

@@ -11,9 +11,6 @@
 namespace fastspec {
 namespace {
 
-// Left vectors of values below this part of the largest are orthonormalised by Householder reflections
-// (see gram.py).
-constexpr double kSmall = 1e-4;
 // Rows of W that are widened at a time, so that float64 products need no float64 copy of W.
 constexpr int64_t kRows = 512;
 // Columns of a thin product that are worth a thread.
@@ -99,16 +96,20 @@ void complete(const at::Tensor& w, const at::Tensor& left, const at::Tensor& s, 
   right.narrow(2, kept, rest).copy_(at::bmm(directions, bh.mT()));
 }
 
+// Brings s [A, k] and the columns of `a` and `b` into descending order: rounding may swap neighbours.
+void sort_descending(at::Tensor& s, at::Tensor& a, at::Tensor& b) {
+  const int64_t k = s.size(1);
+  if (!(s.narrow(1, 1, k - 1) > s.narrow(1, 0, k - 1)).any().item<bool>()) return;
+  const auto [sorted, order] = at::sort(s, /*stable=*/true, /*dim=*/1, /*descending=*/true);
+  s = sorted;
+  for (auto* const x : {&a, &b}) *x = x->gather(2, order.unsqueeze(1).expand_as(*x));
+}
+
 // u_i = W v_i / s_i from `image = W V` with orthogonal columns; `right` and `image` in the same dtype.
 Triplets finish(const at::Tensor& w, at::Tensor right, at::Tensor image, at::ScalarType result) {
   auto s = column_norms(image);
   const int64_t k = s.size(1);
-  if ((s.narrow(1, 1, k - 1) > s.narrow(1, 0, k - 1)).any().item<bool>()) {  // rounding may swap neighbours
-    auto [sorted, order] = at::sort(s, /*stable=*/true, /*dim=*/1, /*descending=*/true);
-    s = sorted;
-    right = right.gather(2, order.unsqueeze(1).expand_as(right));
-    image = image.gather(2, order.unsqueeze(1).expand_as(image));
-  }
+  sort_descending(s, right, image);
   const auto small = s <= s.narrow(1, 0, 1) * kSmall;
   auto left = image / at::where(small, at::ones_like(s), s).unsqueeze(1);
   if (small.any().item<bool>()) {
@@ -119,6 +120,7 @@ Triplets finish(const at::Tensor& w, at::Tensor right, at::Tensor image, at::Sca
       if (count == k) continue;
       complete(w.narrow(0, i, 1), left.narrow(0, i, 1), s.narrow(0, i, 1), right.narrow(0, i, 1), count);
     }
+    sort_descending(s, left, right);
   }
   const auto compute = image.scalar_type();
   Triplets found{left.to(result), s.to(result), right.to(result), {}};
@@ -170,6 +172,14 @@ at::Tensor gram_subspace(const at::Tensor& w, int64_t k) {
 Triplets gram_triplets(const at::Tensor& w, int64_t k) {
   const auto right = gram_subspace(w, k);
   return finish(w, right, times(w, right), w.scalar_type());
+}
+
+Triplets exact_triplets(const at::Tensor& w, int64_t k, at::ScalarType result) {
+  const auto [left, s, rows] = at::linalg_svd(w, /*full_matrices=*/false);
+  Triplets found{left.narrow(2, 0, k).to(result), s.narrow(1, 0, k).to(result),
+                 rows.narrow(1, 0, k).mT().to(result), {}};
+  found.residual = residual_of(w, found, w.scalar_type()).to(result);
+  return found;
 }
 
 }  // namespace fastspec

@@ -5,6 +5,10 @@
 
 namespace fastspec {
 
+// Left vectors of values below this part of the largest are orthonormalised by Householder reflections
+// (see gram.py).
+constexpr double kSmall = 1e-4;
+
 struct Triplets {
   at::Tensor left;      // [A, m, k] orthonormal columns
   at::Tensor s;         // [A, k] descending
@@ -21,5 +25,8 @@ at::Tensor gram_subspace(const at::Tensor& w, int64_t k);
 
 // The k leading triplets by all eigenvectors of W^T W, accumulated in float64.
 Triplets gram_triplets(const at::Tensor& w, int64_t k);
+
+// The k leading triplets by LAPACK's SVD of W itself; they have the dtype of `result`.
+Triplets exact_triplets(const at::Tensor& w, int64_t k, at::ScalarType result);
 
 }  // namespace fastspec

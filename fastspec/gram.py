@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Left vectors of values below this part of the largest are orthonormalised by Householder
 # reflections: dividing by s_i leaves |u_i . u_j| up to eps s_1^2 / (s_i s_j), 1e-8 here.
-_SMALL = 1e-4
+SMALL = 1e-4
 
 
 class Triplets(NamedTuple):
@@ -40,13 +40,20 @@ def factorize(w: Tensor, k: int) -> Triplets:
     return _triplets(wide, right, wide @ right, w.dtype)
 
 
+def exact(w: Tensor, k: int, dtype: torch.dtype) -> Triplets:
+    """The k leading triplets by LAPACK's SVD of W itself."""
+    left, s, rows = torch.linalg.svd(w, full_matrices=False)
+    left, s, right = left[..., :k].to(dtype), s[:, :k].to(dtype), rows[:, :k].mT.to(dtype)
+    return Triplets(left, s, right, residual(w, left, s, right))
+
+
 def leading_subspace(w: Tensor, k: int) -> Tensor:  # [L, n, k] float64
     """Leading right vectors, by eigenvectors of W^T W."""
     wide = w.double()
     return torch.linalg.eigh(wide.mT @ wide)[1][..., -k:].flip(-1)
 
 
-def rayleigh_ritz(w: Tensor, right: Tensor) -> Triplets:
+def rayleigh_ritz(w: Tensor, right: Tensor, dtype: torch.dtype) -> Triplets:
     """The best triplets within the span of `right [L, n, k]`, whose columns are nearly orthonormal.
 
     The k x k problems are solved in float64, so that the left vectors stay orthogonal however far
@@ -67,17 +74,14 @@ def rayleigh_ritz(w: Tensor, right: Tensor) -> Triplets:
     c = torch.linalg.solve_triangular(metric.mT, c.flip(-1), upper=True)
     if wide is w:
         c = c.to(w.dtype)
-    return _triplets(wide, right @ c, image @ c, w.dtype)
+    return _triplets(wide, right @ c, image @ c, dtype)
 
 
 def _triplets(w: Tensor, right: Tensor, image: Tensor, dtype: torch.dtype) -> Triplets:
     """u_i = W v_i / s_i from `image = W V` with orthogonal columns."""
     s = torch.linalg.vector_norm(image, dim=-2)  # [L, k]
-    if bool((s[:, 1:] > s[:, :-1]).any()):  # rounding may swap neighbours
-        s, order = s.sort(dim=-1, descending=True, stable=True)
-        right = right.gather(-1, order[:, None, :].expand_as(right))
-        image = image.gather(-1, order[:, None, :].expand_as(image))
-    small = s <= _SMALL * s[:, :1]
+    s, right, image = _descending(s, right, image)
+    small = s <= SMALL * s[:, :1]
     left = image / torch.where(small, torch.ones_like(s), s)[:, None, :]
     for i in small.any(dim=-1).nonzero()[:, 0].tolist():
         kept = int((~small[i]).sum())
@@ -85,8 +89,18 @@ def _triplets(w: Tensor, right: Tensor, image: Tensor, dtype: torch.dtype) -> Tr
             w[i].double(), left[i].double(), s[i].double(), right[i].double(), kept
         )
         left[i], s[i], right[i] = (t.to(w.dtype) for t in completed)
+    s, left, right = _descending(s, left, right)
     left, s, right = left.to(dtype), s.to(dtype), right.to(dtype)
     return Triplets(left, s, right, residual(w, left, s, right))
+
+
+def _descending(s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """s [L, k] in descending order, the columns of `a` and `b` likewise: rounding may swap neighbours."""
+    if not bool((s[:, 1:] > s[:, :-1]).any()):
+        return s, a, b
+    s, order = s.sort(dim=-1, descending=True, stable=True)
+    order = order[:, None, :]
+    return s, a.gather(-1, order.expand_as(a)), b.gather(-1, order.expand_as(b))
 
 
 def _complete(

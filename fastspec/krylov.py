@@ -206,11 +206,12 @@ class _Iteration:
     def share_of_tolerance(values: Tensor, error: Tensor, tol: float, floor: float) -> Tensor:
         """Largest error over the one allowed, per matrix.
 
-        The residual relative to s_i is error / s_i^2; what rounding leaves in T cannot be improved
-        on, so it counts as converged here and the measured residual decides.
+        The residual is error / s_i, and relative to max(s_i, floor s_1). What rounding leaves in T cannot
+        be improved on, so it counts as converged here and the measured residual decides.
         """
         first = values[:, :1].clamp_min(torch.finfo(values.dtype).tiny)
-        allowed = 0.5 * tol * torch.maximum(values, floor**2 * first)
+        least = floor * (values.clamp_min(0) * first).sqrt()
+        allowed = 0.5 * tol * torch.maximum(values, least)
         allowed = torch.maximum(allowed, 4 * torch.finfo(values.dtype).eps * first)
         return (error / allowed).amax(dim=-1).clamp_min(1e-30)
 

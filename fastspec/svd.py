@@ -208,17 +208,27 @@ def _leading_triplets(
             w, k, tol, floor, steps, seed, width, krylov.GRAM_SHORT, most
         )
         return gram.Triplets(*found)
-    if not iterate:
-        return gram.factorize(w, k)
-    right = krylov.leading_subspace(w, k, tol, floor, max_steps, seed, width, most)
-    found = gram.rayleigh_ritz(w, right)
-    late = ~(found.residual <= tol)
-    if max_steps is None and w.dtype == torch.float32 and bool(late.any()):
+
+    def iterated(w: Tensor) -> gram.Triplets:
+        right = krylov.leading_subspace(w, k, tol, floor, max_steps, seed, width, most)
+        return gram.rayleigh_ritz(w, right, compute)
+
+    def redo(late: Tensor, method: Callable[[Tensor], gram.Triplets]) -> None:
+        if bool(late.any()):
+            for field, improved in zip(found, method(w[late].double()), strict=True):
+                field[late] = improved.to(field.dtype)
+
+    compute = w.dtype
+    found = iterated(w) if iterate else gram.factorize(w, k)
+    if iterate and max_steps is not None:
+        return found
+    if iterate and compute == torch.float32:
         # s_1 / s_k is so large that rounding W^T W v to float32 costs more than tol
-        wide = w[late].double()
-        right = krylov.leading_subspace(wide, k, tol, floor, None, seed, width, most)
-        for field, improved in zip(found, gram.rayleigh_ritz(wide, right), strict=True):
-            field[late] = improved.to(field.dtype)
+        redo(~(found.residual <= tol), iterated)
+    late = ~(found.residual <= tol)
+    if compute == torch.float32:  # else it is the rounding of the result
+        late &= found.s[:, -1] <= gram.SMALL * found.s[:, 0]
+    redo(late, lambda w: gram.exact(w, k, compute))
     return found
 
 

@@ -78,6 +78,8 @@ SPECTRA = {
     "clusters": lambda r: 0.8 ** (torch.arange(r) // 20).double(),
     "rank 5": lambda r: (torch.arange(r) < 5).double(),
     "graded to 1e-12": lambda r: torch.logspace(0, -12, r, dtype=torch.float64),
+    "steep": lambda r: 0.3 ** torch.arange(r, dtype=torch.float64),
+    "one, then 1e-4": lambda r: torch.where(torch.arange(r) < 1, 1.0, 1e-4).double(),
     "outlier": lambda r: torch.cat([torch.tensor([1000.0]).double(), slow_decay(r - 1)]),
     "zero": lambda r: torch.zeros(r, dtype=torch.float64),
 }
@@ -90,6 +92,15 @@ def test_hard_spectra(spectrum: str, shape: tuple[int, int]) -> None:
     short = min(shape)
     w = with_spectrum(*shape, SPECTRA[spectrum](short))
     for k in sorted({1, min(12, short), short}):
+        check(w, topk_svd(w, k), k)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(41, 41), (60, 60), (260, 160), (300, 300)], ids=str)
+def test_hard_spectra_in_float64(spectrum: str, shape: tuple[int, int]) -> None:
+    short = min(shape)
+    w = with_spectrum(*shape, SPECTRA[spectrum](short), dtype=torch.float64)
+    for k in sorted({12, 24, short}):
         check(w, topk_svd(w, k), k)
 
 
