@@ -288,55 +288,79 @@ def test_progress_is_silent_unless_asked(capfd) -> None:
     assert "matrix" in capfd.readouterr().err
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the same for every example
-)
+def check_any(
+    shape: tuple[int, int], spectrum: str, dtype: torch.dtype, k: int, seed: int, **options: int
+) -> None:
+    """`check` of a matrix as `dtype` rounds it; what is narrower than float32 asks for float32 back."""
+    w = with_spectrum(*shape, SPECTRA[spectrum](min(shape)), seed, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        check(w, topk_svd(w, k, seed=seed, dtype=wide, **options), k)
+
+
+def examples(count: int) -> settings:
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],  # the same for every example
+    )
+
+
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+SEEDS = st.integers(0, 10**6)
+NAMES = st.sampled_from(sorted(SPECTRA))
+
+
+@examples(60)
 @given(
     m=st.integers(1, 320),
     n=st.integers(1, 320),
     share=st.floats(0, 1),
-    spectrum=st.sampled_from(sorted(SPECTRA)),
-    double=st.booleans(),
-    seed=st.integers(0, 10**6),
+    spectrum=NAMES,
+    dtype=DTYPES,
+    seed=SEEDS,
 )
-def test_any_matrix(m: int, n: int, share: float, spectrum: str, double: bool, seed: int) -> None:
-    short = min(m, n)
-    k = max(1, round(share**3 * short))  # small k oftener, which is where iterating is chosen
-    dtype = torch.float64 if double else torch.float32
-    w = with_spectrum(m, n, SPECTRA[spectrum](short), seed, dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
-        check(w, topk_svd(w, k, seed=seed), k)
+def test_any_matrix(
+    m: int, n: int, share: float, spectrum: str, dtype: torch.dtype, seed: int
+) -> None:
+    # small k oftener, which is where iterating is chosen
+    k = max(1, round(share**3 * min(m, n)))
+    check_any((m, n), spectrum, dtype, k, seed)
 
 
-@settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(30)
 @given(
     short=st.integers(260, 420),
     extra=st.integers(0, 200),
     wide=st.booleans(),
     k=st.integers(1, 16),
-    spectrum=st.sampled_from(sorted(SPECTRA)),
-    double=st.booleans(),
-    seed=st.integers(0, 10**6),
+    spectrum=NAMES,
+    dtype=DTYPES,
+    seed=SEEDS,
 )
 def test_any_matrix_large_enough_to_iterate(
-    short: int, extra: int, wide: bool, k: int, spectrum: str, double: bool, seed: int
+    short: int, extra: int, wide: bool, k: int, spectrum: str, dtype: torch.dtype, seed: int
 ) -> None:
     assert krylov.worthwhile(k, short)
     shape = (short, short + extra) if wide else (short + extra, short)
-    dtype = torch.float64 if double else torch.float32
-    w = with_spectrum(*shape, SPECTRA[spectrum](short), seed, dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
-        check(w, topk_svd(w, k, seed=seed), k)
+    check_any(shape, spectrum, dtype, k, seed)
+
+
+@examples(16)
+@given(
+    short=st.integers(530, 600),
+    k=st.integers(17, 60),
+    spectrum=NAMES,
+    dtype=DTYPES,
+    seed=SEEDS,
+)
+def test_any_matrix_with_so_little_memory_that_the_iteration_restarts(
+    short: int, k: int, spectrum: str, dtype: torch.dtype, seed: int
+) -> None:
+    assert krylov.worthwhile(k, short)
+    check_any((short + 20, short), spectrum, dtype, k, seed, workspace=1)
 
 
 def test_a_failure_of_lapack_names_the_layers(monkeypatch) -> None:
