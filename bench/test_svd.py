@@ -173,6 +173,23 @@ def test_svd_quick(rounds, show) -> None:
     show(report("one stack of MiniLM, k=32", found, OURS if OURS in found else PYTHON))
 
 
+@pytest.mark.parametrize("side", [384, 768])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_svd_of_short_stacks(count: int, side: int, rounds, show) -> None:
+    """However a stack divides among the threads, it is not slower than its matrices one after the other."""
+    spectrum = (1 + torch.arange(side) / 30) ** -0.7
+    w = torch.randn(count, side, side, generator=torch.Generator().manual_seed(0)) * spectrum
+    timing = harness.pairwise(
+        lambda: [fastspec.topk_svd(one, 32) for one in w],
+        {"stack": lambda: fastspec.topk_svd(w, 32)},
+        rounds(7),
+    )
+    taken = timing.ratios["stack"].median
+    harness.store(f"svd-stack-of-{count}-{side}", taken)
+    show(f"  {count} x {side} x {side}: {taken:.2f} of one after the other")
+    assert taken <= 1.05
+
+
 @pytest.mark.parametrize("name", svd_problems.HARD)
 def test_svd_of_hard_matrices(name: str, show) -> None:
     build, k = svd_problems.HARD[name]

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <exception>
 #include <functional>
 #include <mutex>
@@ -22,45 +23,96 @@
 namespace fastspec {
 namespace {
 
-// Calls `work(i)` for every matrix of a stack: one thread for each matrix, BLAS single-threaded inside,
-// because LAPACK threads fight each other over small matrices. A lone matrix keeps all BLAS threads.
-void for_each_matrix(int64_t count, const std::function<void(int64_t)>& work) {
-  const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
-  std::atomic<int64_t> next{0};
-  std::exception_ptr failure;
-  std::mutex failing;
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    for (int64_t thread = begin; thread < end; ++thread) {
-      try {
-        for (int64_t i; (i = next++) < count;) work(i);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(failing);
-        failure = std::current_exception();
-        next = count;
-      }
-    }
-  });
-  if (failure) std::rethrow_exception(failure);
-}
-
-// Raises what Python's signal handlers raise (Ctrl-C). The operators run without the interpreter's lock, which
-// is taken back for this ten times a second, by the thread that called the operator alone.
+// Where a call that may take minutes asks whether it is to end: every step of every thread.
 class Interrupt {
  public:
+  struct Stopped {};  // thrown in the threads that end because of another one
+
   void operator()() {
-    if (std::this_thread::get_id() != caller_) return;
+    if (stopped_) throw Stopped{};
+    poll();
+  }
+
+  // Raises what Python's signal handlers raise (Ctrl-C). The operators run without the interpreter's lock,
+  // which is taken back for this ten times a second, by the thread that called the operator alone.
+  void poll() {
+    if (!calling()) return;
     const auto now = std::chrono::steady_clock::now();
     if (now < next_ || !Py_IsInitialized()) return;
-    next_ = now + std::chrono::milliseconds(100);
+    next_ = now + kInterval;
     const pybind11::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
   }
 
+  void stop() { stopped_ = true; }
+  bool calling() const { return std::this_thread::get_id() == caller_; }
+
+  static constexpr auto kInterval = std::chrono::milliseconds(100);
+
  private:
-  std::thread::id caller_ = std::this_thread::get_id();
+  const std::thread::id caller_ = std::this_thread::get_id();
   std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now();
+  std::atomic<bool> stopped_{false};
 };
+
+// Calls `work(i)` for the first `count` matrices on `threads` threads, BLAS single-threaded inside. A failure
+// in one ends all of them.
+void for_each_together(int64_t count, int64_t threads, Interrupt& interrupt,
+                       const std::function<void(int64_t)>& work) {
+  std::atomic<int64_t> next{0};
+  int64_t working = threads;
+  std::exception_ptr failure;
+  std::mutex mutex;  // of the two
+  std::condition_variable done;
+  const auto attempt = [&](const std::function<void()>& body) {
+    try {
+      body();
+    } catch (const Interrupt::Stopped&) {
+    } catch (...) {
+      interrupt.stop();
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!failure) failure = std::current_exception();
+    }
+  };
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (int64_t thread = begin; thread < end; ++thread) {
+      attempt([&] {
+        for (int64_t i; (i = next++) < count;) {
+          interrupt();
+          work(i);
+        }
+      });
+      const std::lock_guard<std::mutex> lock(mutex);
+      --working;
+      done.notify_all();
+    }
+    if (!interrupt.calling()) return;
+    attempt([&] {  // nobody else hears of a signal
+      std::unique_lock<std::mutex> lock(mutex);
+      while (!done.wait_for(lock, Interrupt::kInterval, [&] { return working == 0; })) {
+        lock.unlock();
+        interrupt.poll();
+        lock.lock();
+      }
+    });
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+// Calls `work(i)` for every matrix of a stack: a thread to each, because LAPACK's own threads fight each other
+// over small matrices, but for the last few where they would leave most threads idle. A matrix alone runs
+// about sqrt(threads) times as fast on all threads as on one, so that many at most take turns.
+void for_each_matrix(int64_t count, Interrupt& interrupt, const std::function<void(int64_t)>& work) {
+  const int64_t threads = at::get_num_threads(), rest = count % threads;
+  const int64_t together = rest * rest <= threads ? count - rest : count;
+  if (together) for_each_together(together, std::min(together, threads), interrupt, work);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  for (int64_t i = together; i < count; ++i) {
+    interrupt();
+    work(i);
+  }
+}
 
 using Method = std::function<Triplets(const at::Tensor& w)>;
 
@@ -128,7 +180,7 @@ Result topk_svd_cpu(const at::Tensor& w,  // [L, m, n], m >= n
   auto left = at::empty({count, w.size(1), k}, w.options()), s = at::empty({count, k}, w.options());
   auto right = at::empty({count, w.size(2), k}, w.options()), residual = at::empty({count}, w.options());
   Interrupt interrupt;
-  for_each_matrix(count, [&](int64_t i) {
+  for_each_matrix(count, interrupt, [&](int64_t i) {
     const auto found = named(i, [&] {
       return leading_triplets(w.narrow(0, i, 1), options, std::ref(interrupt));
     });
@@ -170,7 +222,8 @@ std::tuple<at::Tensor, at::Tensor> jacobi_eigh_cpu(const at::Tensor& matrices) {
   const auto a = matrices.contiguous();
   auto values = at::empty({a.size(0), a.size(1)}, a.options());
   auto rows = at::empty_like(a);
-  for_each_matrix(a.size(0), [&](int64_t i) {
+  Interrupt interrupt;
+  for_each_matrix(a.size(0), interrupt, [&](int64_t i) {
     AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "jacobi_eigh",
                                [&] { jacobi_one<scalar_t>(a[i], values[i], rows[i]); });
   });

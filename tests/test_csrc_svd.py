@@ -160,14 +160,23 @@ def test_the_interpreter_is_free_while_it_runs() -> None:
     assert counted > 20
 
 
-def test_interrupt_ends_a_call_at_once() -> None:
-    """Ctrl-C within one matrix, which would take minutes."""
+# What takes minutes: large matrices one after the other, and two together on two threads.
+LONG = {
+    "one after the other": "torch.randn(2, 6000, 6000), 600",
+    "together": "torch.randn(2, 2500, 2500), 350",
+}
+
+
+@pytest.mark.parametrize("work", LONG)
+def test_interrupt_ends_a_call_at_once(work: str) -> None:
     code = (
         "import torch, fastspec, signal\n"
         # ignored in what a shell starts in the background, and inherited
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "w = torch.randn(2, 6000, 6000); print('ready', flush=True)\n"
-        "try:\n    fastspec.topk_svd(w, 600, tol=1e-7)\n"
+        "torch.set_num_threads(2)\n"
+        f"w, k = {LONG[work]}\n"
+        "print('ready', flush=True)\n"
+        "try:\n    fastspec.topk_svd(w, k, tol=1e-7)\n"
         "except KeyboardInterrupt:\n    print('interrupted')\n"
     )
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -175,7 +184,9 @@ def test_interrupt_ends_a_call_at_once() -> None:
     assert run.stdout.readline() == "ready\n"
     time.sleep(2)
     run.send_signal(signal.SIGINT)
+    asked = time.perf_counter()
     assert run.communicate(timeout=60)[0] == "interrupted\n"
+    assert time.perf_counter() - asked < 10
 
 
 def rotated(values: torch.Tensor) -> torch.Tensor:
