@@ -92,8 +92,14 @@ FASTSPEC_BODY void jacobi_decide(const JacobiScratch<T>& own, int i, JacobiPair 
   *own.latest = step;
 }
 
-// Eigenvalues of `a [n, n]` (its lower triangle, finite), ascending, into `values [n]` and the vectors into
-// the rows of `rows [n, n]`. `work [n, n]` is scratch. All lanes of the thread block call it.
+template <typename T>
+FASTSPEC_BODY T jacobi_larger(T a, T b) {  // NaN where one is
+  return b > a || b != b ? b : a;
+}
+
+// Eigenvalues of `a [n, n]` (its lower triangle), ascending, into `values [n]` and the vectors into the rows of
+// `rows [n, n]`; NaN where an entry is not finite or so large that a sum of n would not be. `work [n, n]` is
+// scratch. All lanes of the thread block call it.
 template <typename T>
 FASTSPEC_BODY void jacobi_eigh(const T* a, int n, const JacobiScratch<T>& own, T* work, T* values,
                                T* rows) {
@@ -105,13 +111,19 @@ FASTSPEC_BODY void jacobi_eigh(const T* a, int n, const JacobiScratch<T>& own, T
   FASTSPEC_FOR_EACH_2D(i, j, n, n) { work[i * n + j] = T(i == j); }
   FASTSPEC_FOR_EACH(i, n) {
     T largest = 0;
-    for (int j = 0; j <= i; ++j) largest = std::fmax(largest, std::abs(a[i * n + j]));
+    for (int j = 0; j <= i; ++j) largest = jacobi_larger(largest, std::abs(a[i * n + j]));
     values[i] = largest;
   }
   FASTSPEC_FOR_EACH(i, 1) { *own.latest = -1; }
   FASTSPEC_BARRIER();
   T largest = 0;
-  for (int i = 0; i < n; ++i) largest = std::fmax(largest, values[i]);
+  for (int i = 0; i < n; ++i) largest = jacobi_larger(largest, values[i]);
+  if (!(n * largest <= std::numeric_limits<T>::max())) {
+    FASTSPEC_BARRIER();  // every lane has read the values
+    FASTSPEC_FOR_EACH(i, n) { values[i] = std::numeric_limits<T>::quiet_NaN(); }
+    FASTSPEC_FOR_EACH_2D(i, j, n, n) { rows[i * n + j] = std::numeric_limits<T>::quiet_NaN(); }
+    return;
+  }
   // n^2 entries below this leave less than one rounding of the largest
   const T negligible = std::numeric_limits<T>::epsilon() * largest / n;
 

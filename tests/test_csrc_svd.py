@@ -259,6 +259,22 @@ def test_jacobi_of_no_matrices() -> None:
     assert (values.shape, vectors.shape) == ((0, 5), (0, 5, 5))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("place", [(0, 0), (6, 2)], ids=str)
+def test_jacobi_of_what_has_no_eigenvalues_is_nan(bad: float, place: tuple[int, int]) -> None:
+    """In every entry of the result, none left as it was found; the others of the stack do not notice."""
+    good = rotated(torch.arange(7)).float()
+    stack = torch.stack([good, good, good])
+    stack[1][place] = bad
+    values, vectors = torch.ops.fastspec.jacobi_eigh(stack)
+    assert values[1].isnan().all()
+    assert vectors[1].isnan().all()
+    alone = torch.ops.fastspec.jacobi_eigh(good[None])
+    for i in (0, 2):
+        assert torch.equal(values[i], alone[0][0])
+        assert torch.equal(vectors[i], alone[1][0])
+
+
 ERRORS = {
     "order 256 at most": lambda w: torch.ops.fastspec.jacobi_eigh(torch.zeros(1, 257, 257)),
     "must be a stack": lambda w: subspace(w[0]),
