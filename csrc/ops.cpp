@@ -200,7 +200,22 @@ Result topk_svd_stack(const at::Tensor& w, int64_t k, double tol, double floor, 
   at::AutoDispatchBelowADInplaceOrView guard;
   Interrupt interrupt;
   const auto found = leading_triplets(w, options, std::ref(interrupt));
-  return {found.left, found.s, found.right, found.residual};
+  return {found.left.contiguous(), found.s.contiguous(), found.right.contiguous(), found.residual};
+}
+
+// Shapes alone, for the compiler's traces.
+Result topk_svd_meta(const at::Tensor& w, int64_t k, double, double, int64_t, int64_t, int64_t, int64_t,
+                     int64_t) {
+  check_stack(w, "w");
+  const auto count = w.sym_size(0);
+  return {w.new_empty_symint({count, w.sym_size(1), k}), w.new_empty_symint({count, k}),
+          w.new_empty_symint({count, w.sym_size(2), k}), w.new_empty_symint({count})};
+}
+
+std::tuple<at::Tensor, at::Tensor> jacobi_eigh_meta(const at::Tensor& a) {
+  check_stack(a, "a");
+  const auto count = a.sym_size(0), n = a.sym_size(1);
+  return {a.new_empty_symint({count, n}), a.new_empty_symint({count, n, n}).mT()};
 }
 
 template <typename T>
@@ -245,9 +260,16 @@ TORCH_LIBRARY_FRAGMENT(fastspec, m) {
   const std::string arguments =
       "(Tensor w, int k, float tol, float floor, int max_steps, int seed, int width, int gram_short, int most)"
       " -> (Tensor left, Tensor s, Tensor right, Tensor residual)";
-  m.def(("topk_svd" + arguments).c_str());
-  m.def(("topk_svd_in_step" + arguments).c_str());
-  m.def("jacobi_eigh(Tensor a) -> (Tensor values, Tensor vectors)");
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(("topk_svd" + arguments).c_str(), tags);
+  m.def(("topk_svd_in_step" + arguments).c_str(), tags);
+  m.def("jacobi_eigh(Tensor a) -> (Tensor values, Tensor vectors)", tags);
+}
+
+TORCH_LIBRARY_IMPL(fastspec, Meta, m) {
+  m.impl("topk_svd", topk_svd_meta);
+  m.impl("topk_svd_in_step", topk_svd_meta);
+  m.impl("jacobi_eigh", jacobi_eigh_meta);
 }
 
 TORCH_LIBRARY_IMPL(fastspec, CPU, m) {

@@ -275,6 +275,14 @@ def test_jacobi_of_what_has_no_eigenvalues_is_nan(bad: float, place: tuple[int, 
         assert torch.equal(vectors[i], alone[1][0])
 
 
+def test_opcheck(stack) -> None:
+    for op in ("topk_svd", "topk_svd_in_step"):
+        for width in (0, 4):
+            arguments = (stack, 4, 1e-5, 2**-8, 0, 0, width, 1024, 4096)
+            torch.library.opcheck(getattr(torch.ops.fastspec, op).default, arguments)
+    torch.library.opcheck(torch.ops.fastspec.jacobi_eigh.default, (stack.mT @ stack,))
+
+
 ERRORS = {
     "order 256 at most": lambda w: torch.ops.fastspec.jacobi_eigh(torch.zeros(1, 257, 257)),
     "must be a stack": lambda w: subspace(w[0]),
