@@ -73,6 +73,32 @@ def trainer(folder, model=None, callbacks=(), **options):
     )
 
 
+class LayerCalls:
+    """Counts the forward passes of the encoder's layers, the ones made again in the backward included."""
+
+    def __init__(self, model):
+        self.count = 0
+        for layer in model.bert.encoder.layer:
+            layer.attention.register_forward_hook(self)
+
+    def __call__(self, *_):
+        self.count += 1
+
+
+class SeenFromWorkers(torch.utils.data.Dataset):
+    """Rows that only a worker process of a DataLoader may ask for."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        assert torch.utils.data.get_worker_info() is not None, "read in the main process"
+        return self.data[i]
+
+
 def trained(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -109,14 +135,45 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, options):
     assert losses(resumed) == losses(whole)
 
 
-def test_gradient_checkpointing_changes_nothing_else(tmp_path):
+@pytest.mark.parametrize("name", ["accumulation", "bf16", "label-smoothing"])
+def test_the_option_takes_effect(tmp_path, name):
+    """Else every run above would be the plain one."""
+    steps = {"max_steps": 3, "save_strategy": "no"}
+    plain, run = (trainer(tmp_path, **options, **steps) for options in ({}, OPTIONS[name]))
+    for each in (plain, run):
+        each.train()
+    a, b = losses(plain), losses(run)
+    assert a.keys() == b.keys() == {1, 2, 3}
+    assert all(a[step] != b[step] for step in a)
+    if (
+        name == "accumulation"
+    ):  # Trainer adds such a model's losses up, as those of parts of one batch
+        assert run.state.epoch == 2 * plain.state.epoch, "twice the batches a step"
+    else:
+        assert all(a[step] == pytest.approx(b[step], rel=0.3) for step in a)
+
+
+def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing_else(tmp_path):
     def weights(on):
         run = trainer(tmp_path / str(on), gradient_checkpointing=on, max_steps=3)
+        calls = LayerCalls(run.model)
         run.train()
-        return trained(run.model)
+        return trained(run.model), calls.count
 
-    a, b = weights(False), weights(True)
+    (a, once), (b, twice) = weights(False), weights(True)
     assert all(torch.equal(a[n], b[n]) for n in a)
+    assert once == 2 * 3, "two layers, three steps"
+    assert twice == 2 * once
+
+
+def test_workers_read_the_rows(tmp_path):
+    run = trainer(tmp_path, max_steps=2, **OPTIONS["workers"])
+    run.train_dataset = SeenFromWorkers(rows())
+    run.train()
+    run = trainer(tmp_path, max_steps=2)
+    run.train_dataset = SeenFromWorkers(rows())
+    with pytest.raises(AssertionError, match="main process"):
+        run.train()
 
 
 def test_a_checkpoint_is_an_adapter_and_the_optimiser_of_it(tmp_path):
@@ -175,6 +232,21 @@ def test_a_plain_model_is_refused_before_training(tmp_path):
         SpectralTrainer(bert(), arguments)
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_engines_that_write_checkpoints_of_their_own_are_refused(tmp_path, monkeypatch, engine):
+    # the real switches need several processes, or DeepSpeed installed
+    def switched_on(run):
+        setup(run)
+        setattr(run, f"is_{engine}_enabled", True)
+
+    setup = SpectralTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(SpectralTrainer, "create_accelerator_and_postprocess", switched_on)
+    model = spectralize(bert(), SpectralConfig(rank=4))
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=f"does not write {engine} checkpoints: use plain DDP"):
+        SpectralTrainer(model, arguments)
+
+
 class TestAccelerate:
     def step(self, accelerator, model, optimizer, batch):
         loss = model(**batch).loss
@@ -216,6 +288,15 @@ class TestAccelerate:
 
 
 class TestParameterGroups:
+    def test_two_by_default(self):
+        model = spectralize(bert(), SpectralConfig(rank=4))
+        coefficients, head = parameter_groups(model, **RATES)
+        assert (coefficients["name"], coefficients["lr"]) == ("coefficients", 3e-2)
+        assert (head["name"], head["lr"]) == ("head", 1e-3)
+        assert [p.shape for p in head["params"]] == [(3, 16), (3,)]
+        deltas = [p for n, p in model.named_parameters() if n.endswith(".delta")]
+        assert [id(p) for p in coefficients["params"]] == [id(p) for p in deltas]
+
     def test_kinds_rates_and_decay(self):
         config = SpectralConfig(rank=4, core="dense", train_bias=True, train_layernorm=True)
         model = spectralize(bert(), config)
