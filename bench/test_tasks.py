@@ -106,8 +106,9 @@ def test_tasks_forward(load, n, rounds, show):
 
 @pytest.mark.parametrize(("load", "n"), [(MINILM, 15), *zip(SHORT, (40, 60), strict=True)], ids=str)
 def test_tasks_against_peft(load, n, rounds, show):
-    """The bar is set on the first; on short rows, down to a step of a decoder, PEFT's loop over the adapters
-    costs more than the products."""
+    """The bar is a multiple of our time: out of reach where PEFT itself takes less than that many forwards of
+    the base, below which nobody can go. On short rows, down to a step of a decoder, PEFT's loop over the
+    adapters costs more than the products."""
     base, batch = build(load.model).eval(), batch_of(load)
     model, names = served(base)
     own = names[:: TASKS // load.batch]
@@ -134,10 +135,16 @@ def test_tasks_against_peft(load, n, rounds, show):
         f"  PEFT over fastspec: {peft / ours:.2f} x (bar {PEFT_BAR:g} x); over the base alone: "
         f"{peft:.2f} x; what they add to it: {(peft - 1) / (ours - 1):.1f} x"
     )
-    harness.store(f"tasks-peft-{load}", dataclasses.asdict(timing))
+    reachable = peft >= PEFT_BAR
+    if peft < PEFT_BAR * ours:
+        why = f"unreachable, PEFT takes only {peft:.2f} of the base forward, which nobody can go below"
+        show(f"  bar missed: {'reachable' if reachable else why}")
+    figures = {"bar": PEFT_BAR, "met": peft >= PEFT_BAR * ours, "reachable": reachable}
+    harness.store(f"tasks-peft-{load}", dataclasses.asdict(timing) | figures)
     if not timing.counts:
         pytest.skip("noise above the limit: the run does not count")
-    if load == MINILM:
+    assert peft > ours
+    if reachable:
         assert peft >= PEFT_BAR * ours
 
 
@@ -171,11 +178,19 @@ def test_tasks_memory(show):
     # of any basis: its values take no part in the sizes
     fastspec.spectralize(model, fastspec.SpectralConfig(rank=64, basis="random"))
     coefficients, heads, basis = serve_bench.table_bytes(fastspec.task_bank(model, TASKS))
-    figures = {"coefficients": coefficients, "heads": heads, "basis": basis}
-    lines = [f"  {what:14}{size / 1e6:8.1f} MB" for what, size in figures.items()]
+    figures = {
+        "coefficients": coefficients,
+        "heads": heads,
+        "coefficients and heads": coefficients + heads,
+        "basis": basis,
+    }
+    lines = [f"  {what:24}{size / 1e6:8.1f} MB" for what, size in figures.items()]
     show("\n".join([f"\nBERT-base, k=64, {TASKS} tasks", *lines]))
-    harness.store("tasks-memory", figures)
-    assert coefficients <= MEMORY_BAR_MB * 1e6
+    harness.store("tasks-memory", figures | {"bar": MEMORY_BAR_MB * 1e6, "of": "coefficients"})
+    assert coefficients <= MEMORY_BAR_MB * 1e6, (
+        f"coefficients alone take {coefficients / 1e6:.1f} MB, and heads {heads / 1e6:.1f} MB more: the bar "
+        f"of {MEMORY_BAR_MB:g} MB besides the basis is held to the coefficients, the heads are beside it"
+    )
 
 
 def test_tasks_loading(tmp_path, show):
