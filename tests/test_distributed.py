@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_train import STEPS, adapted, batch, optimizer_of
+from safetensors.torch import load_file
 from support import assert_close
 
 import fastspec
@@ -33,10 +34,10 @@ def alone():
     return losses, model
 
 
-def torchrun(processes, *arguments, fails=False):
+def torchrun(processes, *arguments, fails=False, program=PROGRAM):
     """What the program prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(PROGRAM), *map(str, arguments)]
+    command += [f"--nproc-per-node={processes}", str(program), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (run.returncode != 0) == fails, run.stderr[-9000:]
@@ -80,6 +81,33 @@ def test_the_losses_of_one_process(tmp_path, alone, processes, mode, killed):
         "fsdp-sharded-factors": (numbers + factors - s) / processes + s,
     }[mode]
     assert held(output) == pytest.approx([want] * processes, rel=0.05)
+
+
+def test_the_documented_blocks(alone):
+    output = torchrun(2, program=PROGRAM.with_name("distributed_docs.py"))
+    blocks = re.findall(r"block (\d) step (\d) loss (\S+)", output)
+    assert [(block, step) for block, step, _ in blocks] == [(b, s) for b in "01" for s in "01"]
+    assert [float(loss) for *_, loss in blocks] == pytest.approx(2 * alone[0][:2], rel=1e-5)
+
+
+def test_trainer_on_two_processes(tmp_path):
+    """The losses of one, and the first process alone writes."""
+    pytest.importorskip("transformers")
+    import distributed_trainer
+
+    one = distributed_trainer.trainer(str(tmp_path / "one"), 1)
+    one.train()
+    program = PROGRAM.with_name("distributed_trainer.py")
+    output = torchrun(2, tmp_path / "two", program=program)
+    got = [float(loss) for loss in re.findall(r"step \d loss (\S+)", output)]
+    assert len(got) == distributed_trainer.STEPS
+    assert got == pytest.approx(distributed_trainer.losses(one), rel=1e-4)
+    writers = re.findall(r"rank (\d) writes \S*checkpoint-(\d)", output)
+    assert writers == [("0", "2"), ("0", "4")]
+    for folder in ("checkpoint-2", "checkpoint-4"):
+        a, b = (load_file(tmp_path / n / folder / "adapter.safetensors") for n in ("one", "two"))
+        for name in a:
+            assert_close(b[name], a[name], torch.float16)
 
 
 def test_sharded_factors_stay_out_of_files(tmp_path):

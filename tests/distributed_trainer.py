@@ -1,0 +1,76 @@
+"""SpectralTrainer under torchrun, as docs/distributed.md has it; tests/test_distributed.py runs it.
+
+Prints the loss of every step, and who writes which checkpoint.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+import fastspec
+import fastspec.trainer
+from fastspec import SpectralConfig, parameter_groups, spectralize
+
+STEPS, ROWS = 4, 8  # rows of a step, over all processes
+
+
+def trainer(folder: str, processes: int) -> fastspec.trainer.SpectralTrainer:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,  # processes draw different masks
+        attention_probs_dropout_prob=0.0,
+    )
+    model = spectralize(BertForSequenceClassification(config), SpectralConfig(rank=4))
+    groups = parameter_groups(model, lr=3e-2, head_lr=1e-3)
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=ROWS // processes,
+        max_steps=STEPS,
+        save_steps=2,
+        logging_steps=1,
+        ddp_broadcast_buffers=False,
+        average_tokens_across_devices=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    ids = torch.randint(0, 50, (4 * ROWS, 8), generator=torch.Generator().manual_seed(1))
+    return fastspec.trainer.SpectralTrainer(
+        model,
+        arguments,
+        train_dataset=[{"input_ids": row, "labels": int(row.sum()) % 2} for row in ids],
+        optimizers=(torch.optim.AdamW(groups, fused=True), None),
+    )
+
+
+def losses(run: fastspec.trainer.SpectralTrainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def main() -> None:
+    write = fastspec.trainer.save_adapter
+
+    def announced(model: torch.nn.Module, folder: str) -> object:
+        print(f"rank {dist.get_rank()} writes {folder}", flush=True)
+        return write(model, folder)
+
+    fastspec.trainer.save_adapter = announced
+    dist.init_process_group("gloo")
+    run = trainer(sys.argv[1], dist.get_world_size())
+    run.train()
+    if dist.get_rank() == 0:
+        for step, loss in enumerate(losses(run)):
+            print(f"step {step} loss {loss:.9e}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
