@@ -22,6 +22,8 @@ constexpr double kCopies = 30;
 constexpr int64_t kRestartedLengths = 10;
 // Rows of a Gram matrix that are worth a thread, and rows made at once.
 constexpr int64_t kGramRows = 64, kGramTile = 4;
+// Of the rows of W that two products take in turn.
+constexpr int64_t kBlockBytes = 1 << 18;
 
 // Lower Cholesky factor of the b x b matrix `a`, in place. False where it is made of rounding errors.
 bool cholesky(std::vector<double>& a, int64_t b, double smallest_pivot) {
@@ -89,6 +91,30 @@ at::Tensor gram_of_one(const at::Tensor& w) {
     }
   });
   return gram;
+}
+
+// x W^T W [b, n] of a row-major matrix alone on the CPU. W is read once: each of its blocks of rows stays in a
+// core's cache for both products.
+template <typename T>
+void normal_times(const T* x, int64_t b, const at::Tensor& w, T* out) {
+  const int64_t m = w.size(1), n = w.size(2), parts = at::get_num_threads();
+  const int64_t most = std::max<int64_t>(kGramTile, kBlockBytes / (n * int64_t(sizeof(T))));
+  const T* const from = w.const_data_ptr<T>();
+  std::vector<T> sums(parts * b * n);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> image(b * most);
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t last = m * (part + 1) / parts;
+      for (int64_t row = m * part / parts; row < last; row += most) {
+        const int64_t count = std::min(most, last - row);
+        rows_dot(x, b, from + row * n, count, n, image.data(), count);
+        rows_add(image.data(), b, from + row * n, count, n, sums.data() + part * b * n);
+      }
+    }
+  });
+  std::copy_n(sums.data(), b * n, out);
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < b * n; ++i) out[i] += sums[part * b * n + i];
 }
 
 // W^T W, the blocks below the diagonal mirrored instead of multiplied: 5/8 of the work.
@@ -245,6 +271,9 @@ class Iteration {
     if (gram_.defined()) {
       image = at::empty_like(next_);
       rows_times(block, b, gram_.const_data_ptr<T>(), n, n, image.mutable_data_ptr<T>());
+    } else if (w_.is_contiguous()) {
+      image = at::empty_like(next_);
+      normal_times(block, b, w_, image.mutable_data_ptr<T>());
     } else {
       image = at::bmm(at::bmm(basis_.narrow(1, before, b), w_.mT()), w_);
     }

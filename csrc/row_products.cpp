@@ -173,6 +173,7 @@ FASTSPEC_INLINE void dot(const T* x, int64_t b, const T* q, int64_t p, int64_t n
 template <typename T>
 struct Products {
   void (*times)(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out);
+  void (*add)(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out);
   void (*subtract)(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out);
   void (*dot)(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out, int64_t ld);
   void (*gram)(const T* w, int64_t m, int64_t n, int64_t begin, int64_t end, T* out);
@@ -183,6 +184,9 @@ struct Products {
   struct K##Products {                                                                              \
     ATTRIBUTE static void times_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) { \
       times<K, T, Into::kSet>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                          \
+    }                                                                                               \
+    ATTRIBUTE static void add_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {   \
+      times<K, T, Into::kAdd>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                          \
     }                                                                                               \
     ATTRIBUTE static void subtract_(const T* x, int64_t b, const T* a, int64_t n, int64_t m,        \
                                     T* out) {                                                       \
@@ -196,7 +200,7 @@ struct Products {
                                 T* out) {                                                           \
       gram<K, T>(w, m, n, begin, end, out);                                                         \
     }                                                                                               \
-    static constexpr Products<T> all = {times_, subtract_, dot_, gram_};                            \
+    static constexpr Products<T> all = {times_, add_, subtract_, dot_, gram_};                      \
   };
 
 FASTSPEC_PRODUCTS_OF(Plain, )
@@ -228,6 +232,9 @@ const Products<T>& products() {
 #define FASTSPEC_ROW_PRODUCTS(T)                                                                       \
   void rows_times(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                   \
     products<T>().times(x, b, a, n, m, out);                                                           \
+  }                                                                                                    \
+  void rows_add(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                     \
+    products<T>().add(x, b, a, n, m, out);                                                             \
   }                                                                                                    \
   void rows_subtract(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                \
     products<T>().subtract(x, b, a, n, m, out);                                                        \

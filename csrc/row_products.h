@@ -12,6 +12,10 @@ namespace fastspec {
 void rows_times(const float* x, int64_t b, const float* a, int64_t n, int64_t m, float* out);
 void rows_times(const double* x, int64_t b, const double* a, int64_t n, int64_t m, double* out);
 
+// out [b, m] += x [b, n] a [n, m]
+void rows_add(const float* x, int64_t b, const float* a, int64_t n, int64_t m, float* out);
+void rows_add(const double* x, int64_t b, const double* a, int64_t n, int64_t m, double* out);
+
 // out [b, m] -= x [b, n] a [n, m]
 void rows_subtract(const float* x, int64_t b, const float* a, int64_t n, int64_t m, float* out);
 void rows_subtract(const double* x, int64_t b, const double* a, int64_t n, int64_t m, double* out);

@@ -38,7 +38,7 @@ def block_width(k: int, short: int, compiled: bool) -> int:
     Wider costs more basis vectors, narrower more products and, where they come from Python, more calls.
     """
     if compiled:
-        return 4 if short <= GRAM_SHORT else 16
+        return 4 if short <= GRAM_SHORT else 8
     return 8 if k <= 64 else 16
 
 
