@@ -94,8 +94,9 @@ def task_linear(
     core: str = "diag",
 ) -> Tensor:  # [B, ..., out]
     """Row b is `spectral_linear` with table[task[b]], or the frozen layer where task[b] < 0."""
+    frozen = F.linear(x, w, bias)  # of the whole batch: a product of fewer rows may round otherwise
     rows = [
-        F.linear(row, w, bias) if t < 0 else spectral_linear(row, w, bias, u, vh, table[t], core)
-        for row, t in zip(x, task.tolist(), strict=True)
+        plain if t < 0 else spectral_linear(row, w, bias, u, vh, table[t], core)
+        for row, plain, t in zip(x, frozen, task.tolist(), strict=True)
     ]
-    return torch.stack(rows) if rows else F.linear(x, w, bias)
+    return torch.stack(rows) if rows else frozen

@@ -368,7 +368,8 @@ def counts():
     """(parameters trained beside the head, all) of every spectral control and search, on MiniLM's shapes."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    model = BertForSequenceClassification(BertConfig(30522, 384, 6, 12, 1536))
+    shapes = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    model = BertForSequenceClassification(shapes)
     plain = sum(p.numel() for p in model.parameters())
     norms = sum(p.numel() for m in model.modules() if is_norm(m) for p in m.parameters())
     found = {}
