@@ -306,7 +306,7 @@ class TaskBank:
         sizes: dict[nn.Module, int] = {}
         values = {}
         for slot in self.slots:
-            value = slot.table.detach()[row]
+            value = slot.table.detach().select(0, row)  # indexing costs more, layer by layer
             if slot.is_output:
                 if slot.owner not in sizes:
                     sizes[slot.owner] = int(slot.owner.task_sizes[row])  # type: ignore[index]
