@@ -144,7 +144,7 @@ def test_tasks_against_peft(load, n, rounds, show):
     if not timing.counts:
         pytest.skip("noise above the limit: the run does not count")
     assert peft > ours
-    if reachable:
+    if load == MINILM or reachable:
         assert peft >= PEFT_BAR * ours
 
 

@@ -13,7 +13,7 @@ struct Simd {
   using V = __m256;
   static constexpr int64_t LANES = 8;
   static constexpr int ROWS = 6, MERGE_ROWS = 6, MERGE_VECTORS = 2;  // 12 accumulators each
-  static constexpr bool MERGES = false;  // half the registers: a BLAS is a third faster (bench/test_thin.py)
+  static constexpr bool MERGES = false;  // half the registers: a BLAS was faster
 
   FASTSPEC_SIMD static inline __m256i first(int64_t lanes) {
     const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
