@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from distributed_train import adapted, batch
+from distributed_train import adapted, batch, with_gloo
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +18,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)):
         names = {
@@ -39,8 +38,7 @@ def main() -> None:
             dist.all_reduce(mean)
             if rank == 0:
                 print(f"block {number} step {step} loss {mean.item():.9e}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with_gloo(main)

@@ -4,8 +4,11 @@ Prints the loss of every step. Checkpoints after each step; started again it goe
 """
 
 import argparse
+import faulthandler
+import gc
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -59,13 +62,29 @@ def batch(step: int, rank: int, world: int) -> torch.Tensor:
     return torch.randint(0, 11, (ROWS, 5), generator=g)[rank::world]
 
 
+def with_gloo(program: Callable[[], None]) -> None:
+    """Runs `program` between the beginning and the end of a process group. A process that hangs says where.
+
+    What it made goes first: a DDP wrapper that outlives the group joins gloo's threads while it holds the
+    interpreter's lock, which they may be waiting for (https://github.com/pytorch/pytorch/issues/56297).
+    """
+    faulthandler.dump_traceback_later(240, exit=True)
+    dist.init_process_group("gloo")
+    program()
+    gc.collect()  # Trainer refers to itself
+    dist.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("mode", choices=["ddp", "fsdp", "fsdp-sharded-factors"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kill", action="store_true", help="the last process dies in step 3")
     args = parser.parse_args()
-    dist.init_process_group("gloo")
+    with_gloo(lambda: train(args))
+
+
+def train(args: argparse.Namespace) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
 
     model = adapted()
@@ -112,7 +131,6 @@ def main() -> None:
     parameters = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
     held = sum(t.numel() for t in (*parameters, *model.buffers()))
     print(f"rank {rank} holds {held}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

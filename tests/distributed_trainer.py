@@ -7,6 +7,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from distributed_train import with_gloo
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import fastspec
@@ -63,14 +64,12 @@ def main() -> None:
         return write(model, folder)
 
     fastspec.trainer.save_adapter = announced
-    dist.init_process_group("gloo")
     run = trainer(sys.argv[1], dist.get_world_size())
     run.train()
     if dist.get_rank() == 0:
         for step, loss in enumerate(losses(run)):
             print(f"step {step} loss {loss:.9e}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with_gloo(main)
