@@ -10,11 +10,12 @@ endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test lint bench cuda-check clean
+.PHONY: help install demo test test-all lint bench cuda-check clean
 
 help:
 	@echo "make demo    install, build, and adapt a real pretrained model: a table and a picture"
-	@echo "make test    install, build, lint and run every test"
+	@echo "make test    install, build, lint and test"
+	@echo "make test-all    the same with the slow tests, near copies of others: ten minutes more"
 	@echo "make bench   the benchmarks (pytest bench/), machine otherwise idle"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make cuda-check   compile the CUDA part (nvcc, no GPU; downloads a 5 GB torch), into docs/cuda.md"
@@ -35,6 +36,9 @@ demo: install
 	$(BIN)/fastspec demo
 
 test: install lint
+	$(BIN)/python -m pytest tests -m "not slow"
+
+test-all: install lint
 	$(BIN)/python -m pytest tests
 
 lint: install

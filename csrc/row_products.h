@@ -24,8 +24,12 @@ void rows_subtract(const double* x, int64_t b, const double* a, int64_t n, int64
 void rows_dot(const float* x, int64_t b, const float* q, int64_t p, int64_t n, float* out, int64_t ld);
 void rows_dot(const double* x, int64_t b, const double* q, int64_t p, int64_t n, double* out, int64_t ld);
 
-// Rows `begin` to `end` of out [n, n] = w^T w for w [m, n], on and above the diagonal and a little below.
-void gram_upper(const float* w, int64_t m, int64_t n, int64_t begin, int64_t end, float* out);
-void gram_upper(const double* w, int64_t m, int64_t n, int64_t begin, int64_t end, double* out);
+// Rows `begin` to `end` of out [n, n] = w^T w for w [m, n], on and above the diagonal and a little below; the rows
+// of w lie `row` apart, its columns `column`, and `begin` is a multiple of kGramRows.
+constexpr int64_t kGramRows = 4;
+void gram_upper(const float* w, int64_t row, int64_t column, int64_t m, int64_t n, int64_t begin, int64_t end,
+                float* out);
+void gram_upper(const double* w, int64_t row, int64_t column, int64_t m, int64_t n, int64_t begin, int64_t end,
+                double* out);
 
 }  // namespace fastspec

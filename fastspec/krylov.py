@@ -28,6 +28,9 @@ _COPIES = 30
 # side or so.
 GRAM_SHORT = 1024
 
+# Of the basis vectors made before the first check, 2 k + 6 width more: where decaying spectra converge.
+_FIRST_CHECK = 56
+
 # Basis vectors made in all, in short sides, after which a restarted iteration ends as it is.
 _RESTARTED_LENGTHS = 10
 
@@ -85,7 +88,7 @@ def leading_subspace(
     crowded_rows: list[Tensor] = []
     active = torch.arange(w.shape[0], device=w.device)
     run = _Iteration(w, width, seed)
-    check = 3 * k + 10 * width
+    check = 2 * k + 6 * width + _FIRST_CHECK
     # (basis vectors made, log10 of the error over the one allowed); before the first check, a guess
     last = (float(k + width), -math.log10(tol))
     steps = made = 0

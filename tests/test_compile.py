@@ -143,7 +143,6 @@ def test_inductor():
         assert_close(a, b)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_inductor_of_transformers(name):
     """Compiled for good, once for every task."""

@@ -16,7 +16,7 @@ from fastspec.kernels.compilation import TYPE_NAMES, compile_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
-# what the default run compiles; the rest, near copies of these, under the marker `slow`
+# what `make test` compiles; the rest, near copies of these, only `make test-all`
 SMOKE = re.compile(r"rank tile 32|diag|project|merge|chunks|rows by task")
 
 
