@@ -163,8 +163,8 @@ def test_the_interpreter_is_free_while_it_runs() -> None:
     assert counted > 20
 
 
-# What takes minutes: large matrices one after the other, and so small a basis that a flat spectrum
-# restarts it thousands of times. On two threads the calling one may be done at once, and wait.
+# What takes ten seconds and more: large matrices one after the other, and so small a basis that a flat
+# spectrum restarts it again and again. On two threads the calling one may be done at once, and wait.
 TOGETHER = "torch.ops.fastspec.topk_svd(torch.stack([{}, {}]), 40, 1e-7, 2**-8, 0, 0, 4, 1024, 56)"
 LONG = {
     "one after the other": "fastspec.topk_svd(torch.randn(2, 6000, 6000), 600, tol=1e-7)",
@@ -181,8 +181,8 @@ def test_interrupt_ends_a_call_at_once(call: str) -> None:
         # ignored in what a shell starts in the background, and inherited
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "torch.set_num_threads(2)\n"
-        "flat = torch.randn(2500, 2500)\n"
-        "steep = flat * 0.9 ** torch.arange(2500)\n"
+        "flat = torch.randn(4000, 4000)\n"
+        "steep = flat * 0.9 ** torch.arange(4000)\n"
         "fastspec.topk_svd(flat[:9, :9], 2); print('ready', flush=True)\n"
         f"try:\n    {LONG[call]}\n"
         "except KeyboardInterrupt:\n    print('interrupted')\n"
@@ -190,7 +190,7 @@ def test_interrupt_ends_a_call_at_once(call: str) -> None:
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
     assert run.stdout.readline() == "ready\n"
-    time.sleep(4)
+    time.sleep(2)
     run.send_signal(signal.SIGINT)
     asked = time.perf_counter()
     assert run.communicate(timeout=60)[0] == "interrupted\n"
