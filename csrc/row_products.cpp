@@ -111,13 +111,13 @@ FASTSPEC_INLINE void times_from(int64_t j, View<const T> x, int64_t b, View<cons
 }
 
 // Rows of a matrix that a panel as wide as a tile holds.
-template <typename K, typename T>
+template <typename K>
 constexpr int64_t kPanelRows = kPanel / (K::kBytes * K::kVectors);
 
 // Copies `count` rows of `columns` columns into panels [kPanelRows, wide], in the order they lie in.
 template <typename K, typename T>
 FASTSPEC_INLINE void pack(View<const T> a, int64_t count, int64_t columns, T* panels) {
-  constexpr int64_t wide = K::kVectors * Lanes<K, T>::count, size = kPanelRows<K, T> * wide;
+  constexpr int64_t wide = K::kVectors * Lanes<K, T>::count, size = kPanelRows<K> * wide;
   if (a.column == 1) {
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = 0; j < columns; j += wide)
@@ -129,11 +129,11 @@ FASTSPEC_INLINE void pack(View<const T> a, int64_t count, int64_t columns, T* pa
   }
 }
 
-// The same for many rows of x, which take each panel of `a` in turn.
+// times_from the first column on, for many rows of x, which take each panel of `a` in turn.
 template <typename K, typename T, Into I>
 FASTSPEC_INLINE void times_panels(View<const T> x, int64_t b, View<const T> a, int64_t n, int64_t m, View<T> out,
                                   T* panels) {
-  constexpr int64_t wide = K::kVectors * Lanes<K, T>::count, size = kPanelRows<K, T> * wide;
+  constexpr int64_t wide = K::kVectors * Lanes<K, T>::count, size = kPanelRows<K> * wide;
   const int64_t whole = m / wide * wide;
   for (int64_t j = 0; j < whole; j += kPanels * wide) {
     const int64_t last = std::min(whole, j + kPanels * wide);
@@ -149,7 +149,7 @@ FASTSPEC_INLINE void times_panels(View<const T> x, int64_t b, View<const T> a, i
 template <typename K, typename T, Into I>
 FASTSPEC_INLINE void times(View<const T> x, int64_t b, View<const T> a, int64_t n, int64_t m, View<T> out) {
   if (b < kPanelUses) return times_from<K, T, I>(0, x, b, a, n, m, out);
-  constexpr int64_t most = kPanelRows<K, T>;
+  constexpr int64_t most = kPanelRows<K>;
   std::vector<T> panels(kPanels * kPanel / sizeof(T));
   times_panels<K, T, I>(x, b, a, std::min(most, n), m, out, panels.data());
   for (int64_t start = most; start < n; start += most) {
@@ -179,9 +179,9 @@ FASTSPEC_INLINE void gram(View<const T> w, int64_t m, int64_t n, int64_t begin, 
   constexpr int64_t wide = K::kVectors * Lanes<K, T>::count;
   static_assert(wide % kRows == 0, "a tile of rows lies in one panel");
   const int64_t first = begin / wide, last = (n + wide - 1) / wide;
-  const int64_t most = std::min(m, kPanelRows<K, T>);
-  std::vector<T> packed((last - first) * kPanelRows<K, T> * wide);
-  const auto panel = [&](int64_t p) { return packed.data() + (p - first) * kPanelRows<K, T> * wide; };
+  const int64_t most = std::min(m, kPanelRows<K>);
+  std::vector<T> packed((last - first) * kPanelRows<K> * wide);
+  const auto panel = [&](int64_t p) { return packed.data() + (p - first) * kPanelRows<K> * wide; };
   for (int64_t start = 0; start < m; start += most) {
     const int64_t count = std::min(most, m - start);
     pack<K, T>(w.from(start).at(first * wide), count, n - first * wide, packed.data());

@@ -72,13 +72,13 @@ def test_subspace(stack, op: str, gram_short: int, width: int, dtype: torch.dtyp
 
 
 def test_a_matrix_gets_the_same_bits_in_any_stack(stack) -> None:
-    whole = subspace(stack)
-    assert torch.equal(whole, subspace(stack))
-    # of one matrix to a thread: LAPACK, which rounds otherwise on several, has but one in each
-    stack = stack.repeat(torch.get_num_threads(), 1, 1)
-    whole = subspace(stack)
-    reversed_ = subspace(stack.flip(0).contiguous()).flip(0)
-    assert torch.equal(whole, reversed_)
+    assert torch.equal(subspace(stack), subspace(stack))
+    # the last matrix of an odd stack has all threads, on which LAPACK rounds otherwise beyond an order of 64:
+    # so smaller ones, and stacks of one matrix to a thread
+    for w in (stack[..., :60], stack.repeat(torch.get_num_threads(), 1, 1)):
+        whole = subspace(w.contiguous())
+        reversed_ = subspace(w.flip(0).contiguous()).flip(0)
+        assert torch.equal(whole, reversed_)
 
 
 @both_ways

@@ -34,7 +34,7 @@ class Slot:
     shape: torch.Size  # the pretrained one
     is_output: bool  # of a head's output layer: tasks may differ in its first dimension
 
-    # Switching a task reads these of every layer: past a module's __getattr__, half its time goes.
+    # Switching a task reads these of every layer: through a module's __getattr__ it took half as long again.
 
     @property
     def live(self) -> Tensor:
