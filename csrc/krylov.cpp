@@ -2,14 +2,15 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "cholesky.h"
 #include "dense.h"
+#include "gram.h"
 #include "row_products.h"
 #include "triplets.h"
 
@@ -23,121 +24,6 @@ constexpr int64_t kRestartedLengths = 10;
 // Of the basis vectors made before the first check, 2 k + 6 width more: where decaying spectra converge
 // ((1 + i / 30)^-0.7, short sides 768 to 4096, k 16 to 64; MiniLM's weights at k = 32 need 8 more on average).
 constexpr int64_t kFirstCheck = 56;
-// Rows of a Gram matrix that are worth a thread, and columns mirrored at a time.
-constexpr int64_t kThreadRows = 64, kMirrored = 16;
-// Of the rows of W that two products take in turn, and how many at least.
-constexpr int64_t kBlockBytes = 1 << 18, kLeastRows = 4;
-
-// Lower Cholesky factor of the b x b matrix `a`, in place. False where it is made of rounding errors.
-bool cholesky(std::vector<double>& a, int64_t b, double smallest_pivot) {
-  double low = std::numeric_limits<double>::infinity();
-  for (int64_t i = 0; i < b; ++i) {
-    for (int64_t j = 0; j <= i; ++j) {
-      double sum = a[i * b + j];
-      for (int64_t l = 0; l < j; ++l) sum -= a[i * b + l] * a[j * b + l];
-      if (i == j) {
-        if (!(sum > 0)) return false;
-        a[i * b + i] = std::sqrt(sum);
-        low = std::min(low, a[i * b + i]);
-      } else {
-        a[i * b + j] = sum / a[j * b + j];
-      }
-    }
-  }
-  return low > smallest_pivot;
-}
-
-// Inverse of the lower triangular b x b matrix `l`, into `out`.
-template <typename T>
-void invert_triangle(const std::vector<double>& l, int64_t b, T* out) {
-  std::vector<double> x(b * b, 0);
-  for (int64_t j = 0; j < b; ++j) {
-    for (int64_t i = j; i < b; ++i) {
-      double sum = i == j;
-      for (int64_t m = j; m < i; ++m) sum -= l[i * b + m] * x[m * b + j];
-      x[i * b + j] = sum / l[i * b + i];
-    }
-  }
-  std::copy(x.begin(), x.end(), out);
-}
-
-// L^-1 with `gram` = L L^T, b x b, into `out`; false where L is made of rounding errors.
-template <typename T>
-bool inverse_factor(const T* gram, int64_t b, double eps, double negligible, T* out) {
-  std::vector<double> factor(gram, gram + b * b);
-  double high = 0;
-  for (int64_t j = 0; j < b; ++j) high = std::max(high, factor[j * b + j]);
-  // below sqrt(eps) of the largest row, what is left of another one is rounding
-  if (!cholesky(factor, b, std::max(8 * std::sqrt(eps * high), negligible))) return false;
-  invert_triangle(factor, b, out);
-  return true;
-}
-
-// W^T W of a matrix alone on the CPU.
-at::Tensor gram_of_one(const at::Tensor& w) {
-  const int64_t m = w.size(1), n = w.size(2);
-  const bool turned = w.mT().is_contiguous();
-  const auto matrix = turned ? w : w.contiguous();
-  auto gram = at::empty({1, n, n}, w.options());
-  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "gram_of_one", [&] {
-    const auto* const from = matrix.const_data_ptr<scalar_t>();
-    auto* const to = gram.mutable_data_ptr<scalar_t>();
-    const int64_t row = turned ? 1 : n, column = turned ? m : 1;
-    const int64_t tiles = (n + kGramRows - 1) / kGramRows;
-    at::parallel_for(0, tiles, kThreadRows / kGramRows, [&](int64_t begin, int64_t end) {
-      gram_upper(from, row, column, m, n, begin * kGramRows, std::min(end * kGramRows, n), to);
-    });
-    for (int64_t left = 0; left < n; left += kMirrored) {
-      for (int64_t i = left + 1; i < n; ++i) {
-        for (int64_t j = left; j < std::min(i, left + kMirrored); ++j) to[i * n + j] = to[j * n + i];
-      }
-    }
-  });
-  return gram;
-}
-
-// x W^T W [b, n] of a row-major matrix alone on the CPU. W is read once: each of its blocks of rows stays in a
-// core's cache for both products.
-template <typename T>
-void normal_times(const T* x, int64_t b, const at::Tensor& w, T* out) {
-  const int64_t m = w.size(1), n = w.size(2), parts = at::get_num_threads();
-  const int64_t most = std::max<int64_t>(kLeastRows, kBlockBytes / (n * int64_t(sizeof(T))));
-  const T* const from = w.const_data_ptr<T>();
-  std::vector<T> sums(parts * b * n);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> image(b * most);
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t last = m * (part + 1) / parts;
-      for (int64_t row = m * part / parts; row < last; row += most) {
-        const int64_t count = std::min(most, last - row);
-        rows_dot(x, b, from + row * n, count, n, image.data(), count);
-        rows_add(image.data(), b, from + row * n, count, n, sums.data() + part * b * n);
-      }
-    }
-  });
-  std::copy_n(sums.data(), b * n, out);
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < b * n; ++i) out[i] += sums[part * b * n + i];
-}
-
-// W^T W, the blocks below the diagonal mirrored instead of multiplied: 5/8 of the work.
-at::Tensor gram_of(const at::Tensor& w) {
-  if (w.is_cpu() && w.size(0) == 1) return gram_of_one(w);
-  const int64_t n = w.size(2), block = (n + 3) / 4;
-  auto gram = at::empty({w.size(0), n, n}, w.options());
-  for (int64_t start = 0; start < n; start += block) {
-    const int64_t size = std::min(block, n - start), rest = n - start - size;
-    const auto own = w.narrow(2, start, size).mT(), others = w.narrow(2, start, n - start);
-    auto rows = gram.narrow(1, start, size).narrow(2, start, n - start);
-    rows.copy_(at::bmm(own, others));
-    if (rest) {
-      gram.narrow(1, start + size, rest)
-          .narrow(2, start, size)
-          .copy_(rows.narrow(2, size, rest).mT());
-    }
-  }
-  return gram;
-}
 
 at::Tensor square(const at::Tensor& a, int64_t start, int64_t size) {
   return a.narrow(1, start, size).narrow(2, start, size);
@@ -276,8 +162,7 @@ class Iteration {
       // symmetric: read along its rows
       rows_dot(block, b, gram_.const_data_ptr<T>(), n, n, image.mutable_data_ptr<T>(), n);
     } else if (w_.is_contiguous()) {
-      image = at::empty_like(next_);
-      normal_times(block, b, w_, image.mutable_data_ptr<T>());
+      image = normal_times(basis_.narrow(1, before, b), w_);
     } else {
       image = at::bmm(at::bmm(basis_.narrow(1, before, b), w_.mT()), w_);
     }
