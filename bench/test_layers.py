@@ -147,7 +147,7 @@ def geometric_mean(found: dict) -> float:
 
 
 def test_quick_layer(rounds, show):
-    report(compare((3072, 768), (32,), ROWS, rounds), "quick", show)
+    report(compare((1536, 384), (32,), ROWS, rounds), "quick", show)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[1]}to{size[0]}")
