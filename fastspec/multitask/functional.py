@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastspec import reference
-from fastspec.functional import cast, validate
+from fastspec.functional import cast, check_sizes, sizes_of
 from fastspec.multitask import ops
 
 
@@ -48,7 +48,7 @@ def task_linear(
         raise ValueError(
             f"table must hold the cores of one task or more, got shape {tuple(table.shape)}"
         )
-    validate(x, weight, bias, u, s, vh, table[0], core)
+    check_sizes(sizes_of(x, weight, bias, u, s, vh, table.shape[1:]), core)
     if task.dim() != 1 or task.dtype != torch.int64:
         raise TypeError(f"task must be int64 [B], got {task.dtype} {list(task.shape)}")
     if x.dim() < 2 or x.shape[0] != task.shape[0]:
