@@ -391,7 +391,7 @@ def counts():
 
 def test_controls_have_equal_parameter_counts(counts):
     rows = [row.name for row in SUITES["controls"] if row.name in counts]
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert {counts[row][0] for row in rows} == {36 * 32 * 32}
 
 

@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--basis-model",
         help="take the singular vectors of another model's weights: random for an "
-        "untrained one, or the folder of a finished run",
+        "untrained one, gradient for the task's own gradient, or the folder of a finished run",
     )
     add(
         "--rate-rule",

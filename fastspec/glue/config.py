@@ -17,6 +17,7 @@ RATE_RULES = ("flat", "spectrum")
 START = ("pretrained", "random")
 LABELS = ("true", "random")
 RANDOM_MODEL = "random"
+GRADIENT = "gradient"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class GlueConfig:
             for method="spectral", as in `fastspec.SpectralConfig`.
         basis_model: for method="spectral", the model whose singular vectors are the basis in place of
             the adapted weights' own: "random" for an untrained one of the same architecture, or the
-            folder of a finished run or a model. The controls.
+            folder of a finished run or a model (the controls); "gradient" for those of the task's
+            gradient before training (`fastspec.glue.gradient_basis`).
         start: "pretrained", or "random" to train from a random initialisation.
         labels: "true", or "random" to train on permuted labels; dev labels stay as they are.
         lora_rank: rank of method="lora" and "pissa".

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from fastspec.factors import factorize
 from fastspec.glue import methods
 from fastspec.glue import model as models
-from fastspec.glue.config import RANDOM_MODEL, GlueConfig
+from fastspec.glue.config import GRADIENT, RANDOM_MODEL, GlueConfig
 from fastspec.glue.record import read_result
 from fastspec.glue.tasks import TASKS
+from fastspec.nn import SpectralLayer
 from fastspec.targets import spectral_layers
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ def _built(folder: str | os.PathLike[str], **changes: Any) -> Built:
     built = build(config, TASKS[result["data"]["task"]])
     if built.fingerprint != result["model"]["fingerprint"]:
         raise ValueError(f"{folder} was made from another model than {built.name} is now")
+    if config.basis_model == GRADIENT:
+        from fastspec.glue import gradient_basis
+
+        gradient_basis.load(built.model, Path(folder))
     return built
 
 
@@ -118,7 +123,12 @@ def use_basis_of(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         [name for name, _ in layers],
     )
     for (_, layer), found in zip(layers, factors, strict=True):
-        w = layer._matrix(layer.weight.detach())
-        layer.u.copy_(found.u)
-        layer.vh.copy_(found.vh)
-        layer.s.copy_(torch.einsum("ok,oi,ki->k", layer.u.to(w), w, layer.vh.to(w)))
+        set_basis(layer, found.u, found.vh)
+
+
+def set_basis(layer: SpectralLayer, u: Tensor, vh: Tensor) -> None:
+    """Give an adapted layer other vectors, u [out, k] and vh [k, in]."""
+    w = layer._matrix(layer.weight.detach())
+    layer.u.copy_(u)
+    layer.vh.copy_(vh)
+    layer.s.copy_(torch.einsum("ok,oi,ki->k", layer.u.to(w), w, layer.vh.to(w)))

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from fastspec.glue.config import RANDOM_MODEL
+from fastspec.glue.config import GRADIENT, RANDOM_MODEL
 from fastspec.glue.presets import ATTENTION, MLP, PRESETS
 
 SEEDS = 3
@@ -93,6 +93,7 @@ SWEEP = (
 CONTROLS = (
     _DENSE_ROW,
     Row("dense 32, random basis", {**_DENSE, "basis": "random"}, DENSE),
+    Row("dense 32, gradient's basis", {**_DENSE, "basis_model": GRADIENT}, (3e-4, 1e-3, 3e-3)),
     Row("dense 32, untrained model's basis", {**_DENSE, "basis_model": RANDOM_MODEL}, DENSE),
     _FULL_ROW,
     Row("full, random labels", {"method": "full", "labels": "random"}, like="full"),

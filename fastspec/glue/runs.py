@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastspec.files import write_atomically
-from fastspec.glue.config import RANDOM_MODEL, GlueConfig
+from fastspec.glue.config import GRADIENT, RANDOM_MODEL, GlueConfig
 from fastspec.glue.record import DIVERGED, RESULT, compare, read_json, read_result
 
 OUTPUT = Path("runs/suite")
@@ -78,7 +78,7 @@ def command_text(config: GlueConfig) -> str:
     is named as if the suite were in its default folder.
     """
     basis = config.basis_model
-    if basis is not None and basis != RANDOM_MODEL:
+    if basis is not None and basis not in (RANDOM_MODEL, GRADIENT):
         basis = str(OUTPUT.joinpath(*Path(basis).parts[-3:]))
     return shlex.join(
         ["fastspec", "glue", *flags(dataclasses.replace(config, data=None, basis_model=basis))]

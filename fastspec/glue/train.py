@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from fastspec.files import write_json
-from fastspec.glue import data, methods, restore
+from fastspec.glue import data, gradient_basis, methods, restore
 from fastspec.glue import model as models
-from fastspec.glue.config import GlueConfig
+from fastspec.glue.config import GRADIENT, GlueConfig
 from fastspec.glue.data import Source, Split
 from fastspec.glue.record import DIVERGED, RESULT, environment, read_json
 from fastspec.glue.tasks import TASKS, Task, predictions
@@ -62,7 +62,7 @@ def build(config: GlueConfig, task: Task) -> Built:
         fingerprint = models.body_fingerprint(model)
         heads = methods.head_modules(model, config.train_pooler)
         model = methods.apply(model, config)
-        if config.basis_model is not None:
+        if config.basis_model not in (None, GRADIENT):
             restore.use_basis_of(model, restore.basis_weights(config, model))
     return Built(config, model, tokenizer, heads, name, fingerprint)
 
@@ -134,6 +134,8 @@ def run(
             f"{config.label()}: trains {counts['adapter']:,} parameters ({share:.3f} %) "
             f"and a head of {counts['head']:,}, out of {counts['total']:,}"
         )
+    if config.basis_model == GRADIENT:
+        gradient_basis.use(prepared, folder)
     trainer = _trainer(config, prepared, train, folder, progress, callbacks)
     from transformers import set_seed
 
@@ -167,7 +169,7 @@ def _claim(folder: Path, config: GlueConfig, overwrite: bool) -> dict[str, Any] 
     if overwrite and (folder / CONFIG).exists():
         for path in [*folder.glob("checkpoint-*"), folder / "epochs", folder / ADAPTER]:
             shutil.rmtree(path, ignore_errors=True)
-        for name in (RESULT, CONFIG, INPUTS, DIVERGED):
+        for name in (RESULT, CONFIG, INPUTS, DIVERGED, gradient_basis.FILE):
             (folder / name).unlink(missing_ok=True)
     if (folder / CONFIG).exists():
         # fields that an older version did not write have their default
