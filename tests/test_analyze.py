@@ -50,6 +50,8 @@ def test_moving_coefficients_alone_moves_no_vector():
     torch.testing.assert_close(a.update_captured, torch.arange(1, 13).double() / 12)
     assert a.summary()["s1(dW)/s1(W)"] == pytest.approx(0.05 / 9)
     assert a.summary()["norm of dW over W"] == pytest.approx(0.05 * 12**0.5 / s.norm().item())
+    assert a.summary()["dW on the diagonal"] == pytest.approx(1)
+    assert a.summary()["dW in 8 directions of its own"] == pytest.approx(8 / 12)
 
 
 def test_a_rotation_inside_a_cluster_is_told_from_one_outside():
@@ -99,12 +101,15 @@ def test_unrelated_matrices_are_aligned_by_chance():
     line = noisy.summary()
     assert line["dW there by chance"] == pytest.approx(0.01)
     assert line["dW in leading tenth"] == pytest.approx(0.01, abs=0.003)
+    assert line["dW on it by chance"] == pytest.approx(1 / 200)
+    assert line["dW on the diagonal"] == pytest.approx(1 / 200, rel=0.4)
 
 
 def test_an_update_of_zero_and_bad_arguments():
     w = torch.randn(6, 4)
     (a,) = align([pair(w, w.clone())])
     assert a.update_captured.tolist() == [0.0] * 4
+    assert a.summary()["dW on the diagonal"] == 0
     assert a.left.min() > 0.9999
     with pytest.raises(ValueError, match=r"attention\.weight is zero in the first checkpoint"):
         align([pair(torch.zeros(6, 4), w)])

@@ -93,7 +93,15 @@ class Alignment:
             "W in leading tenth": float(self.explained()[tenth - 1]),
             "dW in leading tenth": float(self.update_captured[tenth - 1]),
             "dW there by chance": float(random_block(self.shape)[tenth - 1]),
+            "dW on the diagonal": self._share_of_update(self.update_diagonal),
+            "dW on it by chance": len(self.s) / (m * n),
+            "dW in 8 directions of its own": self._share_of_update(self.s_update[:8]),
         }
+
+    def _share_of_update(self, entries: Tensor) -> float:
+        """The share of |dW|_F^2 in some of its entries in an orthonormal basis; 0 of no update."""
+        whole = self.s_update.double().square().sum()
+        return float(entries.double().square().sum() / whole) if whole > 0 else 0.0
 
     def vectors(self) -> Iterator[dict[str, Any]]:
         """One line a singular vector."""
