@@ -137,7 +137,7 @@ def draw_update(alignments: Sequence[Alignment], path: Path) -> None:
             xlabel="layer",
             ylabel="$\\sigma_1(dW) / \\sigma_1(W)$",
             title="size of the update",
-            ylim=(0, None),
+            yscale="log",  # a head that was never pretrained moves a hundred times as far
         )
         share.set(
             xlabel="leading directions, per cent of all",
