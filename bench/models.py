@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastspec
-from fastspec.glue.model import default_model
+from fastspec.glue.model import default_model, quiet
 from fastspec.glue.timing import freeze_to_floor
 from fastspec.targets import spectral_layers
 
@@ -40,7 +40,8 @@ def build(name: str) -> nn.Module:
 
     torch.manual_seed(0)
     if name == "minilm":
-        return AutoModelForSequenceClassification.from_pretrained(default_model())
+        with quiet():  # the head is new, as it says at length
+            return AutoModelForSequenceClassification.from_pretrained(default_model())
     model = Bert(BertConfig())
     for module in model.bert.encoder.modules():
         if isinstance(module, nn.Linear):
