@@ -8,3 +8,12 @@ import torch
 def seeded():
     """The same random numbers whatever ran before: a sum that cancels would fail one run in a hundred."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny models: matrices this small only lose by being shared between threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -13,14 +13,7 @@ from fastspec.glue.tasks import TASKS
 from fastspec.glue.train import build, prepare, run
 from fastspec.targets import spectral_layers
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small only lose by being shared between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,7 @@ from fastspec.glue.model import load_classifier
 from fastspec.glue.tasks import TASKS
 from fastspec.glue.timing import FLOOR, freeze_to_floor, step_times
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small only lose by being shared between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from fastspec.glue.tasks import TASKS
 from fastspec.glue.train import prepare, run
 from fastspec.targets import spectral_layers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 K = 4
 
 

@@ -16,16 +16,8 @@ from fastspec.files import write_json
 from fastspec.glue.tasks import TASKS
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("one_thread")
 STUDIES = Path(__file__).parent.parent / "docs" / "studies.md"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small only lose by being shared between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

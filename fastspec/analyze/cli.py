@@ -201,12 +201,10 @@ def _runs(args: argparse.Namespace, output: Path) -> None:
 
 
 def _ranks(args: argparse.Namespace, output: Path) -> None:
-    import torch
-
     from fastspec.analyze.ranks import allocate, coefficient_energy, patterns
     from fastspec.files import write_json
     from fastspec.glue.config import GlueConfig
-    from fastspec.glue.evaluate import batches
+    from fastspec.glue.evaluate import labelled_batches
     from fastspec.glue.train import prepare
 
     fields = ("task", "model", "data", "core", "rank", "seed")
@@ -214,13 +212,7 @@ def _ranks(args: argparse.Namespace, output: Path) -> None:
     prepared = prepare(dataclasses.replace(config, method="full"))
     spectral = config.spectral(prepared.heads)
     rows = prepared.source.train.head(config.batch_size * args.batches)
-    labels = torch.tensor(rows.labels)
-    inputs = [
-        {**batch, "labels": labels[chosen]}
-        for chosen, batch in batches(
-            prepared.tokenizer, rows.texts, config.max_length, config.batch_size
-        )
-    ]
+    inputs = labelled_batches(prepared.tokenizer, rows, config.max_length, config.batch_size)
     energy = coefficient_energy(prepared.model, spectral, inputs)
     ranks = allocate(prepared.model, spectral, energy)
     whole = sum(energy.values())

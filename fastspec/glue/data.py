@@ -12,7 +12,7 @@ import json
 import os
 import random
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
@@ -48,6 +48,11 @@ class Split:
             return self
         labels = None if self.labels is None else self.labels[:rows]
         return dataclasses.replace(self, texts=self.texts[:rows], labels=labels)
+
+    def take(self, rows: Sequence[int]) -> Split:
+        """These rows, in this order."""
+        labels = None if self.labels is None else [self.labels[i] for i in rows]
+        return dataclasses.replace(self, texts=[self.texts[i] for i in rows], labels=labels)
 
     def permuted(self, seed: int) -> Split:
         """The same texts with the labels of other rows: nothing to learn but the rows by heart."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastspec.glue.data import Source
+from fastspec.glue.data import Source, Split
 from fastspec.glue.tasks import predictions, score_task
 
 
@@ -71,4 +71,15 @@ def batches(
             ),
         )
         for rows in order.split(batch_size)
+    ]
+
+
+def labelled_batches(
+    tokenizer: Any, split: Split, max_length: int, batch_size: int
+) -> list[dict[str, Tensor]]:
+    """`batches` with their labels: keyword arguments of a model that returns a loss."""
+    labels = torch.tensor(split.labels)
+    return [
+        {**batch, "labels": labels[rows]}
+        for rows, batch in batches(tokenizer, split.texts, max_length, batch_size)
     ]

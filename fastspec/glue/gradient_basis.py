@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastspec.files import write_atomically
 from fastspec.glue import restore
+from fastspec.glue.evaluate import labelled_batches
 from fastspec.targets import spectral_layers
 
 if TYPE_CHECKING:
@@ -73,15 +74,10 @@ def summed_gradients(
 
 
 def _batches(prepared: Prepared) -> Iterable[Mapping[str, Tensor]]:
-    """Training rows in an order drawn from the seed."""
-    from transformers import DataCollatorWithPadding
-
-    from fastspec.glue.train import tokenise
-
+    """Some training rows, in an order drawn from the seed."""
     config = prepared.config
     train = prepared.source.train.head(config.max_train_rows)
-    rows = tokenise(prepared.tokenizer, train, config.max_length).remove_columns("length")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
-    collate = DataCollatorWithPadding(prepared.tokenizer)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed))
     for some in order[:ROWS].split(config.batch_size):
-        yield collate([rows[i] for i in some.tolist()])
+        rows = train.take(some.tolist())
+        yield from labelled_batches(prepared.tokenizer, rows, config.max_length, config.batch_size)
