@@ -5,8 +5,12 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import sys
+import threading
+import time
 
 import pytest
 from glue_support import make_model, make_task
@@ -156,6 +160,30 @@ def test_a_run_that_fails_ends_the_suite_with_its_output(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "command", lambda *_: [sys.executable, "-c", program])
     with pytest.raises(SuiteError, match=r"lr0.0001-seed0 failed with status 1:\nno such thing"):
         make(Suite(tmp_path, ROWS[2:3], tasks=("rte",)), jobs=1, threads=1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_no_run_outlives_a_suite_that_is_terminated(tmp_path, monkeypatch):
+    pid = tmp_path / "pid"
+    program = (
+        "import os, pathlib, sys, time; new = pathlib.Path(sys.argv[1] + '.new'); "
+        "new.write_text(str(os.getpid())); new.rename(sys.argv[1]); time.sleep(300)"
+    )
+    monkeypatch.setattr(suite, "command", lambda *_: [sys.executable, "-c", program, str(pid)])
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate():
+        while not pid.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    with pytest.raises(SystemExit) as ended:
+        make(Suite(tmp_path / "runs", ROWS[2:3], tasks=("rte",)), jobs=1, threads=1)
+    assert ended.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_processes_get_their_part_of_the_threads(tmp_path, monkeypatch):

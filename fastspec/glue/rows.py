@@ -77,6 +77,8 @@ HEADLINE = (
     _COEFFICIENTS_ROW,
     _BAND_ROW,
     _DENSE_ROW,
+    # as many parameters as the band
+    Row("lora-r1", {"method": "lora", "lora_rank": 1}, LOW_RANK, SEEDS),
     Row("lora-r8", {"method": "lora", "lora_rank": 8}, LOW_RANK, SEEDS),
     _FULL_ROW,
 )
@@ -87,7 +89,6 @@ SWEEP = (
     _BIASES_ROW,
     _ATTENTION_ROW,
     Row("bitfit", {"method": "bitfit"}, (1e-3, 2e-3, 4e-3)),
-    Row("lora-r1", {"method": "lora", "lora_rank": 1}, LOW_RANK),
     Row("pissa-r8", {"method": "pissa", "lora_rank": 8}, LOW_RANK),
 )
 CONTROLS = (

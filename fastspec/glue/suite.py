@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -328,7 +331,7 @@ def make(suite: Suite, jobs: int, threads: int, report: Callable[[str], None] = 
     running: dict[Future[int], Job] = {}
     processes: list[subprocess.Popen] = []
     suite.save_record()
-    with ThreadPoolExecutor(jobs) as pool:
+    with _ended_by_sigterm(), ThreadPoolExecutor(jobs) as pool:
         try:
             while True:
                 for job in suite.ready():
@@ -350,6 +353,19 @@ def make(suite: Suite, jobs: int, threads: int, report: Callable[[str], None] = 
             for process in processes:
                 process.terminate()
             raise
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises in the main thread, as Ctrl-C does, so that no run outlives its suite."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _make(suite: Suite, job: Job, threads: int, processes: list[subprocess.Popen]) -> int:
