@@ -67,8 +67,8 @@ class Costs:
 
     `thin` is the price of a flop in a product whose inner or outer size is k, by the largest k it stands
     for; `byte` that of a byte moved. `python bench/calibrate.py` says what the defaults are worth on a
-    machine (on the README's, 1.3 % over the best plan of each problem in the geometric mean) and fits
-    others; those fitted to half of its problems did no better on the other half.
+    machine (on that of docs/benchmarks.md, 1.3 % over the best plan of each problem in the geometric
+    mean) and fits others; those fitted to half of its problems did no better on the other half.
     """
 
     thin: tuple[tuple[int, float], ...] = ((16, 3.0), (64, 1.6), (128, 1.2), (1 << 30, 1.0))
