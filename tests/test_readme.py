@@ -1,4 +1,4 @@
-"""The Python of README.md runs, on a small model in place of the user's."""
+"""README.md: its Python runs, on a small model in place of the user's, and its times are current."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,15 @@ import pytest
 import torch
 
 README = Path(__file__).parents[1] / "README.md"
+BENCHMARKS = README.parent / "docs" / "benchmarks.md"
+
+
+def test_its_times_are_those_of_the_benchmarks():
+    times = README.read_text().split("## Measured")[1].split("**GLUE**")[0]
+    rows = [line for line in times.splitlines() if line.startswith("|")]
+    assert rows
+    everything = BENCHMARKS.read_text().splitlines()
+    assert [row for row in rows if row not in everything] == []
 
 
 def test_the_blocks_run(tmp_path, monkeypatch, capsys):
