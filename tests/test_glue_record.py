@@ -9,10 +9,11 @@ import pytest
 from test_glue_suite import ROWS, fake  # noqa: F401  a fixture
 
 from fastspec.cli import main
-from fastspec.glue import report, suite
+from fastspec.glue import processes, report
+from fastspec.glue.processes import make
 from fastspec.glue.rows import SUITES, Row
 from fastspec.glue.runs import FIELDS, add_to_record, check_alike, read_csv, to_csv
-from fastspec.glue.suite import Job, Suite, make
+from fastspec.glue.suite import Job, Suite
 
 RECORD = Path(__file__).parent.parent / "docs" / "results-glue.csv"
 
@@ -83,9 +84,11 @@ def test_runs_whose_folders_others_need_are_made_again(here, row, made):
 def test_a_run_made_again_that_fails_ends_the_suite(here, monkeypatch):
     here.record.write_text(to_csv([run for run in read_csv(here.record) if run.row != "b"]))
     monkeypatch.setattr(
-        suite, "command", lambda *_: [sys.executable, "-c", "import sys; sys.exit('no')"]
+        processes, "command", lambda *_: [sys.executable, "-c", "import sys; sys.exit('no')"]
     )
-    with pytest.raises(suite.SuiteError, match=r"scratch.lr0.001-seed0 failed with status 1:\nno"):
+    with pytest.raises(
+        processes.SuiteError, match=r"scratch.lr0.001-seed0 failed with status 1:\nno"
+    ):
         make(elsewhere(here), jobs=1, threads=1, report=quiet)
 
 

@@ -17,14 +17,15 @@ from glue_support import make_model, make_task
 
 from fastspec.cli import main
 from fastspec.functional import delta_shape
-from fastspec.glue import report, suite
+from fastspec.glue import processes, report, rows
 from fastspec.glue.cli import add_arguments
 from fastspec.glue.config import GlueConfig
 from fastspec.glue.methods import head_modules
 from fastspec.glue.presets import PRESETS
-from fastspec.glue.rows import SUITES, TASK_SIZES, Row
+from fastspec.glue.processes import Processes, SuiteError, make
+from fastspec.glue.rows import SUITES, TASK_SIZES, Row, choose, with_reference
 from fastspec.glue.runs import flags, read_csv
-from fastspec.glue.suite import Job, Suite, SuiteError, choose, make, with_reference
+from fastspec.glue.suite import Job, Suite
 from fastspec.glue.tasks import TASKS
 from fastspec.glue.train import run
 from fastspec.targets import find_targets, is_norm
@@ -67,7 +68,7 @@ def fake(monkeypatch):
     def command(config, folder, threads):
         return [sys.executable, "-c", FAKE, str(folder), json.dumps(config.to_dict())]
 
-    monkeypatch.setattr(suite, "command", command)
+    monkeypatch.setattr(processes, "command", command)
 
 
 def test_the_suite_makes_every_run_once_and_in_order(tmp_path, fake):
@@ -132,7 +133,7 @@ def test_an_unfinished_search_is_marked(tmp_path, fake):
     s = Suite(tmp_path, ROWS[:1], tasks=("rte",))
     job = Job("rte", ROWS[0], 1e-3, 0)
     job.folder(tmp_path).parent.mkdir(parents=True)
-    suite._make(s, job, 1, [])
+    processes._make(s, job, 1, Processes())
     assert s.chosen_rate("rte", ROWS[0]) is None
     assert "0.001 (1 of 3 tried)" in report.markdown(s)
 
@@ -157,7 +158,7 @@ def test_rows_whose_donor_diverged_are_skipped_with_a_line(tmp_path, fake):
 
 def test_a_run_that_fails_ends_the_suite_with_its_output(tmp_path, monkeypatch):
     program = "import sys; sys.exit('no such thing')"
-    monkeypatch.setattr(suite, "command", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.setattr(processes, "command", lambda *_: [sys.executable, "-c", program])
     with pytest.raises(SuiteError, match=r"lr0.0001-seed0 failed with status 1:\nno such thing"):
         make(Suite(tmp_path, ROWS[2:3], tasks=("rte",)), jobs=1, threads=1)
 
@@ -169,7 +170,7 @@ def test_no_run_outlives_a_suite_that_is_terminated(tmp_path, monkeypatch):
         "import os, pathlib, sys, time; new = pathlib.Path(sys.argv[1] + '.new'); "
         "new.write_text(str(os.getpid())); new.rename(sys.argv[1]); time.sleep(300)"
     )
-    monkeypatch.setattr(suite, "command", lambda *_: [sys.executable, "-c", program, str(pid)])
+    monkeypatch.setattr(processes, "command", lambda *_: [sys.executable, "-c", program, str(pid)])
     before = signal.getsignal(signal.SIGTERM)
 
     def terminate():
@@ -186,6 +187,14 @@ def test_no_run_outlives_a_suite_that_is_terminated(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_run_that_would_start_as_the_suite_ends_does_not(tmp_path):
+    begun = Processes()
+    begun.end()
+    program = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    assert begun.run([sys.executable, "-c", program]) == -signal.SIGTERM
+    assert not (tmp_path / "ran").exists()
+
+
 def test_processes_get_their_part_of_the_threads(tmp_path, monkeypatch):
     program = (
         "import os, pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(); "
@@ -193,14 +202,14 @@ def test_processes_get_their_part_of_the_threads(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setattr(
-        suite, "command", lambda _, folder, __: [sys.executable, "-c", program, str(folder)]
+        processes, "command", lambda _, folder, __: [sys.executable, "-c", program, str(folder)]
     )
     s = Suite(tmp_path, ROWS[2:3], tasks=("rte",))
     job = next(s.ready())
-    assert suite._make(s, job, 3, []) == 0
+    assert processes._make(s, job, 3, Processes()) == 0
     assert (job.folder(tmp_path) / "threads").read_text() == "3false"
     monkeypatch.undo()
-    words = suite.command(s.config(job), job.folder(tmp_path), 3)
+    words = processes.command(s.config(job), job.folder(tmp_path), 3)
     assert words[words.index("--threads") + 1] == "3"
 
 
@@ -317,10 +326,10 @@ def here(suite, job, threads, processes):
 @pytest.mark.parametrize("name", SUITES)
 def test_a_miniature_of_every_suite(place, name, capsys, monkeypatch):
     if name != "small":
-        monkeypatch.setattr(suite, "_make", here)
-    for rows in ("ranges", "layers"):
-        make_rows = getattr(suite, rows)
-        monkeypatch.setattr(suite, rows, lambda n, f=make_rows: tuple(map(small, f(n))))
+        monkeypatch.setattr(processes, "_make", here)
+    for parts in ("ranges", "layers"):
+        make_rows = getattr(rows, parts)
+        monkeypatch.setattr(rows, parts, lambda n, f=make_rows: tuple(map(small, f(n))))
     monkeypatch.setitem(SUITES, name, tuple(map(small, SUITES[name])))
     out = place / "out"
     base = ["glue", "--suite", name, "--tasks", "rte", "--model", str(place / "model")]
@@ -386,7 +395,7 @@ def thirds(place, table):
 
 
 def test_ranges_need_a_model_that_says_its_size(place, monkeypatch, capsys):
-    monkeypatch.setattr(suite, "model_size", lambda name, field: None)
+    monkeypatch.setattr(rows, "model_size", lambda name, field: None)
     assert main(["glue", "--suite", "ranges", "--model", str(place / "model")]) == 2
     assert "needs a model whose configuration has hidden_size" in capsys.readouterr().err
 

@@ -235,7 +235,9 @@ def run_suite(args: argparse.Namespace) -> int:
 
     from fastspec.files import write_json
     from fastspec.glue import report
-    from fastspec.glue.suite import Suite, choose, make, with_reference
+    from fastspec.glue.processes import make
+    from fastspec.glue.rows import choose, with_reference
+    from fastspec.glue.suite import Suite
 
     threads = args.threads or torch.get_num_threads()
     jobs = args.jobs or (1 if torch.cuda.is_available() else min(threads, 8))

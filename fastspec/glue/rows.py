@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastspec.glue.config import GRADIENT, RANDOM_MODEL
+from fastspec.glue.model import model_size
 from fastspec.glue.presets import ATTENTION, MLP, PRESETS
 
 SEEDS = 3
@@ -147,7 +148,56 @@ SUITES: Mapping[str, tuple[Row, ...]] = {
     "full": (*HEADLINE, *SWEEP),
     "controls": CONTROLS,
     "search": SEARCH,
-    # of the default model; `fastspec.glue.suite.choose` makes those of another
+    # of the default model; `choose` makes those of another
     "ranges": ranges(384),
     "layers": layers(6),
 }
+
+
+def choose(
+    suite: str, names: Sequence[str] | None = None, model: str | None = None
+) -> tuple[Row, ...]:
+    """The rows of a named suite, or those of them named, with the rows that these need.
+
+    Args:
+        suite: a name in `SUITES`.
+        names: of rows; None for all.
+        model: as in `GlueConfig`; ranges of directions and of layers are parts of what it has.
+    """
+    rows = SUITES[suite]
+    if model is not None and suite in ("ranges", "layers"):
+        field, make_rows = {
+            "ranges": ("hidden_size", ranges),
+            "layers": ("num_hidden_layers", layers),
+        }[suite]
+        size = model_size(model, field)
+        if size is None:
+            raise ValueError(f"--suite {suite} needs a model whose configuration has {field}")
+        rows = make_rows(size)
+    if names is None:
+        return rows
+    known = {row.name: row for row in rows}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"--rows: suite {suite} has no row {unknown[0]!r}, only {', '.join(known)}"
+        )
+    wanted = set(names)
+    for row in reversed(rows):
+        if row.name in wanted:
+            wanted.update(name for name in (row.like, row.basis_of) if name)
+    return tuple(row for row in rows if row.name in wanted)
+
+
+def with_reference(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows, and after each spectral one with rates of its own the same on the reference path."""
+    names = {row.name for row in rows}
+    out = []
+    for row in rows:
+        out.append(row)
+        name = f"{row.name}, reference path"
+        spectral = row.fields.get("method", "spectral") == "spectral"
+        if spectral and row.rates and row.basis_of is None and name not in names:
+            fields = {**row.fields, "path": "reference"}
+            out.append(Row(name, fields, seeds=row.seeds, like=row.name))
+    return tuple(out)

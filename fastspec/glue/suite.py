@@ -1,38 +1,17 @@
-"""`fastspec glue --suite`: every run of a table, several at a time, each in a process of its own."""
+"""`fastspec glue --suite`: the runs of a table, which of them are done, and which can be made next."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fastspec.glue.config import GlueConfig
-from fastspec.glue.model import model_size
-from fastspec.glue.record import DIVERGED, RESULT, read_json
-from fastspec.glue.rows import OTHER_TASKS, SUITES, TASK_SIZES, Row, layers, ranges
-from fastspec.glue.runs import (
-    Run,
-    add_to_record,
-    check_alike,
-    command_text,
-    flags,
-    read_csv,
-    read_folder,
-)
-
-
-class SuiteError(ChildProcessError):
-    """A run of a suite failed for another reason than divergence; the message holds its last output."""
+from fastspec.glue.record import DIVERGED, RESULT
+from fastspec.glue.rows import OTHER_TASKS, TASK_SIZES, Row
+from fastspec.glue.runs import Run, add_to_record, check_alike, command_text, read_csv, read_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,142 +247,3 @@ class Suite:
     def _diverged(self, job: Job) -> bool:
         run = self.find(job)
         return (job.folder(self.output) / DIVERGED).exists() or (run is not None and run.diverged)
-
-
-def choose(
-    suite: str, names: Sequence[str] | None = None, model: str | None = None
-) -> tuple[Row, ...]:
-    """The rows of a named suite, or those of them named, with the rows that these need.
-
-    Args:
-        suite: a name in `SUITES`.
-        names: of rows; None for all.
-        model: as in `GlueConfig`; ranges of directions and of layers are parts of what it has.
-    """
-    rows = SUITES[suite]
-    if model is not None and suite in ("ranges", "layers"):
-        field, make_rows = {
-            "ranges": ("hidden_size", ranges),
-            "layers": ("num_hidden_layers", layers),
-        }[suite]
-        size = model_size(model, field)
-        if size is None:
-            raise ValueError(f"--suite {suite} needs a model whose configuration has {field}")
-        rows = make_rows(size)
-    if names is None:
-        return rows
-    known = {row.name: row for row in rows}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(
-            f"--rows: suite {suite} has no row {unknown[0]!r}, only {', '.join(known)}"
-        )
-    wanted = set(names)
-    for row in reversed(rows):
-        if row.name in wanted:
-            wanted.update(name for name in (row.like, row.basis_of) if name)
-    return tuple(row for row in rows if row.name in wanted)
-
-
-def with_reference(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows, and after each spectral one with rates of its own the same on the reference path."""
-    names = {row.name for row in rows}
-    out = []
-    for row in rows:
-        out.append(row)
-        name = f"{row.name}, reference path"
-        spectral = row.fields.get("method", "spectral") == "spectral"
-        if spectral and row.rates and row.basis_of is None and name not in names:
-            fields = {**row.fields, "path": "reference"}
-            out.append(Row(name, fields, seeds=row.seeds, like=row.name))
-    return tuple(out)
-
-
-def make(suite: Suite, jobs: int, threads: int, report: Callable[[str], None] = print) -> None:
-    """Make every run that is missing, `jobs` at a time with `threads` torch threads each.
-
-    Interrupted, it can be started again: whole runs are kept, the others go on from a checkpoint.
-
-    Raises:
-        SuiteError: a run failed, other than by divergence. The others under way are stopped.
-    """
-    began = time.perf_counter()
-    running: dict[Future[int], Job] = {}
-    processes: list[subprocess.Popen] = []
-    suite.save_record()
-    with _ended_by_sigterm(), ThreadPoolExecutor(jobs) as pool:
-        try:
-            while True:
-                for job in suite.ready():
-                    if len(running) < jobs and job not in running.values():
-                        running[pool.submit(_make, suite, job, threads, processes)] = job
-                if not running:
-                    break
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    job = running.pop(future)
-                    outcome = _outcome(suite, job, future.result())
-                    minutes = (time.perf_counter() - began) / 60
-                    report(
-                        f"{minutes:6.1f} min  {job.task} {job.row.name}, rate {job.rate:g}, "
-                        f"seed {job.seed}: {outcome}"
-                    )
-                    suite.save_record()
-        except BaseException:
-            for process in processes:
-                process.terminate()
-            raise
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises in the main thread, as Ctrl-C does, so that no run outlives its suite."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _make(suite: Suite, job: Job, threads: int, processes: list[subprocess.Popen]) -> int:
-    """Make one run in a process of its own; returns its exit status."""
-    folder = job.folder(suite.output)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    with _log(folder).open("w") as stream:
-        process = subprocess.Popen(
-            command(suite.config(job), folder, threads),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        processes.append(process)
-        return process.wait()
-
-
-def _outcome(suite: Suite, job: Job, status: int) -> str:
-    """What to say of a run that was made."""
-    run = suite.find(job)
-    folder = job.folder(suite.output)
-    # the record may have a run whose folder is made again
-    ended = any((folder / name).exists() for name in (RESULT, DIVERGED))
-    if run is None or not ended:
-        tail = _log(folder).read_text("utf-8", errors="replace")[-2000:]
-        raise SuiteError(f"{folder} failed with status {status}:\n{tail}")
-    if run.best is None:
-        return read_json(folder / DIVERGED)["error"]
-    return f"best dev epoch {run.best:.2f}"
-
-
-def _log(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".log")
-
-
-def command(config: GlueConfig, folder: Path, threads: int) -> list[str]:
-    """The command line that makes one run."""
-    words = [sys.executable, "-m", "fastspec", "glue", "--output", str(folder)]
-    words += ["--threads", str(threads)]
-    return words + flags(config)
