@@ -110,6 +110,7 @@ SEARCH = (
     _BAND_ROW,
     Row("band, rates by spectrum", {**_BAND, **_SPECTRUM}, BAND),
     Row("band, attention", {**_BAND, "target_modules": ATTENTION}, BAND),
+    Row("band 4, MLP", {**_BAND, "half_width": 4, "target_modules": MLP}, BAND),
     _DENSE_ROW,
     Row("dense 32, rates by spectrum", {**_DENSE, **_SPECTRUM}, DENSE),
     _ATTENTION_ROW,
