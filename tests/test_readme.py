@@ -8,6 +8,15 @@ import torch
 
 README = Path(__file__).parents[1] / "README.md"
 BENCHMARKS = README.parent / "docs" / "benchmarks.md"
+RESULTS = README.parent / "docs" / "results.md"
+METHODS = {
+    "the head alone": "head",
+    "coefficients, all directions": "coefficients",
+    "band of half-width 1, all directions": "band",
+    "LoRA r1": "lora-r1",
+    "LoRA r8": "lora-r8",
+    "full finetuning": "full",
+}
 
 
 def test_its_times_are_those_of_the_benchmarks():
@@ -16,6 +25,27 @@ def test_its_times_are_those_of_the_benchmarks():
     assert rows
     everything = BENCHMARKS.read_text().splitlines()
     assert [row for row in rows if row not in everything] == []
+
+
+def table(text):
+    """The lines of a Markdown table as dicts, by their first cell."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    header, _, *lines = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    return {line[0]: dict(zip(map(str.lower, header), line, strict=True)) for line in lines}
+
+
+def test_its_scores_are_those_of_the_results():
+    shown = table(README.read_text().split("**GLUE**")[1].split("\n## ")[0])
+    found = table(RESULTS.read_text().split("<!-- suite small -->")[1].split("<!-- end -->")[0])
+    assert list(shown) == list(METHODS)
+    for name, line in shown.items():
+        measured = found[METHODS[name]]
+        trained = line["trained beside the head"].split()[0]
+        assert trained == measured["trained beside the head"].split()[0]
+        columns = {"cola": "cola", "sst-2": "sst2", "rte": "rte", "mean": "mean", "step": "step"}
+        for ours, theirs in {**columns, "saved activations": "saved"}.items():
+            median = re.match(r"[\d.]*", measured[theirs])[0]
+            assert re.match(r"[\d.]*", line[ours])[0] == median, (name, ours)
 
 
 def test_the_blocks_run(tmp_path, monkeypatch, capsys):
