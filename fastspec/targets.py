@@ -50,8 +50,8 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
             "start from the plain model, or load_adapter() other coefficients into this one"
         )
     heads, kept_out = _heads(model, config)
-    wanted = _matcher(config.target_modules)
-    excluded = _matcher(config.exclude_modules)
+    wanted = matcher(config.target_modules)
+    excluded = matcher(config.exclude_modules)
     explicit = config.target_modules != "all-linear"
     opaque = {
         id(m)
@@ -166,7 +166,8 @@ def _rank_of(name: str, config: SpectralConfig, short_side: int) -> int | None:
     return k
 
 
-def _matcher(pattern: str | Sequence[str]) -> Callable[[str], bool]:
+def matcher(pattern: str | Sequence[str]) -> Callable[[str], bool]:
+    """Whether a layer's full name is meant by `target_modules` or `exclude_modules`."""
     if pattern == "all-linear":
         return lambda name: True
     if isinstance(pattern, str):

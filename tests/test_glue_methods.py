@@ -36,6 +36,10 @@ def build(folder, **fields):
         ({"method": "bitfit"}, BODY_BIASES),
         ({"method": "lora", "lora_rank": 3}, 3 * (LAYERS * LORA_PER_LAYER + 2 * HIDDEN)),
         ({"method": "pissa", "lora_rank": 3}, 3 * (LAYERS * LORA_PER_LAYER + 2 * HIDDEN)),
+        (
+            {"method": "lora", "lora_rank": 3, "target_modules": r".*\.query"},
+            3 * LAYERS * 2 * HIDDEN,
+        ),
         ({"method": "spectral"}, 8 * MATRICES),
         ({"method": "spectral", "core": "dense"}, 64 * MATRICES),
         ({"method": "spectral", "core": "band"}, 24 * MATRICES),
@@ -57,6 +61,11 @@ def test_trainable_parameters(fields, adapter, folder):
     in_groups = [p for g in methods.parameter_groups(model, heads, config) for p in g["params"]]
     assert sum(p.numel() for p in in_groups) == adapter + HEAD
     assert len({id(p) for p in in_groups}) == len(in_groups)
+
+
+def test_lora_on_no_layer_is_refused(folder):
+    with pytest.raises(ValueError, match=r"target_modules='nothing' matches no linear layer"):
+        build(folder, method="lora", target_modules="nothing")
 
 
 POOLER = HIDDEN * HIDDEN + HIDDEN

@@ -309,7 +309,7 @@ MINIATURES = {
         "dense 32, from-scratch model's basis",
         "dense 32, trailing",
     ],
-    "search": ["band, attention", "dense 61, MLP"],
+    "search": ["band 2, attention", "dense 61, MLP"],
     "ranges": None,
     "layers": None,
 }

@@ -106,7 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="flat",
         help="spectrum: rates in proportion to singular values (default: %(default)s)",
     )
-    add("--target-modules", default="all-linear", help="a regular expression over module names")
+    add(
+        "--target-modules",
+        default="all-linear",
+        help="a regular expression over module names; of lora and pissa too",
+    )
     add("--train-bias", action="store_true", help="also train biases of adapted layers")
     add("--train-layernorm", action="store_true", help="also train LayerNorm")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastspec import optim
 from fastspec.glue.config import GlueConfig
+from fastspec.targets import matcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _low_rank(model: nn.Module, config: GlueConfig, heads: list[str]) -> nn.Modu
         lora_alpha=config.lora_rank * (1 if pissa else 2),
         lora_dropout=0.0,
         init_lora_weights="pissa" if pissa else True,
-        target_modules=body_linears(model, heads),
+        target_modules=body_linears(model, heads, config.target_modules),
         modules_to_save=heads,
     )
     with warnings.catch_warnings():
@@ -136,14 +137,25 @@ def _low_rank(model: nn.Module, config: GlueConfig, heads: list[str]) -> nn.Modu
         return get_peft_model(model, peft_config)
 
 
-def body_linears(model: nn.Module, heads: Iterable[str]) -> list[str]:
-    """Full names of the linear layers below the head."""
-    heads = list(heads)
-    return [
+def body_linears(model: nn.Module, heads: Iterable[str], pattern: str) -> list[str]:
+    """Full names of the linear layers below the head that `target_modules` means.
+
+    Raises:
+        ValueError: there are none.
+    """
+    heads, wanted = list(heads), matcher(pattern)
+    below = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not _inside(f"{name}.weight", heads)
     ]
+    names = [name for name in below if wanted(name)]
+    if not names:
+        raise ValueError(
+            f"target_modules={pattern!r} matches no linear layer below the head; the model has: "
+            f"{', '.join(below[:8])}{', ...' if len(below) > 8 else ''}"
+        )
+    return names
 
 
 def _inside(name: str, heads: Iterable[str]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ATTENTION = r".*(query|key|value|attention\.output\.dense|[qkvo]_proj)"
+VALUES = r".*(value|attention\.output\.dense|[vo]_proj)"
 MLP = r".*layer\.\d+\.(intermediate|output)\.dense"
 
 # name to fields of `GlueConfig`; what docs/results.md says about them is why they are here

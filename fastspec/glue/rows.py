@@ -9,7 +9,7 @@ from typing import Any
 
 from fastspec.glue.config import GRADIENT, RANDOM_MODEL
 from fastspec.glue.model import model_size
-from fastspec.glue.presets import ATTENTION, MLP, PRESETS
+from fastspec.glue.presets import ATTENTION, MLP, PRESETS, VALUES
 
 SEEDS = 3
 
@@ -62,6 +62,12 @@ _COEFFICIENTS, _BAND, _DENSE = (PRESETS[name] for name in ("coefficients", "band
 _SPECTRUM = {"rate_rule": "spectrum"}
 _COEFFICIENTS_ROW = Row("coefficients", _COEFFICIENTS, DIAG, SEEDS)
 _BAND_ROW = Row("band", _BAND, BAND, SEEDS)
+_VALUES_ROW = Row(
+    "band 4, values and outputs",
+    {**_BAND, "half_width": 4, "target_modules": VALUES},
+    BAND,
+    SEEDS,
+)
 _DENSE_ROW = Row("dense 32", _DENSE, DENSE, SEEDS)
 _FULL_ROW = Row("full", {"method": "full"}, FULL, SEEDS)
 _BIASES_ROW = Row(
@@ -109,7 +115,18 @@ SEARCH = (
     _BIASES_ROW,
     _BAND_ROW,
     Row("band, rates by spectrum", {**_BAND, **_SPECTRUM}, BAND),
-    Row("band, attention", {**_BAND, "target_modules": ATTENTION}, BAND),
+    Row(
+        "band 2, attention",
+        {"core": "band", "rank": 370, "half_width": 2, "target_modules": ATTENTION},
+        BAND,
+        SEEDS,
+    ),
+    _VALUES_ROW,
+    Row(
+        "lora-r4, values and outputs",
+        {"method": "lora", "lora_rank": 4, "target_modules": VALUES},
+        LOW_RANK,
+    ),
     Row("band 4, MLP", {**_BAND, "half_width": 4, "target_modules": MLP}, BAND),
     _DENSE_ROW,
     Row("dense 32, rates by spectrum", {**_DENSE, **_SPECTRUM}, DENSE),
