@@ -13,5 +13,7 @@ MLP = r".*layer\.\d+\.(intermediate|output)\.dense"
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "coefficients": {"core": "diag", "rank": "full"},
     "band": {"core": "band", "rank": "full"},
+    # as many parameters on BERT, at a step near the frozen floor's
+    "values": {"core": "band", "rank": "full", "half_width": 4, "target_modules": VALUES},
     "dense": {"core": "dense", "rank": 32},
 }

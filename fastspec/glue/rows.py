@@ -58,16 +58,13 @@ OTHER_TASKS = TaskSize(epochs=3, max_train_rows=8000)
 DIAG, BAND, DENSE = (1e-2, 3e-2, 5e-2), (2e-3, 5e-3, 1e-2), (1e-3, 3e-3, 1e-2)
 LOW_RANK, FULL = (5e-4, 1e-3, 2e-3), (5e-5, 1e-4, 2e-4)
 
-_COEFFICIENTS, _BAND, _DENSE = (PRESETS[name] for name in ("coefficients", "band", "dense"))
+_COEFFICIENTS, _BAND, _VALUES, _DENSE = (
+    PRESETS[name] for name in ("coefficients", "band", "values", "dense")
+)
 _SPECTRUM = {"rate_rule": "spectrum"}
 _COEFFICIENTS_ROW = Row("coefficients", _COEFFICIENTS, DIAG, SEEDS)
 _BAND_ROW = Row("band", _BAND, BAND, SEEDS)
-_VALUES_ROW = Row(
-    "band 4, values and outputs",
-    {**_BAND, "half_width": 4, "target_modules": VALUES},
-    BAND,
-    SEEDS,
-)
+_VALUES_ROW = Row("band 4, values and outputs", _VALUES, BAND, SEEDS)
 _DENSE_ROW = Row("dense 32", _DENSE, DENSE, SEEDS)
 _FULL_ROW = Row("full", {"method": "full"}, FULL, SEEDS)
 _BIASES_ROW = Row(
@@ -83,6 +80,7 @@ HEADLINE = (
     Row("head", {"method": "head"}, (1e-3, 3e-3, 1e-2), SEEDS),
     _COEFFICIENTS_ROW,
     _BAND_ROW,
+    _VALUES_ROW,
     _DENSE_ROW,
     # as many parameters as the band
     Row("lora-r1", {"method": "lora", "lora_rank": 1}, LOW_RANK, SEEDS),
