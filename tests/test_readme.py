@@ -13,6 +13,7 @@ METHODS = {
     "the head alone": "head",
     "coefficients, all directions": "coefficients",
     "band of half-width 1, all directions": "band",
+    "band of half-width 4, attention's values and outputs": "band 4, values and outputs",
     "LoRA r1": "lora-r1",
     "LoRA r8": "lora-r8",
     "full finetuning": "full",
