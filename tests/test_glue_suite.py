@@ -315,7 +315,7 @@ MINIATURES = {
 }
 
 
-def here(suite, job, threads, processes):
+def here(suite, job, *_):
     """A run in this process: importing everything again takes longer than the run."""
     folder = job.folder(suite.output)
     folder.parent.mkdir(parents=True, exist_ok=True)
