@@ -9,13 +9,16 @@ export FASTSPEC_GLUE_DIR
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Tests run a file at a time in as many processes as there are cores. Their threads share these, so a
+# waiting thread sleeps instead of spinning.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-all lint bench cuda-check clean
 
 help:
 	@echo "make demo    install, build, and adapt a real pretrained model: a table and a picture"
 	@echo "make test    install, build, lint and test"
-	@echo "make test-all    the same with the slow tests, near copies of others: ten minutes more"
+	@echo "make test-all    the same with the slow tests, near copies of others: minutes more"
 	@echo "make bench   the benchmarks (pytest bench/), machine otherwise idle"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make cuda-check   compile the CUDA part (nvcc, no GPU; downloads a 5 GB torch), into docs/cuda.md"
@@ -36,10 +39,10 @@ demo: install
 	$(BIN)/fastspec demo
 
 test: install lint
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: install lint
-	$(BIN)/python -m pytest tests
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .

@@ -179,10 +179,11 @@ def test_controls_have_names_of_their_own(place):
             {},
             {"start": "random"},
             {"labels": "random"},
+            {"target_modules": "query"},
             {"basis_model": "random"},
             {"basis_model": "runs/some-run"},
             {"rate_rule": "spectrum"},
         )
     }
-    assert len(labels) == 6
+    assert len(labels) == 7
     assert methods.default_rate(GlueConfig(task="rte", start="random")).value > 0

@@ -144,6 +144,7 @@ class GlueConfig:
     def label(self) -> str:
         """A short name of the method and its size, for tables and folders."""
         suffixes = [
+            "some-layers" if self.target_modules != "all-linear" else "",
             "scratch" if self.start == "random" else "",
             "random-labels" if self.labels == "random" else "",
             "pooler" if self.train_pooler else "",

@@ -129,6 +129,11 @@ SEARCH = (
     _DENSE_ROW,
     Row("dense 32, rates by spectrum", {**_DENSE, **_SPECTRUM}, DENSE),
     _ATTENTION_ROW,
+    Row(
+        "dense 58, values and outputs",
+        {"core": "dense", "rank": 58, "target_modules": VALUES},
+        DENSE,
+    ),
     Row("dense 61, MLP", {"core": "dense", "rank": 61, "target_modules": MLP}, DENSE),
 )
 
