@@ -6,11 +6,11 @@ import pytest
 import torch
 from glue_support import make_model, make_task
 
-from fastspec.glue import methods, restore
+from fastspec.glue import build, methods
 from fastspec.glue.config import GlueConfig
 from fastspec.glue.optimizer import ScaledAdamW, spectral_scale
 from fastspec.glue.tasks import TASKS
-from fastspec.glue.train import build, prepare, run
+from fastspec.glue.train import run
 from fastspec.targets import spectral_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,18 +37,18 @@ def scratch(place):
 
 
 def layers_of(config):
-    return dict(spectral_layers(build(config, TASKS["rte"]).model))
+    return dict(spectral_layers(build.build(config, TASKS["rte"]).model))
 
 
 def test_an_untrained_start_is_drawn_from_the_seed(place, scratch):
     config, folder, result = scratch
-    pretrained = prepare(dataclasses.replace(config, start="pretrained"))
+    pretrained = build.prepare(dataclasses.replace(config, start="pretrained"))
     assert result["model"]["fingerprint"] != pretrained.fingerprint
-    start = restore.starting_weights(folder)
-    again = build(config, TASKS["rte"])
+    start = build.starting_weights(folder)
+    again = build.build(config, TASKS["rte"])
     for name, w in again.model.bert.named_parameters(prefix="bert"):
         assert torch.equal(start[name], w), name
-    end = restore.effective_weights(restore.finished(folder).model)
+    end = build.effective_weights(build.finished(folder).model)
     name = "bert.encoder.layer.0.attention.self.query.weight"
     assert (end[name] - start[name]).abs().max() > 1e-3
     # transformers' own initialisation: normal with the configuration's standard deviation
@@ -60,11 +60,11 @@ def test_the_basis_is_that_of_the_other_model(place, scratch, donor):
     folder = str(scratch[1]) if donor == "scratch" else donor
     # not seed 0, of which the tiny model itself was drawn
     config = tiny(place, basis_model=folder, core="dense", seed=5)
-    adapted = build(config, TASKS["rte"])
+    adapted = build.build(config, TASKS["rte"])
     if donor == "scratch":
-        weights = restore.effective_weights(restore.finished(folder).model)
+        weights = build.effective_weights(build.finished(folder).model)
     else:
-        weights = restore.basis_weights(config, adapted.model)
+        weights = build.basis_weights(config, adapted.model)
     for name, layer in spectral_layers(adapted.model):
         u, s, vh = torch.linalg.svd(weights[f"{name}.weight"])
         cosines = (layer.u * u[:, :8]).sum(0) * (layer.vh * vh[:8]).sum(1)
@@ -77,8 +77,8 @@ def test_the_basis_is_that_of_the_other_model(place, scratch, donor):
 def test_a_run_on_another_basis_is_restored(place, scratch):
     config = tiny(place, basis_model=str(scratch[1]), lr=0.1)
     run(config, place / "other-basis", progress=False)
-    before = restore.starting_weights(place / "other-basis")
-    after = restore.effective_weights(restore.finished(place / "other-basis").model)
+    before = build.starting_weights(place / "other-basis")
+    after = build.effective_weights(build.finished(place / "other-basis").model)
     moved = [n for n in before if not torch.equal(before[n], after[n])]
     assert {n for n in moved if not n.startswith("classifier")} == {
         f"{name}.weight" for name in layers_of(tiny(place))
@@ -94,22 +94,25 @@ def test_finished_runs_give_their_predictions_again(place, method):
 
     config = tiny(place, method=method, lr=1e-2)
     result = run(config, place / f"restored-{method}", progress=False)
-    merged = restore.merged(place / f"restored-{method}")
-    source = prepare(config).source
+    merged = build.merged(place / f"restored-{method}")
+    source = build.prepare(config).source
     score = Scorer(source, merged.tokenizer, batch_size=3)
     assert score(merged.model)["score"] == result["last"]["score"]
     assert Scorer(source, merged.tokenizer, rows=4).labels["dev"] == source.dev["dev"].labels[:4]
 
 
 def test_random_labels_are_the_same_labels_in_another_order(place):
-    true = prepare(tiny(place)).source.train
+    true = build.prepare(tiny(place)).source.train
     config = tiny(place, labels="random", seed=3)
-    random = prepare(config).source.train
+    random = build.prepare(config).source.train
     assert random.texts == true.texts
     assert sorted(random.labels) == sorted(true.labels)
     assert random.labels != true.labels
-    assert random.labels == prepare(config).source.train.labels
-    assert prepare(config).source.dev["dev"].labels == prepare(tiny(place)).source.dev["dev"].labels
+    assert random.labels == build.prepare(config).source.train.labels
+    assert (
+        build.prepare(config).source.dev["dev"].labels
+        == build.prepare(tiny(place)).source.dev["dev"].labels
+    )
 
 
 @pytest.mark.parametrize("core", ["diag", "band", "dense"])

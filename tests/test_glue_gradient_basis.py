@@ -4,11 +4,11 @@ import pytest
 import torch
 from glue_support import make_model, make_task
 
-from fastspec.glue import gradient_basis, restore
+from fastspec.glue import basis, build
 from fastspec.glue.config import GlueConfig
 from fastspec.glue.evaluate import Scorer
 from fastspec.glue.tasks import TASKS
-from fastspec.glue.train import prepare, run
+from fastspec.glue.train import run
 from fastspec.targets import spectral_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,13 +29,17 @@ def config_of(place, **fields):
     return GlueConfig(**{**common, **spectral, "epochs": 2, "batch_size": 8, **fields})
 
 
+def batches_of(prepared):
+    return list(basis.first_batches(prepared.tokenizer, prepared.source.train, prepared.config))
+
+
 def test_the_gradient_is_the_plain_models(place):
-    prepared = prepare(config_of(place))
-    plain = prepare(config_of(place, method="full", basis_model=None)).model.eval()
-    batches = list(gradient_basis._batches(prepared))
+    prepared = build.prepare(config_of(place))
+    plain = build.prepare(config_of(place, method="full", basis_model=None)).model.eval()
+    batches = batches_of(prepared)
     assert sum(len(b["labels"]) for b in batches) == 24
     prepared.model.train()
-    sums = gradient_basis.summed_gradients(prepared.model, batches)
+    sums = basis.summed_gradients(prepared.model, batches)
     for batch in batches:
         plain(**batch).loss.backward()
     assert len(sums) == len(list(spectral_layers(prepared.model))) > 0
@@ -46,18 +50,18 @@ def test_the_gradient_is_the_plain_models(place):
 
 
 def test_the_basis_is_the_gradients_and_is_kept(place, tmp_path, monkeypatch):
-    prepared = prepare(config_of(place))
-    sums = gradient_basis.summed_gradients(prepared.model, gradient_basis._batches(prepared))
-    gradient_basis.use(prepared, tmp_path)
+    prepared = build.prepare(config_of(place))
+    sums = basis.summed_gradients(prepared.model, batches_of(prepared))
+    basis.use_gradients(prepared.model, batches_of(prepared), tmp_path)
     for name, layer in spectral_layers(prepared.model):
         total = sums[f"{name}.weight"]
         s = torch.linalg.svdvals(total)
         held = (layer.u.mT @ total @ layer.vh.mT).diagonal()
         torch.testing.assert_close(held, s[:K], rtol=1e-3, atol=1e-3 * s[0].item())
         assert not layer.singular_basis
-    monkeypatch.setattr(gradient_basis, "summed_gradients", lambda *_: pytest.fail("made again"))
-    again = prepare(config_of(place))
-    gradient_basis.use(again, tmp_path)  # as a run that goes on
+    monkeypatch.setattr(basis, "summed_gradients", lambda *_: pytest.fail("made again"))
+    again = build.prepare(config_of(place))
+    basis.use_gradients(again.model, batches_of(again), tmp_path)  # as a run that goes on
     pairs = zip(spectral_layers(prepared.model), spectral_layers(again.model), strict=True)
     for (_, a), (_, b) in pairs:
         for side in ("u", "s", "vh"):
@@ -69,27 +73,27 @@ def test_a_run_is_restored_with_its_basis(place):
     config = config_of(place, lr=0.1)
     result = run(config, folder, progress=False)
     assert result["parameters"]["adapter"] == K * K * len(
-        list(spectral_layers(prepare(config).model))
+        list(spectral_layers(build.prepare(config).model))
     )
     assert result["losses"][-1] != result["losses"][0]
-    merged = restore.merged(folder)
-    score = Scorer(prepare(config).source, merged.tokenizer, batch_size=3)
+    merged = build.merged(folder)
+    score = Scorer(build.prepare(config).source, merged.tokenizer, batch_size=3)
     assert score(merged.model)["score"] == result["last"]["score"]
-    start = restore.starting_weights(folder)
+    start = build.starting_weights(folder)
     name = "bert.encoder.layer.0.attention.self.query.weight"
-    update = restore.effective_weights(restore.finished(folder).model)[name] - start[name]
+    update = build.effective_weights(build.finished(folder).model)[name] - start[name]
     assert torch.linalg.matrix_rank(update, rtol=1e-4) == K
 
 
 def test_another_seed_has_another_basis(place):
-    seeds = [prepare(config_of(place, seed=seed)) for seed in (0, 1)]
-    sums = [gradient_basis.summed_gradients(p.model, gradient_basis._batches(p)) for p in seeds]
+    seeds = [build.prepare(config_of(place, seed=seed)) for seed in (0, 1)]
+    sums = [basis.summed_gradients(p.model, batches_of(p)) for p in seeds]
     assert all(not torch.allclose(sums[0][name], sums[1][name]) for name in sums[0])
 
 
 def test_overwriting_makes_a_new_basis(place, tmp_path):
     folder = tmp_path / "run"
     run(config_of(place), folder, progress=False)
-    first = (folder / gradient_basis.FILE).read_bytes()
+    first = (folder / basis.FILE).read_bytes()
     run(config_of(place, seed=1), folder, overwrite=True, progress=False)
-    assert (folder / gradient_basis.FILE).read_bytes() != first
+    assert (folder / basis.FILE).read_bytes() != first

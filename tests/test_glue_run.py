@@ -13,7 +13,7 @@ from glue_support import make_model, make_task
 
 from fastspec.cli import main
 from fastspec.files import write_json
-from fastspec.glue import train
+from fastspec.glue import data, train
 from fastspec.glue.cli import parse_rank, parse_select
 from fastspec.glue.config import METHODS, GlueConfig
 from fastspec.glue.record import compare, read_result, table
@@ -76,7 +76,7 @@ def test_the_saved_adapter_gives_the_last_predictions(finished, place):
     model = load_classifier(str(place / "model"), TASKS["rte"])
     model = fastspec.spectralize(model, config.spectral(["classifier"]))
     fastspec.load_adapter(model, folder / "adapter")
-    rows = train.data.load(TASKS["rte"], config.data).dev["dev"]
+    rows = data.load(TASKS["rte"], config.data).dev["dev"]
     tokenizer = load_tokenizer(str(place / "model"))
     batch = tokenizer(*map(list, zip(*rows.texts, strict=True)), padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -157,8 +157,9 @@ def test_regression(place):
 
 def test_predictions_keep_the_order_of_the_file(place):
     # scored in order of length; a prediction must not depend on what else is in the file
+    from fastspec.glue.build import prepare
     from fastspec.glue.data import Split
-    from fastspec.glue.train import _trainer, prepare
+    from fastspec.glue.train import _trainer
 
     config = tiny(place, method="head")
     prepared = prepare(config)

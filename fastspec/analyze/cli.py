@@ -122,7 +122,7 @@ def _weights(args: argparse.Namespace, output: Path) -> None:
     from fastspec.analyze.weights import load_weights, pairs
 
     if args.after is None:
-        from fastspec.glue.restore import starting_weights
+        from fastspec.glue.build import starting_weights
 
         before, after = starting_weights(args.before), load_weights(args.before)
     else:
@@ -141,7 +141,7 @@ def _weights(args: argparse.Namespace, output: Path) -> None:
 def _swap(args: argparse.Namespace, output: Path) -> None:
     from fastspec.analyze import plots
     from fastspec.analyze.transplant import OTHER, PRETRAINED, swap
-    from fastspec.glue.restore import effective_weights, finished, starting_weights
+    from fastspec.glue.build import effective_weights, finished, starting_weights
 
     model, score, ylabel = _scored_run(args)
     sources = {PRETRAINED: starting_weights(args.run)}
@@ -203,9 +203,9 @@ def _runs(args: argparse.Namespace, output: Path) -> None:
 def _ranks(args: argparse.Namespace, output: Path) -> None:
     from fastspec.analyze.ranks import allocate, coefficient_energy, patterns
     from fastspec.files import write_json
+    from fastspec.glue.build import prepare
     from fastspec.glue.config import GlueConfig
     from fastspec.glue.evaluate import labelled_batches
-    from fastspec.glue.train import prepare
 
     fields = ("task", "model", "data", "core", "rank", "seed")
     config = GlueConfig(train_pooler=True, **{name: getattr(args, name) for name in fields})
@@ -243,8 +243,8 @@ def _pretraining(args: argparse.Namespace, output: Path) -> None:
 def _scored_run(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """The plain model of a run, the function that scores it on the run's task, and the score's name."""
     from fastspec.glue import data
+    from fastspec.glue.build import merged
     from fastspec.glue.evaluate import Scorer
-    from fastspec.glue.restore import merged
 
     built = merged(args.run)
     source = data.load(TASKS[built.config.task], args.data or built.config.data)

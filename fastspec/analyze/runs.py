@@ -64,12 +64,12 @@ def stability(folder: str | os.PathLike[str]) -> Stability:
     """Compare the weights that a finished run began with and those it ended with.
 
     Raises:
-        FileNotFoundError, ValueError: as `fastspec.glue.restore.finished`.
+        FileNotFoundError, ValueError: as `fastspec.glue.build.finished`.
     """
     from pathlib import Path
 
+    from fastspec.glue.build import effective_weights, finished, starting_weights
     from fastspec.glue.record import read_result
-    from fastspec.glue.restore import effective_weights, finished, starting_weights
 
     result = read_result(folder)
     config = result["config"]

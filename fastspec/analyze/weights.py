@@ -59,7 +59,7 @@ def load_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[
         return dict(source)
     path = Path(source)
     if (path / "result.json").exists():
-        from fastspec.glue.restore import effective_weights, finished
+        from fastspec.glue.build import effective_weights, finished
 
         return effective_weights(finished(path).model)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))

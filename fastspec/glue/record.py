@@ -14,6 +14,7 @@ from typing import Any
 
 RESULT = "result.json"
 DIVERGED = "diverged.json"
+ADAPTER = "adapter"
 COMPARED_STEPS = 50
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import statistics
@@ -11,72 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fastspec.files import write_json
-from fastspec.glue import data, gradient_basis, methods, restore
+from fastspec.glue import basis, methods
 from fastspec.glue import model as models
+from fastspec.glue.build import Prepared, prepare
 from fastspec.glue.config import GRADIENT, GlueConfig
-from fastspec.glue.data import Source, Split
-from fastspec.glue.record import DIVERGED, RESULT, environment, read_json
-from fastspec.glue.tasks import TASKS, Task, predictions
+from fastspec.glue.data import Split
+from fastspec.glue.record import ADAPTER, DIVERGED, RESULT, environment, read_json
+from fastspec.glue.tasks import TASKS, predictions
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 CONFIG = "config.json"
 INPUTS = "inputs.json"
-ADAPTER = "adapter"
-
-
-@dataclasses.dataclass
-class Built:
-    """A model to which a method was applied, and what it was made from."""
-
-    config: GlueConfig
-    model: nn.Module
-    tokenizer: Any
-    heads: list[str]
-    name: str
-    fingerprint: str
-
-
-@dataclasses.dataclass
-class Prepared(Built):
-    """A model ready to train, and its rows."""
-
-    source: Source
-
-
-def build(config: GlueConfig, task: Task) -> Built:
-    """Load the model with a head for `task` drawn from the seed, and apply the method."""
-    name = models.resolve(config.model)
-    from transformers import set_seed
-
-    set_seed(config.seed)
-    with models.quiet():
-        tokenizer = models.load_tokenizer(name)
-        model = models.load_classifier(name, task)
-        if config.start == "random":
-            model = restore.untrained(model)
-        fingerprint = models.body_fingerprint(model)
-        heads = methods.head_modules(model, config.train_pooler)
-        model = methods.apply(model, config)
-        if config.basis_model not in (None, GRADIENT):
-            restore.use_basis_of(model, restore.basis_weights(config, model))
-    return Built(config, model, tokenizer, heads, name, fingerprint)
-
-
-def prepare(config: GlueConfig) -> Prepared:
-    """Find the rows and build the model for them."""
-    task = TASKS[config.task]
-    local = Path(models.resolve(config.model)).is_dir() and data.is_local(task, config.data)
-    models.go_offline_if(local)
-    source = data.load(task, config.data)
-    if config.labels == "random":
-        source.train = source.train.permuted(config.seed)
-    built = build(config, source.task)
-    return Prepared(**vars(built), source=source)
 
 
 def tokenise(tokenizer: Any, split: Split, max_length: int) -> Any:
@@ -135,7 +83,8 @@ def run(
             f"and a head of {counts['head']:,}, out of {counts['total']:,}"
         )
     if config.basis_model == GRADIENT:
-        gradient_basis.use(prepared, folder)
+        batches = basis.first_batches(prepared.tokenizer, train, config)
+        basis.use_gradients(prepared.model, batches, folder)
     trainer = _trainer(config, prepared, train, folder, progress, callbacks)
     from transformers import set_seed
 
@@ -169,7 +118,7 @@ def _claim(folder: Path, config: GlueConfig, overwrite: bool) -> dict[str, Any] 
     if overwrite and (folder / CONFIG).exists():
         for path in [*folder.glob("checkpoint-*"), folder / "epochs", folder / ADAPTER]:
             shutil.rmtree(path, ignore_errors=True)
-        for name in (RESULT, CONFIG, INPUTS, DIVERGED, gradient_basis.FILE):
+        for name in (RESULT, CONFIG, INPUTS, DIVERGED, basis.FILE):
             (folder / name).unlink(missing_ok=True)
     if (folder / CONFIG).exists():
         # fields that an older version did not write have their default

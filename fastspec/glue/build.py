@@ -1,27 +1,72 @@
-"""Weights other than the pretrained ones: of finished runs, of untrained models, as a basis."""
+"""The model of a run, as it begins and, of a finished run, as it ended."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastspec.factors import factorize
-from fastspec.glue import methods
+from fastspec.glue import basis, data, methods
 from fastspec.glue import model as models
 from fastspec.glue.config import GRADIENT, RANDOM_MODEL, GlueConfig
-from fastspec.glue.record import read_result
-from fastspec.glue.tasks import TASKS
-from fastspec.nn import SpectralLayer
+from fastspec.glue.data import Source
+from fastspec.glue.record import ADAPTER, read_result
+from fastspec.glue.tasks import TASKS, Task
 from fastspec.targets import spectral_layers
 
-if TYPE_CHECKING:
-    from fastspec.glue.train import Built
+
+@dataclasses.dataclass
+class Built:
+    """A model to which a method was applied, and what it was made from."""
+
+    config: GlueConfig
+    model: nn.Module
+    tokenizer: Any
+    heads: list[str]
+    name: str
+    fingerprint: str
+
+
+@dataclasses.dataclass
+class Prepared(Built):
+    """A model ready to train, and its rows."""
+
+    source: Source
+
+
+def build(config: GlueConfig, task: Task) -> Built:
+    """Load the model with a head for `task` drawn from the seed, and apply the method."""
+    name = models.resolve(config.model)
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    with models.quiet():
+        tokenizer = models.load_tokenizer(name)
+        model = models.load_classifier(name, task)
+        if config.start == "random":
+            model = untrained(model)
+        fingerprint = models.body_fingerprint(model)
+        heads = methods.head_modules(model, config.train_pooler)
+        model = methods.apply(model, config)
+        if config.basis_model not in (None, GRADIENT):
+            basis.use_vectors_of(model, basis_weights(config, model))
+    return Built(config, model, tokenizer, heads, name, fingerprint)
+
+
+def prepare(config: GlueConfig) -> Prepared:
+    """Find the rows and build the model for them."""
+    task = TASKS[config.task]
+    local = Path(models.resolve(config.model)).is_dir() and data.is_local(task, config.data)
+    models.go_offline_if(local)
+    source = data.load(task, config.data)
+    if config.labels == "random":
+        source.train = source.train.permuted(config.seed)
+    built = build(config, source.task)
+    return Prepared(**vars(built), source=source)
 
 
 def untrained(model: nn.Module) -> nn.Module:
@@ -52,8 +97,6 @@ def finished(folder: str | os.PathLike[str]) -> Built:
         FileNotFoundError, ValueError: no finished run is there, its adapter is damaged, or the
             pretrained model has changed.
     """
-    from fastspec.glue.train import ADAPTER
-
     built = _built(folder)
     methods.restore(built.model, built.config, Path(folder) / ADAPTER)
     return built
@@ -72,8 +115,6 @@ def starting_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _built(folder: str | os.PathLike[str], **changes: Any) -> Built:
-    from fastspec.glue.train import build
-
     result = read_result(folder)
     config = dataclasses.replace(GlueConfig.from_dict(result["config"]), **changes)
     models.go_offline_if(Path(models.resolve(config.model)).is_dir())
@@ -81,9 +122,7 @@ def _built(folder: str | os.PathLike[str], **changes: Any) -> Built:
     if built.fingerprint != result["model"]["fingerprint"]:
         raise ValueError(f"{folder} was made from another model than {built.name} is now")
     if config.basis_model == GRADIENT:
-        from fastspec.glue import gradient_basis
-
-        gradient_basis.load(built.model, Path(folder))
+        basis.load(built.model, Path(folder))
     return built
 
 
@@ -98,37 +137,3 @@ def basis_weights(config: GlueConfig, model: nn.Module) -> dict[str, Tensor]:
             torch.manual_seed(config.seed)
             return effective_weights(untrained(model))
         return effective_weights(finished(config.basis_model).model)
-
-
-def use_basis_of(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give every adapted layer the singular vectors of the weight of its name in `weights`.
-
-    The layers must have been adapted with basis="random": their s_i = u_i^T W v_i are no singular values,
-    so no identity that rests on these is used.
-
-    Raises:
-        ValueError: a weight is missing or of another shape.
-    """
-    layers = list(spectral_layers(model))
-    for name, layer in layers:
-        given = weights.get(f"{name}.weight")
-        if given is None or given.shape != layer.weight.shape:
-            raise ValueError(
-                f"the basis model has no weight {name}.weight of shape {list(layer.weight.shape)} "
-                f"(found: {None if given is None else list(given.shape)})"
-            )
-    factors = factorize(
-        [layer._matrix(weights[f"{name}.weight"]) for name, layer in layers],
-        [dataclasses.replace(layer.directions, basis="svd") for _, layer in layers],
-        [name for name, _ in layers],
-    )
-    for (_, layer), found in zip(layers, factors, strict=True):
-        set_basis(layer, found.u, found.vh)
-
-
-def set_basis(layer: SpectralLayer, u: Tensor, vh: Tensor) -> None:
-    """Give an adapted layer other vectors, u [out, k] and vh [k, in]."""
-    w = layer._matrix(layer.weight.detach())
-    layer.u.copy_(u)
-    layer.vh.copy_(vh)
-    layer.s.copy_(torch.einsum("ok,oi,ki->k", layer.u.to(w), w, layer.vh.to(w)))
