@@ -12,15 +12,20 @@ import contextvars
 import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from fastspec.multitask.bank import TaskBank
-
 TaskNames = Sequence["str | None"] | Tensor
+
+
+class Tables(Protocol):
+    """What this module needs of a `TaskBank`, which is built on it."""
+
+    trained: bool
+
+    def index(self, names: TaskNames) -> Tensor: ...
 
 
 class Rows:
@@ -30,15 +35,15 @@ class Rows:
         if isinstance(given, str):
             raise TypeError(f"tasks must be a list of names, one a row of the batch, got {given!r}")
         self.given = given if isinstance(given, Tensor) else tuple(given)
-        self._found: tuple[TaskBank, Tensor] | None = None
+        self._found: tuple[Tables, Tensor] | None = None
 
-    def look_up(self, bank: TaskBank) -> Tensor:
+    def look_up(self, bank: Tables) -> Tensor:
         """The rows [B] of `bank`'s tables, as the bank is now."""
         index = bank.index(self.given)
         self._found = (bank, index)
         return index
 
-    def index(self, bank: TaskBank) -> Tensor:
+    def index(self, bank: Tables) -> Tensor:
         """As `look_up` found them for this call of the model."""
         found = self._found
         return found[1] if found is not None and found[0] is bank else self.look_up(bank)
@@ -89,7 +94,7 @@ def tasks(names: TaskNames) -> Iterator[None]:
         _entry.reset(token)
 
 
-def current_rows(bank: TaskBank | None) -> Tensor | None:
+def current_rows(bank: Tables | None) -> Tensor | None:
     """The rows [B] that the running batch names in `bank`'s tables, or None where it names none.
 
     Raises:
@@ -117,7 +122,7 @@ def current_rows(bank: TaskBank | None) -> Tensor | None:
 
 def before_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of a model with tasks: takes `tasks` from its arguments and looks them up."""
-    bank: TaskBank = model.task_bank
+    bank: Tables = model.task_bank
     named = "tasks" in kwargs
     given = kwargs.get("tasks")
     rest = {name: value for name, value in kwargs.items() if name != "tasks"}
