@@ -157,7 +157,7 @@ def test_coefficients_decay_only_when_asked(folder):
     [
         ({"core": "diag"}, 3e-2),
         ({"core": "band"}, 5e-3),
-        ({"core": "dense"}, 1e-2),
+        ({"core": "dense"}, 3e-3),
         ({"method": "lora"}, 1e-3),
         ({"method": "full"}, 1e-4),
     ],
