@@ -11,7 +11,7 @@ from test_glue_suite import ROWS, fake  # noqa: F401  a fixture
 from fastspec.cli import main
 from fastspec.glue import processes, report
 from fastspec.glue.processes import make
-from fastspec.glue.rows import SUITES, Row
+from fastspec.glue.rows import SUITES, Row, with_reference
 from fastspec.glue.runs import FIELDS, add_to_record, check_alike, read_csv, to_csv
 from fastspec.glue.suite import Job, Suite
 
@@ -182,7 +182,7 @@ def test_a_basis_is_named_alike_on_every_machine(here):
 
 def test_the_committed_record_counts_today(tmp_path):
     record = read_csv(RECORD)
-    rows = tuple({row.name: row for rows in SUITES.values() for row in rows}.values())
+    rows = with_reference({row.name: row for rows in SUITES.values() for row in rows}.values())
     s = Suite(tmp_path, rows, record=RECORD)
     assert s.stale() == []
     assert {run.row for run in record} <= {row.name for row in rows}
