@@ -110,7 +110,7 @@ def summed_gradients(
 def first_batches(
     tokenizer: Any, train: Split, config: GlueConfig
 ) -> Iterable[Mapping[str, Tensor]]:
-    """Some training rows, in an order drawn from the seed."""
+    """The first `ROWS` training rows in an order drawn from the seed."""
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed))
     for some in order[:ROWS].split(config.batch_size):
         rows = train.take(some.tolist())
