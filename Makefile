@@ -9,8 +9,8 @@ export FASTSPEC_GLUE_DIR
 endif
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# Tests run a file at a time in as many processes as there are cores. Their threads share these, so a
-# waiting thread sleeps instead of spinning.
+# Tests run a file at a time in as many processes as there are cores, at most four. Their threads share
+# the cores, so a waiting thread sleeps instead of spinning.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-all lint bench cuda-check clean

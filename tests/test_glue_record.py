@@ -182,7 +182,7 @@ def test_a_basis_is_named_alike_on_every_machine(here):
 
 def test_the_committed_record_counts_today(tmp_path):
     record = read_csv(RECORD)
-    rows = with_reference({row.name: row for rows in SUITES.values() for row in rows}.values())
+    rows = with_reference(tuple({r.name: r for rows in SUITES.values() for r in rows}.values()))
     s = Suite(tmp_path, rows, record=RECORD)
     assert s.stale() == []
     assert {run.row for run in record} <= {row.name for row in rows}
