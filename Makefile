@@ -64,7 +64,7 @@ cuda-check:
 	cp -r fastspec kernels csrc setup.py pyproject.toml README.md LICENSE $(CUDA_COPY)
 	rm -f $(CUDA_COPY)/fastspec/*.so
 	cd $(CUDA_COPY) && TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" $(abspath $(CUDA_VENV))/bin/python setup.py -q build_ext --inplace
-	cd $(CUDA_COPY) && PYTHONPATH=. $(abspath $(CUDA_VENV))/bin/python csrc/cuda_check.py > cuda.md
+	cd $(CUDA_COPY) && PYTHONPATH=. $(abspath $(CUDA_VENV))/bin/python tools/cuda_check.py > cuda.md
 	cp $(CUDA_COPY)/cuda.md docs/cuda.md
 	cat docs/cuda.md
 

@@ -1,4 +1,4 @@
-"""Fit the constants of the cost model (`fastspec.plan.Costs`) to this machine, and say what they are worth.
+"""Fit the constants of the cost model (`fastspec.ops.plan.Costs`) to this machine, and say their worth.
 
 Every legal plan of every problem is timed, forward and backward, over the plain frozen layer (forward and
 dx). What counts is the regret, the chosen plan's time over the best plan's: the fitted constants are those
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from scipy.optimize import differential_evolution
 from test_layers import basis, problem
 
-from fastspec.functional import spectral_linear
-from fastspec.plan import COSTS, Costs, Plan, legal_plans, work_of
+from fastspec.ops.functional import spectral_linear
+from fastspec.ops.plan import COSTS, Costs, Plan, legal_plans, work_of
 
 SIZES = [(384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072)]
 ROWS = (64, 512, 2048)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import fastspec
-from fastspec.glue.model import default_model, quiet
-from fastspec.glue.timing import freeze_to_floor
-from fastspec.targets import spectral_layers
+from fastspec.model.targets import spectral_layers
+from fastspec.studies.encoders import default_model, quiet
+from fastspec.studies.glue.timing import freeze_to_floor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,8 +77,7 @@ def test_kernels_are_right_on_this_card(size, core, dtype, device):
 @pytest.mark.parametrize("core", CORES)
 def test_operators_are_right_on_this_card(core, dtype, compiled, device):
     """The public functions, timed choice and all; compiled by Inductor, which sees the kernels."""
-    from fastspec.functional import spectral_linear
-    from fastspec.multitask.functional import task_linear
+    from fastspec.ops.functional import spectral_linear, task_linear
 
     t = problem(6 * 50, 384, 768, 32, core, dtype)
     batch = torch.tensor([3, -1, 0, 3, -1, 4])
@@ -102,8 +101,8 @@ def test_operators_are_right_on_this_card(core, dtype, compiled, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_is_right_on_this_card(dtype, device):
-    from fastspec import reference
     from fastspec.kernels.merge import merge
+    from fastspec.ops import reference
 
     layers = [to(problem(1, 770, 333, 48, "diag", dtype, seed), device) for seed in range(5)]
     names = ("w", "u", "vh", "delta")
@@ -113,9 +112,9 @@ def test_merge_is_right_on_this_card(dtype, device):
 
 def candidates(t: dict, capability: int) -> dict:
     """Name -> (forward, backward from g and p), each of them one pass over the layer."""
-    from fastspec import aten
     from fastspec.kernels import hopper, spectral_linear
     from fastspec.kernels.sigma_grad import sigma_grad
+    from fastspec.ops import aten
 
     x, g, w, b = t["x"], t["g"], t["w"], t["bias"]
     u, vh, delta = t["u"], t["vh"], t["delta"]
@@ -152,7 +151,9 @@ def candidates(t: dict, capability: int) -> dict:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_layers_on_this_card(dtype, device, rounds, show):
-    from fastspec.kernels import report, tiles
+    import kernel_report as report
+
+    from fastspec.kernels import tiles
 
     found = {}
     for what, n, d, out, k in report.SHAPES:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastspec import reference
-from fastspec.functional import spectral_linear
-from fastspec.plan import make_plan
+from fastspec.ops import reference
+from fastspec.ops.functional import spectral_linear
+from fastspec.ops.plan import make_plan
 
 ROWS = (64, 512, 4096)
 SIDES = (384, 768, 1024, 4096)

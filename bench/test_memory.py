@@ -6,7 +6,7 @@ import torch
 from models import PEERS, Step, Workload, build, floor, spectral
 from torch.profiler import ProfilerActivity, profile
 
-from fastspec.targets import spectral_layers
+from fastspec.model.targets import spectral_layers
 
 LOADS = [
     pytest.param(Workload("minilm", 32, 64), id="quick-minilm-32x64"),

@@ -26,7 +26,8 @@ from svd_problems import LOWRANK, PEERS, PROBLEMS, SVD, Problem
 from torch import Tensor
 
 import fastspec
-from fastspec import _extension, krylov
+from fastspec import _extension
+from fastspec.svd import krylov
 
 OURS, PYTHON = "topk_svd", "topk_svd, Python path"
 SLOW = 1.0  # seconds: what takes longer is run once
@@ -224,7 +225,7 @@ print(json.dumps(status("VmHWM") - before - results))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.filterwarnings("ignore::fastspec.svd.ConvergenceWarning")  # of the count
+@pytest.mark.filterwarnings("ignore::fastspec.svd.topk.ConvergenceWarning")  # of the count
 @pytest.mark.parametrize("name", ["48x768x768", "12x3072x768", "12x768x3072", "1x4096x4096"])
 def test_svd_workspace(name: str, show) -> None:
     """Peak memory beside input and result, over that of one block of all basis vectors made."""

@@ -13,8 +13,8 @@ from models import Workload, build, peft_lora, spectral
 from safetensors.torch import save
 
 import fastspec
-from fastspec.adapter import CONFIG_FILE, TENSOR_FILE, adapter_tensors
-from fastspec.multitask import serve_bench
+from fastspec.model.adapter import CONFIG_FILE, TENSOR_FILE, adapter_tensors
+from fastspec.studies.commands import serving
 
 MINILM = Workload("minilm", 32, 64)
 SHORT = [Workload("minilm", 32, 8), Workload("minilm", 32, 1)]
@@ -44,7 +44,7 @@ def served(base, core="diag"):
         for name, tensor in adapter_tensors(model).items():
             if name.endswith(".delta"):
                 tensor.zero_()
-    return model, serve_bench.fill(fastspec.task_bank(model, TASKS), TASKS)
+    return model, serving.fill(fastspec.task_bank(model, TASKS), TASKS)
 
 
 def check(base, model, batch, names):
@@ -167,7 +167,7 @@ def test_tasks_forward_of_other_cores(core, rounds, show):
 @pytest.mark.parametrize("name", ["minilm", "bert-base"])
 def test_tasks_switching(name, show):
     model, names = served(build(name).eval())
-    ms = serve_bench.switch_ms(model, names)
+    ms = serving.switch_ms(model, names)
     show(f"\n{name}: switching the active task: {ms:.2f} ms")
     harness.store(f"tasks-switching-{name}", {"ms": ms})
     assert ms < SWITCH_BAR_MS
@@ -177,7 +177,7 @@ def test_tasks_memory(show):
     model = build("bert-base")
     # of any basis: its values take no part in the sizes
     fastspec.spectralize(model, fastspec.SpectralConfig(rank=64, basis="random"))
-    coefficients, heads, basis = serve_bench.table_bytes(fastspec.task_bank(model, TASKS))
+    coefficients, heads, basis = serving.table_bytes(fastspec.task_bank(model, TASKS))
     figures = {
         "coefficients": coefficients,
         "heads": heads,

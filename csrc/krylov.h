@@ -1,4 +1,4 @@
-// The leading right subspace of a stack by block Krylov iteration on W^T W (see fastspec/krylov.py).
+// The leading right subspace of a stack by block Krylov iteration on W^T W (see fastspec/svd/krylov.py).
 #pragma once
 
 #include <ATen/ATen.h>

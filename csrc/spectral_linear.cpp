@@ -1,5 +1,5 @@
 // The operators fastspec::spectral_linear and its backward on a CPU, with their autograd: the formulas of
-// fastspec/aten.py, which serves where this is not built. Facts F1 to F4 are those of docs/design.md.
+// fastspec/ops/aten.py, which serves where this is not built. Facts F1 to F4 are those of docs/design.md.
 //
 // What it buys over Python: the time between the products (0.25 ms a layer and step there, 0.08 ms here, on
 // the processor of the README), and thin products fused with what surrounds them, the scale 1/sigma of the
@@ -325,7 +325,7 @@ std::tuple<Tensor, Tensor> spectral_linear_autograd(
 }  // namespace
 }  // namespace fastspec
 
-// The schemas stand in fastspec/ops.py, for they are there without this file too.
+// The schemas stand in fastspec/ops/spectral_linear.py, for they are there without this file too.
 TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
   m.impl("spectral_linear", &fastspec::spectral_linear);
   m.impl("spectral_linear_backward", &fastspec::spectral_linear_backward);

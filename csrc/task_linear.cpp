@@ -1,5 +1,5 @@
 // The operators fastspec::task_linear and its backward on a CPU, with their autograd: the formulas of
-// fastspec/multitask/ops.py, which serves where this is not built.
+// fastspec/ops/task_linear.py, which serves where this is not built.
 //
 // What it buys over Python is the time between the products, which counts where a batch is short.
 #include <ATen/ATen.h>
@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor> task_linear_autograd(
 }  // namespace
 }  // namespace fastspec
 
-// The schemas stand in fastspec/multitask/ops.py, for they are there without this file too.
+// The schemas stand in fastspec/ops/task_linear.py, for they are there without this file too.
 TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
   m.impl("task_linear", &fastspec::task_linear);
   m.impl("task_linear_backward", &fastspec::task_linear_backward);

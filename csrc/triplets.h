@@ -1,4 +1,4 @@
-// Certified singular triplets from a subspace or from the Gram matrix (see fastspec/gram.py).
+// Certified singular triplets from a subspace or from the Gram matrix (see fastspec/svd/triplets.py).
 #pragma once
 
 #include <ATen/ATen.h>

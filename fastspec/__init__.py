@@ -13,29 +13,33 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "SpectralConfig": "fastspec.config",
-    "SpectralLinear": "fastspec.nn",
-    "SpectralConv1D": "fastspec.conv1d",
-    "TopkSVD": "fastspec.svd",
-    "topk_svd": "fastspec.svd",
-    "spectralize": "fastspec.convert",
-    "merge": "fastspec.convert",
-    "unmerge": "fastspec.convert",
-    "keep_merged": "fastspec.convert",
-    "trainable_parameters": "fastspec.convert",
-    "print_trainable_parameters": "fastspec.convert",
-    "save_adapter": "fastspec.adapter",
-    "load_adapter": "fastspec.adapter",
-    "parameter_groups": "fastspec.optim",
-    "add_task": "fastspec.multitask.tasks",
-    "set_task": "fastspec.multitask.tasks",
-    "replace_task": "fastspec.multitask.tasks",
-    "remove_task": "fastspec.multitask.tasks",
-    "list_tasks": "fastspec.multitask.tasks",
-    "load_tasks": "fastspec.multitask.tasks",
-    "task_bank": "fastspec.multitask.tasks",
-    "tasks": "fastspec.multitask.rows",
-    "spectral_linear": "fastspec.functional",
-    "task_linear": "fastspec.multitask.functional",
+    "SpectralLinear": "fastspec.nn.linear",
+    "SpectralConv1D": "fastspec.nn.conv1d",
+    "TopkSVD": "fastspec.svd.topk",
+    "topk_svd": "fastspec.svd.topk",
+    "spectralize": "fastspec.model.convert",
+    "merge": "fastspec.model.convert",
+    "unmerge": "fastspec.model.convert",
+    "keep_merged": "fastspec.model.convert",
+    "trainable_parameters": "fastspec.model.convert",
+    "print_trainable_parameters": "fastspec.model.convert",
+    "save_adapter": "fastspec.model.adapter",
+    "load_adapter": "fastspec.model.adapter",
+    "parameter_groups": "fastspec.model.parameter_groups",
+    "load_basis": "fastspec.svd.basis_file",
+    "SpectralTrainer": "fastspec.model.checkpoints",
+    "AdapterCheckpoints": "fastspec.model.checkpoints",
+    "checkpoint_adapters": "fastspec.model.checkpoints",
+    "add_task": "fastspec.multitask.api",
+    "set_task": "fastspec.multitask.api",
+    "replace_task": "fastspec.multitask.api",
+    "remove_task": "fastspec.multitask.api",
+    "list_tasks": "fastspec.multitask.api",
+    "load_tasks": "fastspec.multitask.api",
+    "task_bank": "fastspec.multitask.api",
+    "tasks": "fastspec.nn.batch_tasks",
+    "spectral_linear": "fastspec.ops.functional",
+    "task_linear": "fastspec.ops.functional",
     "backends": "fastspec.availability",
 }
 _SUBPACKAGES = ("peft",)
@@ -43,11 +47,11 @@ _SUBPACKAGES = ("peft",)
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from fastspec.adapter import load_adapter, save_adapter
     from fastspec.availability import backends
     from fastspec.config import SpectralConfig
-    from fastspec.conv1d import SpectralConv1D
-    from fastspec.convert import (
+    from fastspec.model.adapter import load_adapter, save_adapter
+    from fastspec.model.checkpoints import AdapterCheckpoints, SpectralTrainer, checkpoint_adapters
+    from fastspec.model.convert import (
         keep_merged,
         merge,
         print_trainable_parameters,
@@ -55,10 +59,8 @@ if TYPE_CHECKING:
         trainable_parameters,
         unmerge,
     )
-    from fastspec.functional import spectral_linear
-    from fastspec.multitask.functional import task_linear
-    from fastspec.multitask.rows import tasks
-    from fastspec.multitask.tasks import (
+    from fastspec.model.parameter_groups import parameter_groups
+    from fastspec.multitask.api import (
         add_task,
         list_tasks,
         load_tasks,
@@ -67,9 +69,12 @@ if TYPE_CHECKING:
         set_task,
         task_bank,
     )
-    from fastspec.nn import SpectralLinear
-    from fastspec.optim import parameter_groups
-    from fastspec.svd import TopkSVD, topk_svd
+    from fastspec.nn.batch_tasks import tasks
+    from fastspec.nn.conv1d import SpectralConv1D
+    from fastspec.nn.linear import SpectralLinear
+    from fastspec.ops.functional import spectral_linear, task_linear
+    from fastspec.svd.basis_file import load_basis
+    from fastspec.svd.topk import TopkSVD, topk_svd
 
 
 def __getattr__(name: str) -> Any:

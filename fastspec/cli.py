@@ -11,15 +11,24 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "glue": ("fastspec.glue.cli", "finetune and score a model on GLUE"),
-    "demo": ("fastspec.glue.demo", "finetune MiniLM in minutes: a table and a picture"),
-    "analyze": ("fastspec.analyze.cli", "study what finetuning does to singular vectors"),
-    "factorize": ("fastspec.factorize", "write the leading singular triplets of a model to a file"),
+    "glue": ("fastspec.studies.commands.glue", "finetune and score a model on GLUE"),
+    "demo": ("fastspec.studies.commands.demo", "finetune MiniLM in minutes: a table and a picture"),
+    "analyze": (
+        "fastspec.studies.commands.analyze",
+        "study what finetuning does to singular vectors",
+    ),
+    "factorize": (
+        "fastspec.svd.cli",
+        "write the leading singular triplets of a model to a file",
+    ),
     "serve-bench": (
-        "fastspec.multitask.serve_bench",
+        "fastspec.studies.commands.serving",
         "measure many tasks in one batch on your own model",
     ),
-    "memory": ("fastspec.quantized", "memory of an adapted model over float and quantised bases"),
+    "memory": (
+        "fastspec.model.quantized",
+        "memory of an adapted model over float and quantised bases",
+    ),
     "backends": (
         "fastspec.availability",
         "say which implementations are there, and why any is not",

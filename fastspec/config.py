@@ -7,13 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-Core = Literal["diag", "band", "dense"]
+from fastspec.cores import CORES, Core
+
 Basis = Literal["svd", "random"]
 Path = Literal["fast", "reference"]
 Rank = int | float | Literal["full"]
 Select = Literal["leading", "trailing"] | tuple[int, int]
-
-CORES = ("diag", "band", "dense")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class SpectralConfig:
         train_layernorm: train the weights and biases of normalisation layers.
         tol: relative residual asked of every singular triplet.
         seed: seed of the SVD's start block and of random bases.
-        path: `"fast"`, or `"reference"` to run the plain formulas of `fastspec.reference`.
+        path: `"fast"`, or `"reference"` to run the plain formulas of `fastspec.ops.reference`.
 
     Raises:
         ValueError, TypeError: a field is out of its range; the message names it.

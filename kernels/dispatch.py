@@ -5,8 +5,8 @@
     merged       W_eff in scratch, cuBLAS, and `sigma_grad`     (float32: 16 bits would round it)
     aten         the plan's own ATen calls                     (always possible)
 
-Every function takes its operator's arguments. With `trace` the calls are such as torch.compile sees, and
-the result is None where there are none (`Call.trace`).
+Every function takes its operator's arguments, and as `aten` that operator on ATen calls. With `trace`
+the calls are such as torch.compile sees, and the result is None where there are none (`Call.trace`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastspec import aten
 from fastspec.kernels import hopper, tiles
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.choice import Call, describe
 from fastspec.kernels.sigma_grad import MAX_RANK, sigma_grad
-from fastspec.multitask import ops as task_ops
 
 Result = tuple[Tensor, Tensor]
 Candidates = dict[str, Callable[[], Result]]
@@ -41,14 +39,15 @@ def spectral_linear(
     forward: str,
     gradient: str,
     *,
+    aten: Callable[..., Result],
     trace: bool = False,
 ) -> Result | None:
-    """y [..., out] and p [N, k] (no rows where the plan saves none), as `aten.spectral_linear`."""
+    """y [..., out] and p [N, k] (no rows where the plan saves none), as `aten` gives them."""
     factors = (weight, u, s, vh, delta, core)
     saves_p = gradient == "two_sided"
 
     def planned(route: str) -> Callable[[], Result]:
-        return lambda: aten.spectral_linear(x, bias, *factors, route, gradient)
+        return lambda: aten(x, bias, *factors, route, gradient)
 
     candidates = {"aten": planned(forward)}
     if _by_p(forward, gradient):
@@ -76,15 +75,14 @@ def spectral_linear_backward(
     needs_dx: bool,
     needs_delta: bool,
     *,
+    aten: Callable[..., Result],
     trace: bool = False,
 ) -> Result | None:
-    """dx [..., in] and d delta; as `aten.spectral_linear_backward` gives them: empty where not needed."""
+    """dx [..., in] and d delta; as `aten` gives them: empty where not needed."""
     factors = (weight, u, s, vh, delta, core)
 
     def planned(route: str, delta_too: bool) -> Result:
-        return aten.spectral_linear_backward(
-            g, x, p, *factors, route, gradient, needs_dx, delta_too
-        )
+        return aten(g, x, p, *factors, route, gradient, needs_dx, delta_too)
 
     def merged() -> Result:
         dx = planned("merged", False)[0]
@@ -119,11 +117,12 @@ def task_linear(
     short: bool,
     saves_p: bool,
     *,
+    aten: Callable[..., Result],
     trace: bool = False,
 ) -> Result | None:
     """y [B, ..., out] and p [N, k] (no rows where it is not saved); only a diagonal core has kernels."""
     operands = (x, bias, weight, u, s, vh, table, task, core, short, saves_p)
-    candidates: Candidates = {"aten": lambda: task_ops._task_linear(*operands)}
+    candidates: Candidates = {"aten": lambda: aten(*operands)}
     if core == "diag":
         rows = _task_of_rows(task, x)
         candidates |= _fused_forward(x, bias, weight, u, vh, table, core, rows, saves_p)
@@ -146,11 +145,12 @@ def task_linear_backward(
     needs_dx: bool,
     needs_table: bool,
     *,
+    aten: Callable[..., Result],
     trace: bool = False,
 ) -> Result | None:
     """dx [B, ..., in] and d table; what is not needed comes back empty."""
     operands = (g, p, weight, u, s, vh, table, task, core, short, needs_dx, needs_table)
-    candidates: Candidates = {"aten": lambda: task_ops._task_linear_backward(*operands)}
+    candidates: Candidates = {"aten": lambda: aten(*operands)}
     if core == "diag":
         rows = _task_of_rows(task, g)
         factors = (weight, u, vh, table, core, rows)

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastspec.cores import core_matrix
 from fastspec.kernels import tiles
 from fastspec.kernels.sigma_grad import dot_precision
 from fastspec.kernels.spectral_linear import turned, turns
-from fastspec.reference import core_matrix
 
 # ----------------------------------------------------------------------------------------- kernels
 

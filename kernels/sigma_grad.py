@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from fastspec.cores import core_storage
 from fastspec.kernels import tiles
-from fastspec.reference import core_storage
 
 MAX_RANK = 256
 RANK_TILE = 64  # columns of a rank tile at most; more come in chunks

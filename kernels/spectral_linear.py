@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from fastspec.cores import core_matrix
 from fastspec.kernels import tiles
 from fastspec.kernels.sigma_grad import (
     MAX_RANK,
@@ -29,7 +30,6 @@ from fastspec.kernels.sigma_grad import (
     reduce_gradient,
     sigma_grad,
 )
-from fastspec.reference import core_matrix
 
 # ------------------------------------------------------------------------------------ tile program
 

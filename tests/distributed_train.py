@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastspec
-from fastspec.distributed import shard_factors
+from fastspec.model.fsdp import shard_factors
 
 STEPS, ROWS = 6, 8
 

@@ -11,13 +11,13 @@ from distributed_train import with_gloo
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import fastspec
-import fastspec.trainer
+import fastspec.model.checkpoints
 from fastspec import SpectralConfig, parameter_groups, spectralize
 
 STEPS, ROWS = 4, 8  # rows of a step, over all processes
 
 
-def trainer(folder: str, processes: int) -> fastspec.trainer.SpectralTrainer:
+def trainer(folder: str, processes: int) -> fastspec.SpectralTrainer:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=50,
@@ -44,7 +44,7 @@ def trainer(folder: str, processes: int) -> fastspec.trainer.SpectralTrainer:
         use_cpu=True,
     )
     ids = torch.randint(0, 50, (4 * ROWS, 8), generator=torch.Generator().manual_seed(1))
-    return fastspec.trainer.SpectralTrainer(
+    return fastspec.SpectralTrainer(
         model,
         arguments,
         train_dataset=[{"input_ids": row, "labels": int(row.sum()) % 2} for row in ids],
@@ -52,18 +52,18 @@ def trainer(folder: str, processes: int) -> fastspec.trainer.SpectralTrainer:
     )
 
 
-def losses(run: fastspec.trainer.SpectralTrainer) -> list[float]:
+def losses(run: fastspec.SpectralTrainer) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 def main() -> None:
-    write = fastspec.trainer.save_adapter
+    write = fastspec.model.checkpoints.save_adapter
 
     def announced(model: torch.nn.Module, folder: str) -> object:
         print(f"rank {dist.get_rank()} writes {folder}", flush=True)
         return write(model, folder)
 
-    fastspec.trainer.save_adapter = announced
+    fastspec.model.checkpoints.save_adapter = announced
     run = trainer(sys.argv[1], dist.get_world_size())
     run.train()
     if dist.get_rank() == 0:

@@ -60,7 +60,7 @@ def write_tsv(path: Path, columns: tuple[str, ...], rows: list[tuple]) -> Path:
 
 def make_task(root: Path, task, train: int = 48, dev: int = 20, seed: int = 0) -> Path:
     """`root`/<folder>/*.tsv for `task`, with the hub's columns; the label follows from the words."""
-    from fastspec.glue.tasks import TASKS
+    from fastspec.studies.glue.tasks import TASKS
 
     rng = random.Random(seed)
     trained = TASKS[task.trains_on] if task.trains_on else task

@@ -1,4 +1,4 @@
-"""Operands for the kernel tests, and the exact results by `fastspec.reference` in float64."""
+"""Operands for the kernel tests, and the exact results by `fastspec.ops.reference` in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastspec import reference
+from fastspec.ops import reference
 
 CORES = ("diag", "task", "band", "dense")
 

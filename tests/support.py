@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastspec.functional import delta_shape
+from fastspec.cores import delta_shape
 
 # Largest error allowed against the float64 reference, relative to the norm of the exact result. float32:
 # rounding over a few thousand terms; 16 bits: a few units in the last place (2^-8, 2^-11) of x, g and p.

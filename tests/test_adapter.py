@@ -13,8 +13,8 @@ from test_convert import IDS, Net
 
 import fastspec
 from fastspec import SpectralConfig, load_adapter, save_adapter, spectralize
-from fastspec.adapter import AdapterError
-from fastspec.targets import spectral_layers
+from fastspec.model.adapter import AdapterError
+from fastspec.model.targets import spectral_layers
 
 
 def plain(seed=0):

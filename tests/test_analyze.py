@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 
 import fastspec
 from fastspec import SpectralConfig
-from fastspec.analyze import tables
-from fastspec.analyze.alignment import align, clusters, rank_ranges
-from fastspec.analyze.gradients import CumulativeGradients, spectra
-from fastspec.analyze.ranks import allocate, coefficient_energy, patterns
-from fastspec.analyze.runs import Stability, generalisation, holm, within_groups
-from fastspec.analyze.transplant import Matrices, mask, swap
-from fastspec.analyze.weights import Pair, kind_of, layer_of, load_weights, pairs
 from fastspec.cli import main
-from fastspec.targets import spectral_layers
+from fastspec.model.targets import spectral_layers
+from fastspec.studies.analyze import tables
+from fastspec.studies.analyze.alignment import align, clusters, rank_ranges
+from fastspec.studies.analyze.gradients import CumulativeGradients, spectra
+from fastspec.studies.analyze.ranks import allocate, coefficient_energy, patterns
+from fastspec.studies.analyze.stability import Stability, generalisation, holm, within_groups
+from fastspec.studies.analyze.transplant import Matrices, mask, swap
+from fastspec.studies.analyze.weights import Pair, kind_of, layer_of, load_weights, pairs
 
 
 def orthonormal(m, k, seed):

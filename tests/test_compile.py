@@ -8,7 +8,7 @@ from torch.export import Dim
 
 import fastspec
 from fastspec import SpectralConfig, load_adapter, save_adapter, spectralize
-from fastspec.targets import spectral_layers
+from fastspec.model.targets import spectral_layers
 
 transformers = pytest.importorskip("transformers")
 

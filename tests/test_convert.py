@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastspec
 from fastspec import SpectralConfig, SpectralLinear, spectralize
 from fastspec.cli import main
-from fastspec.config import CORES
-from fastspec.targets import spectral_layers
+from fastspec.cores import CORES
+from fastspec.model.targets import spectral_layers
 
 
 class Block(nn.Module):
@@ -310,7 +310,9 @@ class TestBasisFiles:
     @pytest.mark.parametrize("options", [{"rank": 8}, {"rank": 3}, {"select": (2, 7)}])
     def test_gives_what_factorising_gives(self, net, basis, options, monkeypatch):
         expected = spectralize(copy.deepcopy(net), SpectralConfig(**options))
-        monkeypatch.setattr("fastspec.convert.factorize", lambda *a, **k: pytest.fail("factorised"))
+        monkeypatch.setattr(
+            "fastspec.model.convert.factorize", lambda *a, **k: pytest.fail("factorised")
+        )
         spectralize(net, SpectralConfig(**options), basis=basis)
         for (_, a), (_, b) in zip(spectral_layers(net), spectral_layers(expected), strict=True):
             assert_close(a.u @ a.s.diag() @ a.vh, b.u @ b.s.diag() @ b.vh)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from support import assert_close
 
 import fastspec
-from fastspec.distributed import shard_factors
-from fastspec.targets import spectral_layers
+from fastspec.model.fsdp import shard_factors
+from fastspec.model.targets import spectral_layers
 
 PROGRAM = Path(__file__).with_name("distributed_train.py")
 

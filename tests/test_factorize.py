@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastspec import factorize
-from fastspec.basis import BasisError, load_basis
 from fastspec.cli import main
 from fastspec.files import join_safetensors
 from fastspec.fingerprint import tensor_fingerprint
-from fastspec.svd import topk_svd
+from fastspec.svd import cli
+from fastspec.svd.basis_file import BasisError, load_basis
+from fastspec.svd.topk import topk_svd
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_resumes_where_it_was_stopped(checkpoint, tmp_path: Path, monkeypatch) -
         done.extend(names)
         return topk_svd(weights, k, names=names, **rest)
 
-    monkeypatch.setattr(factorize, "topk_svd", stop_at_second)
+    monkeypatch.setattr(cli, "topk_svd", stop_at_second)
     command = ["factorize", str(folder), "--rank", "6", "-o", str(out)]
     assert main(command) == 130
     assert not out.exists()
@@ -112,7 +112,7 @@ def test_resumes_where_it_was_stopped(checkpoint, tmp_path: Path, monkeypatch) -
         again.extend(names)
         return topk_svd(weights, k, names=names, **rest)
 
-    monkeypatch.setattr(factorize, "topk_svd", record)
+    monkeypatch.setattr(cli, "topk_svd", record)
     assert main(command) == 0
     assert done
     assert not set(done) & set(again)
@@ -123,7 +123,7 @@ def test_resumes_where_it_was_stopped(checkpoint, tmp_path: Path, monkeypatch) -
 def test_parts_of_another_request_are_not_used(checkpoint, tmp_path: Path, monkeypatch) -> None:
     folder, tensors = checkpoint
     out = tmp_path / "basis.safetensors"
-    monkeypatch.setattr(factorize, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(cli, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["factorize", str(folder), "--rank", "4", "-o", str(out)]) == 130
     part = next(iter((tmp_path / "basis.safetensors.parts").iterdir()))
     part.write_bytes(part.read_bytes()[:100])
@@ -270,7 +270,7 @@ def test_progress_counts_every_matrix_once(checkpoint, tmp_path: Path, monkeypat
     """Those that an earlier run left as parts too."""
     folder, _ = checkpoint
     command = ["factorize", str(folder), "--rank", "2", "-o", str(tmp_path / "b.safetensors")]
-    monkeypatch.setattr(factorize, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(cli, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([*command, "--include", "up"]) == 130
     monkeypatch.undo()
     totals, advances = [], []
@@ -305,6 +305,6 @@ def test_ranks_wait_for_one_another_for_days(monkeypatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    with factorize._ranks() as (rank, world, _):
+    with cli._ranks() as (rank, world, _):
         assert (rank, world) == (1, 2)
     assert asked["timeout"] >= datetime.timedelta(days=7)

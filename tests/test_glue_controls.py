@@ -6,12 +6,12 @@ import pytest
 import torch
 from glue_support import make_model, make_task
 
-from fastspec.glue import build, methods
-from fastspec.glue.config import GlueConfig
-from fastspec.glue.optimizer import ScaledAdamW, spectral_scale
-from fastspec.glue.tasks import TASKS
-from fastspec.glue.train import run
-from fastspec.targets import spectral_layers
+from fastspec.model.targets import spectral_layers
+from fastspec.studies.glue import build, methods
+from fastspec.studies.glue.config import GlueConfig
+from fastspec.studies.glue.finetune import run
+from fastspec.studies.glue.optimizer import ScaledAdamW, spectral_scale
+from fastspec.studies.glue.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +90,7 @@ def test_a_run_on_another_basis_is_restored(place, scratch):
 
 @pytest.mark.parametrize("method", ["spectral", "full", "lora", "pissa", "bitfit", "head"])
 def test_finished_runs_give_their_predictions_again(place, method):
-    from fastspec.glue.evaluate import Scorer
+    from fastspec.studies.glue.evaluate import Scorer
 
     config = tiny(place, method=method, lr=1e-2)
     result = run(config, place / f"restored-{method}", progress=False)

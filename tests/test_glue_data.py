@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from glue_support import make_task, write_tsv
 
-from fastspec.glue import data
-from fastspec.glue.sentences import swap_rows
-from fastspec.glue.tasks import EMBEDDED, TASKS
+from fastspec.studies.glue import data
+from fastspec.studies.glue.sentences import swap_rows
+from fastspec.studies.glue.tasks import EMBEDDED, TASKS
 
 FILES = [task for task in TASKS.values() if task is not EMBEDDED]
 REAL = os.environ.get("FASTSPEC_GLUE_DIR")

@@ -5,12 +5,12 @@ import torch
 from glue_support import make_model, make_task
 
 from fastspec.cli import main
-from fastspec.glue import methods
-from fastspec.glue.config import GlueConfig
-from fastspec.glue.demo import running_mean
-from fastspec.glue.model import load_classifier
-from fastspec.glue.tasks import TASKS
-from fastspec.glue.timing import FLOOR, freeze_to_floor, step_times
+from fastspec.studies.commands.demo import running_mean
+from fastspec.studies.encoders import load_classifier
+from fastspec.studies.glue import methods
+from fastspec.studies.glue.config import GlueConfig
+from fastspec.studies.glue.tasks import TASKS
+from fastspec.studies.glue.timing import FLOOR, freeze_to_floor, step_times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +53,7 @@ def test_the_demo_prints_a_table_and_draws(place, capsys, monkeypatch):
 def test_the_demo_takes_the_embedded_task_without_a_folder(place, monkeypatch):
     import argparse
 
-    from fastspec.glue.demo import add_arguments, configurations
+    from fastspec.studies.commands.demo import add_arguments, configurations
 
     monkeypatch.delenv("FASTSPEC_GLUE_DIR", raising=False)
     parser = argparse.ArgumentParser()

@@ -4,12 +4,12 @@ import pytest
 import torch
 from glue_support import make_model, make_task
 
-from fastspec.glue import basis, build
-from fastspec.glue.config import GlueConfig
-from fastspec.glue.evaluate import Scorer
-from fastspec.glue.tasks import TASKS
-from fastspec.glue.train import run
-from fastspec.targets import spectral_layers
+from fastspec.model.targets import spectral_layers
+from fastspec.studies.glue import basis, build
+from fastspec.studies.glue.config import GlueConfig
+from fastspec.studies.glue.evaluate import Scorer
+from fastspec.studies.glue.finetune import run
+from fastspec.studies.glue.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 K = 4

@@ -4,10 +4,10 @@ import pytest
 import torch
 from glue_support import make_model
 
-from fastspec.glue import methods
-from fastspec.glue.config import METHODS, GlueConfig
-from fastspec.glue.model import load_classifier
-from fastspec.glue.tasks import TASKS
+from fastspec.studies.encoders import load_classifier
+from fastspec.studies.glue import methods
+from fastspec.studies.glue.config import METHODS, GlueConfig
+from fastspec.studies.glue.tasks import TASKS
 
 HIDDEN, INNER, LAYERS = 32, 64, 2
 MATRICES = 6 * LAYERS + 1  # and the pooler

@@ -9,11 +9,11 @@ import pytest
 from test_glue_suite import ROWS, fake  # noqa: F401  a fixture
 
 from fastspec.cli import main
-from fastspec.glue import processes, report
-from fastspec.glue.processes import make
-from fastspec.glue.rows import SUITES, Row, with_reference
-from fastspec.glue.runs import FIELDS, add_to_record, check_alike, read_csv, to_csv
-from fastspec.glue.suite import Job, Suite
+from fastspec.studies.glue import processes, report
+from fastspec.studies.glue.processes import make
+from fastspec.studies.glue.record import FIELDS, add_to_record, check_alike, read_csv, to_csv
+from fastspec.studies.glue.rows import SUITES, Row, with_reference
+from fastspec.studies.glue.suite import Job, Suite
 
 RECORD = Path(__file__).parent.parent / "docs" / "results-glue.csv"
 

@@ -13,12 +13,12 @@ from glue_support import make_model, make_task
 
 from fastspec.cli import main
 from fastspec.files import write_json
-from fastspec.glue import data, train
-from fastspec.glue.cli import parse_rank, parse_select
-from fastspec.glue.config import METHODS, GlueConfig
-from fastspec.glue.record import compare, read_result, table
-from fastspec.glue.tasks import TASKS
-from fastspec.glue.train import run
+from fastspec.studies.commands.glue import parse_rank, parse_select
+from fastspec.studies.glue import data, finetune
+from fastspec.studies.glue.config import METHODS, GlueConfig
+from fastspec.studies.glue.finetune import run
+from fastspec.studies.glue.result import compare, read_result, table
+from fastspec.studies.glue.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,7 +70,7 @@ def test_the_result_says_all_that_a_repeat_needs(finished, place):
 
 def test_the_saved_adapter_gives_the_last_predictions(finished, place):
     import fastspec
-    from fastspec.glue.model import load_classifier, load_tokenizer
+    from fastspec.studies.encoders import load_classifier, load_tokenizer
 
     config, folder, result = finished
     model = load_classifier(str(place / "model"), TASKS["rte"])
@@ -157,9 +157,9 @@ def test_regression(place):
 
 def test_predictions_keep_the_order_of_the_file(place):
     # scored in order of length; a prediction must not depend on what else is in the file
-    from fastspec.glue.build import prepare
-    from fastspec.glue.data import Split
-    from fastspec.glue.train import _trainer
+    from fastspec.studies.glue.build import prepare
+    from fastspec.studies.glue.data import Split
+    from fastspec.studies.glue.finetune import _trainer
 
     config = tiny(place, method="head")
     prepared = prepare(config)
@@ -167,14 +167,15 @@ def test_predictions_keep_the_order_of_the_file(place):
     backwards = Split(rows.texts[::-1], None, "")
     trainer = _trainer(config, prepared, rows, place / "order", False)
     forth, back = (
-        trainer.logits(train.tokenise(prepared.tokenizer, split, 64)) for split in (rows, backwards)
+        trainer.logits(finetune.tokenise(prepared.tokenizer, split, 64))
+        for split in (rows, backwards)
     )
     torch.testing.assert_close(forth, back.flip(0), rtol=1e-5, atol=1e-6)
     assert len({tuple(row) for row in forth.round(decimals=4).tolist()}) > 10
 
 
 def test_batches_are_bucketed_and_repeat_by_epoch():
-    from fastspec.glue.trainer import EpochLengthSampler
+    from fastspec.studies.glue.trainer import EpochLengthSampler
 
     lengths = [(7 * i) % 97 + 3 for i in range(200)]
     sampler = EpochLengthSampler(8, lengths, seed=3)
@@ -208,7 +209,7 @@ def test_resuming_after_sigkill_gives_the_same_numbers(place):
     # every step waits a little, so that the kill falls where it should on any machine
     program = (
         "import sys, time\n"
-        "from fastspec.glue import trainer\n"
+        "from fastspec.studies.glue import trainer\n"
         "inner = trainer.Checkpoints.on_step_end\n"
         "def slowly(*args, **kwargs):\n"
         "    time.sleep(0.1)\n"

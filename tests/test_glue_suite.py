@@ -16,19 +16,19 @@ import pytest
 from glue_support import make_model, make_task
 
 from fastspec.cli import main
-from fastspec.functional import delta_shape
-from fastspec.glue import processes, report, rows
-from fastspec.glue.cli import add_arguments
-from fastspec.glue.config import GlueConfig
-from fastspec.glue.methods import head_modules
-from fastspec.glue.presets import PRESETS
-from fastspec.glue.processes import Processes, SuiteError, make
-from fastspec.glue.rows import SUITES, TASK_SIZES, Row, choose, with_reference
-from fastspec.glue.runs import flags, read_csv
-from fastspec.glue.suite import Job, Suite
-from fastspec.glue.tasks import TASKS
-from fastspec.glue.train import run
-from fastspec.targets import find_targets, is_norm
+from fastspec.cores import delta_shape
+from fastspec.model.targets import find_targets, is_norm
+from fastspec.studies.commands.glue import add_arguments
+from fastspec.studies.glue import processes, report, rows
+from fastspec.studies.glue.config import GlueConfig
+from fastspec.studies.glue.finetune import run
+from fastspec.studies.glue.methods import head_modules
+from fastspec.studies.glue.presets import PRESETS
+from fastspec.studies.glue.processes import Processes, SuiteError, make
+from fastspec.studies.glue.record import flags, read_csv
+from fastspec.studies.glue.rows import SUITES, TASK_SIZES, Row, choose, with_reference
+from fastspec.studies.glue.suite import Job, Suite
+from fastspec.studies.glue.tasks import TASKS
 
 ROWS = (
     Row("a", {"rank": 4}, (1e-3, 1e-2, 1e-1), seeds=3),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fastspec.glue.tasks import METRICS, TASKS, predictions, score_split, score_task
+from fastspec.studies.glue.tasks import METRICS, TASKS, predictions, score_split, score_task
 
 # 10 rows: 3 true positives, 1 false positive, 2 false negatives, 4 true negatives
 LABELS = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0])

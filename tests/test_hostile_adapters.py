@@ -26,7 +26,7 @@ from fastspec import (
     save_adapter,
     spectralize,
 )
-from fastspec.adapter import AdapterError
+from fastspec.model.adapter import AdapterError
 
 CONFIG = SpectralConfig(rank={"up": 3, "default": 4}, core="dense", train_layernorm=True)
 

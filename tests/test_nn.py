@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastspec
-from fastspec import SpectralLinear, reference
-from fastspec.config import CORES
-from fastspec.plan import Plan
+from fastspec import SpectralLinear
+from fastspec.cores import CORES
+from fastspec.ops import reference
+from fastspec.ops.plan import Plan
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -13,10 +13,11 @@ from support import TOLERANCE, assert_close, relative_error, singular_problem
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fastspec import _extension, aten, reference
-from fastspec.config import CORES
-from fastspec.functional import spectral_linear
-from fastspec.plan import Plan, short_side_is_legal, spectral_is_legal
+from fastspec import _extension
+from fastspec.cores import CORES
+from fastspec.ops import aten, reference
+from fastspec.ops.functional import spectral_linear
+from fastspec.ops.plan import Plan, short_side_is_legal, spectral_is_legal
 
 # (out, in, k, n): squares, both orientations, k of 1, full rank, sizes that divide nothing, rows above and
 # below the 128 from which csrc/ multiplies by products of its own

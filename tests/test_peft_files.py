@@ -25,7 +25,7 @@ from peft_support import (
 from safetensors.torch import load_file, save_file
 from support import assert_close, minilm, minilm_path
 
-from fastspec.adapter import AdapterError
+from fastspec.model.adapter import AdapterError
 from fastspec.peft import SpectralConfig, convert_to_lora, save_as_lora
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from support import assert_close
 from tasks_support import little_memory
 
-from fastspec.adapter import AdapterError
+from fastspec.model.adapter import AdapterError
 from fastspec.peft import SpectralConfig, load_adapter
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

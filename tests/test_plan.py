@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastspec import SpectralLinear
-from fastspec.config import CORES
-from fastspec.plan import Plan, make_plan
+from fastspec.cores import CORES
+from fastspec.ops.plan import Plan, make_plan
 
 
 def test_many_rows_merge_and_few_rows_do_not():

@@ -10,16 +10,17 @@ from support import assert_close, minilm_path
 from test_convert import IDS, Net
 
 import fastspec
-from fastspec import SpectralConfig, load_adapter, reference, save_adapter, spectralize
-from fastspec.adapter import AdapterError
+from fastspec import SpectralConfig, load_adapter, save_adapter, spectralize
 from fastspec.cli import main
-from fastspec.targets import spectral_layers
+from fastspec.model.adapter import AdapterError
+from fastspec.model.targets import spectral_layers
+from fastspec.ops import reference
 
 quantization = pytest.importorskip("torchao.quantization", reason="needs the extra quant")
 
 from torchao.quantization.granularity import PerGroup  # noqa: E402
 
-from fastspec.quantized import memory_table, quantize_base, stored_bytes  # noqa: E402
+from fastspec.model.quantized import memory_table, quantize_base, stored_bytes  # noqa: E402
 
 CONFIGS = {
     "int8": quantization.Int8WeightOnlyConfig(),

@@ -4,9 +4,8 @@ import pytest
 import torch
 from support import assert_close, singular_problem
 
-from fastspec import reference
-from fastspec.config import CORES
-from fastspec.functional import delta_shape
+from fastspec.cores import CORES, core_matrix, core_storage, delta_shape
+from fastspec.ops import reference
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -35,13 +34,13 @@ def test_explicit_backward_is_autograds(core, k):
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
 def test_band_storage_round_trip(k, half_width):
     delta = torch.randn(delta_shape("band", k, half_width), dtype=torch.float64)
-    c = reference.core_matrix(delta, "band")
+    c = core_matrix(delta, "band")
     i, j = torch.meshgrid(torch.arange(k), torch.arange(k), indexing="ij")
     assert (c[(i - j).abs() > half_width] == 0).all()
     for row in range(k):
         for col in range(max(0, row - half_width), min(k, row + half_width + 1)):
             assert c[row, col] == delta[half_width + col - row, row]
-    again = reference.core_matrix(reference.core_storage(c, "band", half_width), "band")
+    again = core_matrix(core_storage(c, "band", half_width), "band")
     assert torch.equal(again, c)
 
 

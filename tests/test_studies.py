@@ -9,11 +9,11 @@ import pytest
 import torch
 from glue_support import make_model, make_task
 
-from fastspec.analyze import pretraining, transplant
-from fastspec.analyze.weights import kind_of, load_weights
 from fastspec.cli import COMMANDS, main
 from fastspec.files import write_json
-from fastspec.glue.tasks import TASKS
+from fastspec.studies.analyze import pretraining, transplant
+from fastspec.studies.analyze.weights import kind_of, load_weights
+from fastspec.studies.glue.tasks import TASKS
 
 pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.usefixtures("one_thread")

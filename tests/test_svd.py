@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastspec import _extension, krylov
-from fastspec.gram import floor_of
-from fastspec.svd import ConvergenceWarning, TopkSVD, topk_svd
+from fastspec import _extension
+from fastspec.svd import krylov
+from fastspec.svd.topk import ConvergenceWarning, TopkSVD, topk_svd
+from fastspec.svd.triplets import floor_of
 
 
 @pytest.fixture(autouse=True, params=["aten", "extension"])
@@ -367,7 +368,7 @@ def test_a_failure_of_lapack_names_the_layers(monkeypatch) -> None:
     def fails(*args, **kwargs):
         raise torch.linalg.LinAlgError("matrix 1 of the stack: no convergence")
 
-    monkeypatch.setattr("fastspec.svd._leading_triplets", fails)
+    monkeypatch.setattr("fastspec.svd.topk._leading_triplets", fails)
     stack = [torch.randn(4, 4)] * 2
     with pytest.raises(torch.linalg.LinAlgError, match=r"encoder.0 .. encoder.1: matrix 1 of"):
         topk_svd(stack, 2, names=["encoder.0", "encoder.1"])

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastspec
 from fastspec import SpectralConfig, spectralize
-from fastspec.config import CORES
-from fastspec.targets import spectral_layers
+from fastspec.cores import CORES
+from fastspec.model.targets import spectral_layers
 
 
 @pytest.mark.parametrize("path", ["fast", "reference"])

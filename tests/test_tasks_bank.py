@@ -10,8 +10,8 @@ from torch import nn
 
 import fastspec
 from fastspec import SpectralConfig, spectralize
+from fastspec.model.targets import spectral_layers
 from fastspec.multitask.bank import TaskBank
-from fastspec.targets import spectral_layers
 
 
 class TestSwitching:

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastspec
 from fastspec import SpectralConfig, load_tasks, save_adapter, spectralize
-from fastspec.adapter import AdapterError
+from fastspec.model.adapter import AdapterError
 
 
 def plain(seed=0, labels=3):

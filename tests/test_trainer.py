@@ -12,7 +12,7 @@ from fastspec import SpectralConfig, load_adapter, parameter_groups, spectralize
 
 transformers = pytest.importorskip("transformers")
 
-from fastspec.trainer import SpectralTrainer, checkpoint_adapters  # noqa: E402
+from fastspec.model.checkpoints import SpectralTrainer, checkpoint_adapters  # noqa: E402
 
 RATES = {"lr": 3e-2, "head_lr": 1e-3}
 
@@ -222,7 +222,7 @@ def test_resuming_on_other_base_weights_is_refused(tmp_path):
     torch.manual_seed(1)
     other = transformers.BertForSequenceClassification(bert().config)
     run = trainer(tmp_path, model=spectralize(other, SpectralConfig(rank=4, core="dense")))
-    with pytest.raises(fastspec.adapter.AdapterError, match="other base weights"):
+    with pytest.raises(fastspec.model.adapter.AdapterError, match="other base weights"):
         run.train(resume_from_checkpoint=True)
 
 

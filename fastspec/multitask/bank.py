@@ -14,11 +14,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastspec.adapter import adaptation_of, adapter_tensors
+from fastspec.model.adapter import adaptation_of, adapter_tensors
+from fastspec.model.targets import spectral_layers
 from fastspec.multitask.heads import by_rows, output_layer, resize
-from fastspec.multitask.rows import TaskNames, after_call, before_call
-from fastspec.nn import SpectralLayer
-from fastspec.targets import spectral_layers
+from fastspec.nn.batch_tasks import TaskNames, after_call, before_call
+from fastspec.nn.linear import SpectralLayer
 
 CAPACITY = 8  # of a new bank; it doubles when it is full
 MAX_BYTES = 4 << 30  # 1,024 dense cores of 64 x 64 on BERT-base take 1.2 GB

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastspec.multitask.rows import current_rows
+from fastspec.nn.batch_tasks import current_rows
 
 
 def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

@@ -34,8 +34,8 @@ def require_peft() -> None:
 require_peft()
 
 from fastspec.peft.config import PeftType, SpectralConfig  # noqa: E402 - after the version check
+from fastspec.peft.conversion import convert_to_lora, save_as_lora  # noqa: E402
 from fastspec.peft.files import load_adapter  # noqa: E402
-from fastspec.peft.lora import convert_to_lora, save_as_lora  # noqa: E402
 from fastspec.peft.model import SpectralModel, register  # noqa: E402
 
 register()

@@ -10,8 +10,9 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from fastspec import config as spectral
-from fastspec.config import Basis, Core, Rank, Select, resolve_rank
-from fastspec.factors import Directions
+from fastspec.config import Basis, Rank, Select, resolve_rank
+from fastspec.cores import Core
+from fastspec.svd.factors import Directions
 
 BIASES = ("none", "all", "fastspec_only")
 

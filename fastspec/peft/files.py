@@ -32,18 +32,18 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastspec.adapter import (
+from fastspec.cores import delta_shape
+from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.model.adapter import (
     MAX_CONFIG_BYTES,
     MAX_HEADER_BYTES,
     AdapterError,
     check_tensors,
     read_bounded,
 )
-from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
-from fastspec.functional import delta_shape
 from fastspec.peft.config import PeftType, SpectralConfig
+from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import BASE, SpectralLinear
-from fastspec.peft.lora import PREFIX
 from fastspec.peft.model import SpectralModel, check_target
 
 DELTA = ".fastspec_delta"

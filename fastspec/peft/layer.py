@@ -8,13 +8,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from fastspec import reference
-from fastspec.config import Core
-from fastspec.factors import Directions, Factors
-from fastspec.functional import delta_shape, spectral_linear
-from fastspec.multitask.functional import task_linear
+from fastspec.cores import Core, core_matrix, delta_shape
+from fastspec.ops.functional import spectral_linear, task_linear
+from fastspec.ops.plan import make_plan
 from fastspec.peft.state import Coefficients, Form, FrozenBasis
-from fastspec.plan import make_plan
+from fastspec.svd.factors import Directions, Factors
 
 BASE = "__base__"  # PEFT's name for "no adapter" among the `adapter_names` of a batch
 
@@ -89,7 +87,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def core_matrix(self, adapter: str) -> Tensor:
         """The adapter's core C [k, k]."""
-        return reference.core_matrix(self.fastspec_delta[adapter], self.fastspec_form[adapter].core)
+        return core_matrix(self.fastspec_delta[adapter], self.fastspec_form[adapter].core)
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         if self.disable_adapters and self.merged:

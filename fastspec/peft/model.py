@@ -18,13 +18,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastspec.adapter import AdapterError
-from fastspec.factors import factorize
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.model.adapter import AdapterError
+from fastspec.model.targets import avoid_fused_inference, check_layer
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
 from fastspec.peft.state import FrozenBasis
-from fastspec.targets import avoid_fused_inference, check_layer
+from fastspec.svd.factors import factorize
 
 
 class SpectralModel(BaseTuner):

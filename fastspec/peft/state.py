@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastspec.config import Core
-from fastspec.factors import Directions, Factors
+from fastspec.cores import Core
+from fastspec.svd.factors import Directions, Factors
 
 
 class FrozenBasis(nn.Module):

@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 
+import kernel_report as report
 import pytest
 import torch
+from compilation import TYPE_NAMES, compile_kernel
 
 pytest.importorskip("triton")
-from fastspec.kernels import report, tiles
-from fastspec.kernels.compilation import TYPE_NAMES, compile_kernel
+from fastspec.kernels import tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,13 @@ from kernel_problems import exact, problem, tf32
 from support import assert_close
 
 from fastspec.kernels import choice, dispatch
+from fastspec.ops import aten
 
 CPU = torch.device("cpu")
+spectral_linear = partial(dispatch.spectral_linear, aten=aten.spectral_linear)
+spectral_linear_backward = partial(
+    dispatch.spectral_linear_backward, aten=aten.spectral_linear_backward
+)
 
 
 @pytest.fixture(autouse=True)
@@ -133,10 +139,8 @@ def test_every_candidate_computes_the_same(name, core, bias, monkeypatch):
     s = torch.ones(8)
     factors = (t["w"], t["u"], s, t["vh"], t["delta"], core, "factored", "two_sided")
     with tf32(True):
-        y, p = dispatch.spectral_linear(t["x"].view(5, 6, 24), b, *factors)
-        dx, grad = dispatch.spectral_linear_backward(
-            t["g"].view(5, 6, 40), None, p, *factors, True, True
-        )
+        y, p = spectral_linear(t["x"].view(5, 6, 24), b, *factors)
+        dx, grad = spectral_linear_backward(t["g"].view(5, 6, 40), None, p, *factors, True, True)
     want = exact(t, core)
     assert_close(y, want[0].view(5, 6, 40))
     assert_close(p, want[1])
@@ -151,12 +155,10 @@ def test_what_is_not_needed_is_empty(name, needs_dx, needs_delta, monkeypatch):
     t = problem(30, 24, 40, 8, "diag")
     gradient = "two_sided" if needs_delta else "none"
     factors = (t["w"], t["u"], torch.ones(8), t["vh"], t["delta"], "diag", "factored", gradient)
-    y, p = dispatch.spectral_linear(t["x"], t["bias"], *factors)
+    y, p = spectral_linear(t["x"], t["bias"], *factors)
     assert p.shape == (30 if needs_delta else 0, 8)
     saved = p if needs_delta else None
-    dx, grad = dispatch.spectral_linear_backward(
-        t["g"], None, saved, *factors, needs_dx, needs_delta
-    )
+    dx, grad = spectral_linear_backward(t["g"], None, saved, *factors, needs_dx, needs_delta)
     want = exact(t, "diag")
     assert_close(y, want[0])
     assert dx.numel() == 0 if not needs_dx else assert_close(dx, want[2]) is None
@@ -170,6 +172,6 @@ def test_what_kernels_cannot_serve_goes_to_aten(timed):
     w, u, vh, delta = doubled
     s = torch.ones(8, dtype=torch.float64)
     rest = (t["bias"].double(), w, u, s, vh, delta, "diag", "factored", "two_sided")
-    y, _ = dispatch.spectral_linear(t["x"].double(), *rest)
+    y, _ = spectral_linear(t["x"].double(), *rest)
     assert_close(y, exact(t, "diag")[0], torch.float32)
     assert not timed

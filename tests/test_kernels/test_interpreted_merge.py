@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastspec
 from fastspec.kernels import merge as merging
-from fastspec.targets import spectral_layers
+from fastspec.model.targets import spectral_layers
 
 
 @pytest.fixture

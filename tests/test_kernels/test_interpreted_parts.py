@@ -8,12 +8,12 @@ from kernel_problems import CORES, exact, problem, tf32
 from kernel_sanitizer import sanitized
 from support import assert_close, relative_error
 
-from fastspec import reference
 from fastspec.kernels import hopper, tiles
 from fastspec.kernels import merge as merging
 from fastspec.kernels.merge import merge
 from fastspec.kernels.sigma_grad import dot_precision, project, sigma_grad
 from fastspec.kernels.tiles import Tile
+from fastspec.ops import reference
 
 SIZES = [(1, 1, 1, 1), (70, 33, 95, 17), (150, 40, 300, 64), (37, 20, 90, 130)]
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from kernel_problems import exact, problem, tf32
 from support import assert_close
 
 from fastspec.kernels import choice, dispatch
+from fastspec.ops import task_linear as ops
+
+task_linear = partial(dispatch.task_linear, aten=ops._task_linear)
+task_linear_backward = partial(dispatch.task_linear_backward, aten=ops._task_linear_backward)
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +34,8 @@ def test_every_candidate_computes_the_same(name, k, monkeypatch):
     t["task"] = batch.repeat_interleave(5)
     factors = (t["w"], t["u"], torch.ones(k), t["vh"], t["delta"], batch, "diag", False)
     with tf32(True):
-        y, p = dispatch.task_linear(t["x"].view(6, 5, 96), t["bias"], *factors, True)
-        backward = lambda: dispatch.task_linear_backward(  # noqa: E731
+        y, p = task_linear(t["x"].view(6, 5, 96), t["bias"], *factors, True)
+        backward = lambda: task_linear_backward(  # noqa: E731
             t["g"].view(6, 5, 80), p, *factors, True, True
         )
         dx, grad = backward()
@@ -48,8 +54,8 @@ def test_cores_without_kernels_go_to_aten(core):
     table, task = torch.stack([t["delta"], 2 * t["delta"]]), torch.tensor([1, 1, 1, 1, 1, 1])
     t["delta"] = table[1]
     factors = (t["w"], t["u"], torch.ones(8), t["vh"], table, task, core, False)
-    y, p = dispatch.task_linear(t["x"], t["bias"], *factors, True)
-    dx, grad = dispatch.task_linear_backward(t["g"], p, *factors, True, True)
+    y, p = task_linear(t["x"], t["bias"], *factors, True)
+    dx, grad = task_linear_backward(t["g"], p, *factors, True, True)
     want = exact(t, core)
     assert_close(y, want[0])
     assert_close(dx, want[2])

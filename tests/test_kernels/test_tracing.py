@@ -1,4 +1,4 @@
-"""torch.compile sees through the CUDA operators: on the graphs that it would hand to its backend.
+"""torch.compile sees through the CUDA cuda: on the graphs that it would hand to its backend.
 
 No GPU takes part. A driver that only names a chip lets Triton's front end run, so that PyTorch finds out
 which operands a kernel writes. CPU builds of PyTorch have no autograd on fake CUDA tensors: whole steps
@@ -20,10 +20,10 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from fastspec.functional import spectral_linear
-from fastspec.kernels import choice, operators, tiles
-from fastspec.multitask.functional import task_linear
-from fastspec.plan import Plan
+from fastspec.kernels import choice, tiles
+from fastspec.ops import cuda
+from fastspec.ops.functional import spectral_linear, task_linear
+from fastspec.ops.plan import Plan
 
 BF16 = torch.bfloat16
 FORWARD, BACKWARD = "spectral_linear_fwd_kernel", "spectral_linear_bwd_kernel"
@@ -42,7 +42,7 @@ def one_h100(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "capability", lambda device: 90)
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    monkeypatch.setattr(operators, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(choice, "measure", lambda *_: pytest.fail("timed while tracing"))
     monkeypatch.setattr(choice, "_choices", {})
     monkeypatch.setenv("FASTSPEC_CACHE", str(tmp_path))
@@ -97,7 +97,7 @@ def operands(core="diag", device="cpu", dtype=BF16, rows=(8, 20), d=768, out=256
 
 @pytest.mark.parametrize("core", ["diag", "band", "dense"])
 def test_a_training_step_is_seen_whole(core):
-    """Two launches, of which nothing but the outputs is copied, and the operators are gone."""
+    """Two launches, of which nothing but the outputs is copied, and the cuda are gone."""
     backend = Backend()
     with FakeTensorMode():
         t = operands(core)
@@ -141,7 +141,7 @@ def test_tasks_of_the_rows():
 
 
 def test_a_forward_on_fake_cuda_tensors(monkeypatch):
-    monkeypatch.setattr(operators, "DEVICE", "cuda")
+    monkeypatch.setattr(cuda, "DEVICE", "cuda")
     backend = Backend()
     with FakeTensorMode(), torch.no_grad():
         t = operands(device="cuda")
@@ -185,7 +185,7 @@ def test_a_plan_that_looks_at_values_stays_whole():
 
 
 def test_other_devices_keep_the_operator(monkeypatch):
-    monkeypatch.setattr(operators, "DEVICE", "cuda")
+    monkeypatch.setattr(cuda, "DEVICE", "cuda")
     backend = Backend()
     with FakeTensorMode():
         backend.compile(spectral_linear)(**operands()).sum().backward()

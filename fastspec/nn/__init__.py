@@ -1,0 +1,5 @@
+"""One layer: the drop-ins for `nn.Linear` and, in `fastspec.nn.conv1d`, for transformers' `Conv1D`."""
+
+from fastspec.nn.linear import SpectralLayer, SpectralLinear
+
+__all__ = ["SpectralLayer", "SpectralLinear"]

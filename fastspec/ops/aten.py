@@ -1,0 +1,235 @@
+"""The operators on ATen calls: every plan, every core, any device and floating dtype.
+
+On a CPU csrc/spectral_linear.cpp computes the same and takes precedence where it is built. Products run in
+the dtype of x (g); the weight may be wider (autocast): it is merged or cast here. The core is applied in
+float32 at least. Section numbers F1 to F4 are those of the design notes (docs/design.md).
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastspec.cores import diagonals
+
+# A direction with |sigma_i| below this share of the largest would have its rounding error amplified by
+# more than 1/share on the short side: the call then takes the two-sided form. For a dense core the same
+# bound stands on 1 / cond_1(diag(S) + C), which for a diagonal core is the same share.
+SIGMA_FLOOR = 1e-2
+# The forms that compute by one product with W_eff; where it is resident, that is the given weight.
+ONE_PRODUCT = ("merged", "resident")
+
+
+class _Scratch(threading.local):
+    """One buffer per thread, device and dtype, as large as the largest weight that asked for it."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def take(self, rows: int, cols: int, like: Tensor) -> Tensor:
+        if like.device.type != "cpu":
+            # a caching allocator serves each stream its own memory; one shared buffer could not
+            return like.new_empty(rows, cols)
+        size = rows * cols
+        buffer = self.buffers.get(like.dtype)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):
+                buffer = torch.empty(size, dtype=like.dtype)
+            self.buffers[like.dtype] = buffer
+        return buffer[:size].view(rows, cols)
+
+
+_scratch = _Scratch()
+
+
+def apply_core(t: Tensor, delta: Tensor, core: str, *, transpose: bool = False) -> Tensor:
+    """t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in delta's dtype or wider."""
+    wide = torch.promote_types(t.dtype, delta.dtype)
+    d, k = delta.to(wide), t.shape[-1]
+    if core == "diag":
+        out = t * d
+    elif core == "dense":
+        out = t.to(wide) @ (d.mT if transpose else d)
+    else:
+        out = torch.zeros_like(t, dtype=wide)
+        for row, i, j in diagonals(d.shape[0], k):
+            source, target = (j, i) if transpose else (i, j)
+            out[:, target] += t[:, source] * d[row, i]
+    return out.to(t.dtype)
+
+
+def apply_sigma(
+    t: Tensor, s: Tensor, delta: Tensor, core: str, *, transpose: bool = False
+) -> Tensor:
+    """t M, or t M^T  [N, k], with M = diag(S) + C."""
+    if core == "diag":
+        return t * (s + delta).to(t.dtype)
+    return torch.addcmul(apply_core(t, delta, core, transpose=transpose), t, s.to(t.dtype))
+
+
+def reduce_core(q: Tensor, p: Tensor, delta: Tensor, core: str) -> Tensor:
+    """The trained entries of q^T p, in delta's shape and dtype."""
+    q, p = q.to(delta.dtype), p.to(delta.dtype)
+    if core == "diag":
+        return (q * p).sum(0)
+    if core == "dense":
+        return q.mT @ p
+    out = torch.zeros_like(delta)
+    for row, i, j in diagonals(delta.shape[0], q.shape[-1]):
+        out[row, i] = (q[:, i] * p[:, j]).sum(0)
+    return out
+
+
+def merge(weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str, out: Tensor) -> Tensor:
+    """W + U C Vh into `out`, which has the weight's shape and row-major or transposed layout."""
+    left = apply_core(u, delta, core)
+    if out.stride(-1) == 1:
+        torch.addmm(weight, left, vh, out=out)
+    else:
+        torch.addmm(weight.mT, vh.mT, left.mT, out=out.mT)
+    return out
+
+
+def _effective(
+    weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str, form: str
+) -> Tensor:
+    """W_eff in scratch (F2): valid until the next call on this thread takes the buffer."""
+    if form == "resident":
+        return weight
+    if weight.device.type == "cpu" and not delta.any():
+        return weight  # the untouched weight: the first step is the pretrained model's bit for bit
+    rows, cols = weight.shape
+    if weight.stride(-1) == 1:
+        out = _scratch.take(rows, cols, weight)
+    else:
+        out = _scratch.take(cols, rows, weight).mT
+    return merge(weight, u, vh, delta, core, out)
+
+
+def _unscaled(basis: Tensor, s: Tensor, delta: Tensor, core: str, *, left: bool) -> Tensor | None:
+    """The basis [m, k] that turns a short-side product into the long side's projection (F3).
+
+    With M = diag(S) + C:  p = (y - b) (U M^-T)  and  q = dx (V M^-1).  None where M is too close to
+    singular for the identity to be exact to rounding.
+    """
+    if core == "diag":
+        sigma = s + delta
+        low, high = torch.aminmax(sigma.abs())
+        return basis / sigma.to(basis.dtype) if low > SIGMA_FLOOR * high else None
+    m = torch.diag(s) + delta
+    inverse, info = torch.linalg.inv_ex(m)
+    cond = torch.linalg.matrix_norm(m, 1) * torch.linalg.matrix_norm(inverse, 1)
+    if info.item() != 0 or not cond * SIGMA_FLOOR < 1:
+        return None
+    inverse = inverse.to(basis.dtype)
+    return basis @ (inverse.mT if left else inverse)
+
+
+def spectral_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    u: Tensor,
+    s: Tensor,
+    vh: Tensor,
+    delta: Tensor,
+    core: str,
+    form: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor]:
+    """y [..., out] and p [N, k] (no rows where the plan saves none)."""
+    out_features, in_features = weight.shape
+    dtype = x.dtype
+    saves_p = gradient in ("two_sided", "short")
+    x2 = x.reshape(-1, in_features)
+
+    p_from_y = gradient == "short" and out_features < in_features
+    needs_p = form not in ONE_PRODUCT or (saves_p and not p_from_y)
+    p = x2 @ vh.to(dtype).mT if needs_p else None
+    if p is None or form in ONE_PRODUCT:
+        y = F.linear(x, _effective(weight, u, vh, delta, core, form).to(dtype), bias)
+    elif form == "factored":
+        y = F.linear(x, weight.to(dtype), bias)
+        z = apply_core(p, delta, core, transpose=True)
+        y.view(-1, out_features).addmm_(z, u.to(dtype).mT)
+    elif delta.any():
+        y2 = apply_sigma(p, s, delta, core, transpose=True) @ u.mT
+        y = y2.view(*x.shape[:-1], out_features)
+        y = y if bias is None else y.add_(bias)
+    else:
+        y = F.linear(x, weight, bias)  # the first step is the pretrained model's bit for bit
+    if not saves_p:
+        return y, x.new_empty((0, u.shape[1]))
+    if p is None:
+        basis = _unscaled(u, s, delta, core, left=True)
+        if basis is None:
+            p = x2 @ vh.mT
+        else:
+            p = y.view(-1, out_features) @ basis
+            if bias is not None:
+                p -= bias @ basis
+    return y, p
+
+
+def spectral_linear_backward(
+    g: Tensor,
+    x: Tensor | None,
+    p: Tensor | None,
+    weight: Tensor,
+    u: Tensor,
+    s: Tensor,
+    vh: Tensor,
+    delta: Tensor,
+    core: str,
+    form: str,
+    gradient: str,
+    needs_dx: bool,
+    needs_delta: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx [..., in] and d delta in delta's shape; what is not needed comes back empty."""
+    out_features, in_features = weight.shape
+    dtype = g.dtype
+    g2 = g.reshape(-1, out_features)
+    q = dx2 = None
+
+    if needs_dx:
+        if form == "spectral":
+            q = g2 @ u
+            dx2 = apply_sigma(q, s, delta, core) @ vh
+        elif form == "factored":
+            q = g2 @ u.to(dtype)
+            dx2 = g2 @ weight.to(dtype)
+            dx2.addmm_(apply_core(q, delta, core), vh.to(dtype))
+        else:
+            dx2 = g2 @ _effective(weight, u, vh, delta, core, form).to(dtype)
+    dx = dx2.view(*g.shape[:-1], in_features) if dx2 is not None else g.new_empty(0)
+    if not needs_delta:
+        return dx, delta.new_empty(0)
+
+    if gradient == "dense":
+        assert x is not None
+        return dx, _dense_gradient(g2, x.reshape(-1, in_features), u, vh, delta, core)
+    assert p is not None
+    if q is None and gradient == "short" and dx2 is not None and in_features < out_features:
+        basis = _unscaled(vh.mT, s, delta, core, left=False)
+        q = dx2 @ basis if basis is not None else None
+    if q is None:
+        q = g2 @ u.to(dtype)
+    return dx, reduce_core(q, p, delta, core)
+
+
+def _dense_gradient(
+    g: Tensor, x: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str
+) -> Tensor:
+    """Entries of U^T (g^T x) V (F4): one weight gradient, in scratch, serves every diagonal."""
+    grad = _scratch.take(g.shape[1], x.shape[1], g)
+    torch.mm(g.mT, x, out=grad)
+    rows = u.to(g.dtype).mT @ grad  # [k, in]
+    vh = vh.to(g.dtype)
+    if core == "dense":
+        return (rows @ vh.mT).to(delta.dtype)
+    # rows of U^T G against (shifted) rows of Vh: the same reduction, over `in` instead of tokens
+    return reduce_core(rows.mT, vh.mT, delta, core)

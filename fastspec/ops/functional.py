@@ -1,0 +1,238 @@
+"""The public functions of one layer: validate once, cast, plan, call the operator."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fastspec.ops import aten, reference
+from fastspec.ops import spectral_linear as spectral_operator
+from fastspec.ops import task_linear as task_operator
+from fastspec.ops.operands import Sizes, cast, check_sizes, sizes_of
+from fastspec.ops.plan import Plan, make_plan, spectral_is_legal
+
+
+def spectral_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    s: Tensor,
+    vh: Tensor,
+    delta: Tensor,
+    *,
+    core: str = "diag",
+    singular_basis: bool = False,
+    plan: Plan | None = None,
+    effective: Tensor | None = None,
+) -> Tensor:
+    """y = x (W + U C Vh)^T + b  with the core C stored in `delta` (arXiv 2605.07302).
+
+    Args:
+        x: [..., in]; leading dimensions of any number and size.
+        weight: [out, in], frozen.
+        bias: [out] or None.
+        u, s, vh: frozen factors [out, k], [k], [k, in].
+        delta: trained: [k] (core="diag"), [2h + 1, k] (core="band": C[i, i + o] = delta[h + o, i]) or
+            [k, k] (core="dense"); float32 as a rule, also under 16-bit weights.
+        core: "diag", "band" or "dense".
+        singular_basis: promise that `W V = U S` holds to rounding, as `topk_svd` builds it and as long
+            as nothing was cast since. Allows the short-side gradient (design section 2, F3).
+        plan: forces a plan; None takes the cost model's. A plan that is not legal here (a short side
+            without a singular basis) is refused.
+        effective: W + U C Vh for this very `delta`, in float32 or float64, where the caller keeps it: it
+            is then not made again. Excludes `plan`.
+
+    Returns:
+        [..., out], in the dtype of x (of autocast, where that is on).
+
+    Gradients reach x, bias and delta. Where weight or a factor requires one too, and inside the transforms
+    of torch.func (vmap, grad, jvp), the plain formula of `fastspec.ops.reference` runs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or choice does not fit; the message names the argument.
+    """
+    sizes = sizes_of(x, weight, bias, u, s, vh, delta.shape)
+    if (
+        weight.requires_grad
+        or u.requires_grad
+        or vh.requires_grad
+        or torch._C._are_functorch_transforms_active()
+    ):
+        check_sizes(sizes, core)
+        return reference.spectral_linear(x, weight, bias, u, vh, delta, core)
+    x, bias = cast(x, weight, bias)
+    if effective is not None:
+        if plan is not None:
+            raise ValueError("effective and plan exclude each other")
+        if effective.shape != weight.shape or effective.dtype != weight.dtype:
+            raise ValueError(
+                f"effective must be {list(weight.shape)} in {weight.dtype} as the weight, got "
+                f"{list(effective.shape)} in {effective.dtype}"
+            )
+    device = x.device.type
+    needs_delta = delta.requires_grad and torch.is_grad_enabled()
+    # sizes may be symbolic while torch.compile traces: then they can't be looked up
+    choose = _plan_for if torch.compiler.is_compiling() else _known_plan
+    chosen = choose(
+        sizes,
+        core,
+        x.dtype,
+        device,
+        x.requires_grad,
+        needs_delta,
+        singular_basis,
+        effective is not None,
+    )
+    if plan is None:
+        plan = chosen
+    else:
+        _check_plan(plan, weight, u.shape[1], core, x.dtype, device, singular_basis)
+    gradient = plan.gradient if needs_delta else "none"
+    if needs_delta and gradient == "none":
+        raise ValueError("plan.gradient is 'none' but delta requires a gradient")
+    forward = plan.forward
+    if forward == "saved":
+        with torch.no_grad():
+            effective = aten.merge(weight, u, vh, delta, core, torch.empty_like(weight))
+        forward = "resident"
+    if effective is not None:
+        weight = effective
+    return spectral_operator.spectral_linear(
+        x, bias, weight, u, s, vh, delta, core, forward, gradient
+    )
+
+
+def task_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    s: Tensor,
+    vh: Tensor,
+    table: Tensor,
+    task: Tensor,
+    *,
+    core: str = "diag",
+    singular_basis: bool = False,
+) -> Tensor:
+    """y = x (W + U C Vh)^T + b, every row of the batch with the core C of its own task.
+
+    Args:
+        x: [B, ..., in]; dimension 0 is the batch, all of x[b] is of one task.
+        weight, bias, u, s, vh, core, singular_basis: as for `fastspec.spectral_linear`.
+        table: the cores of all tasks, [tasks, k] (core="diag"), [tasks, 2h + 1, k] ("band") or
+            [tasks, k, k] ("dense"); float32 as a rule.
+        task: int64 [B]: the row of `table` that x[b] takes. A negative one leaves x[b] unadapted: it
+            comes out as F.linear(x, weight, bias) has it, bit for bit.
+
+    Returns:
+        [B, ..., out], in the dtype of x (of autocast, where that is on).
+
+    Gradients reach x, bias and table; rows of the table that the batch does not name get zero. Where weight
+    or a factor requires one too, and inside the transforms of torch.func, the plain formula of
+    `fastspec.ops.reference` runs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or choice does not fit; the message names the argument.
+        IndexError: a task beyond the table (on a GPU a device-side assertion).
+    """
+    if table.dim() < 2 or len(table) == 0:
+        raise ValueError(
+            f"table must hold the cores of one task or more, got shape {tuple(table.shape)}"
+        )
+    check_sizes(sizes_of(x, weight, bias, u, s, vh, table.shape[1:]), core)
+    if task.dim() != 1 or task.dtype != torch.int64:
+        raise TypeError(f"task must be int64 [B], got {task.dtype} {list(task.shape)}")
+    if x.dim() < 2 or x.shape[0] != task.shape[0]:
+        raise ValueError(
+            f"x must have one entry of dimension 0 for each of the {task.shape[0]} rows of the batch, "
+            f"got {list(x.shape)}: this layer's input was flattened, expanded or reordered, and which "
+            "row is whose can't be known here"
+        )
+    if (
+        weight.requires_grad
+        or u.requires_grad
+        or vh.requires_grad
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return reference.task_linear(x, weight, bias, u, vh, table, task, core)
+    x, bias = cast(x, weight, bias)
+    # the identity needs y and dx in full precision, and its look at S would make a GPU wait
+    full = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    short = singular_basis and x.is_cpu and full
+    saves_p = table.requires_grad and torch.is_grad_enabled()
+    return task_operator.task_linear(x, bias, weight, u, s, vh, table, task, core, short, saves_p)
+
+
+def _check_plan(
+    plan: Plan,
+    weight: Tensor,
+    k: int,
+    core: str,
+    dtype: torch.dtype,
+    device: str,
+    singular_basis: bool,
+) -> None:
+    """Refuse a forced plan whose identities do not hold here."""
+    if plan.forward == "resident":
+        raise ValueError("plan.forward='resident' can't be forced: give `effective` instead")
+    if plan.forward == "saved" and plan.gradient != "dense":
+        raise ValueError(
+            "plan.forward='saved' saves a matrix as large as the weight: only beside gradient='dense', "
+            f"which saves x, got gradient={plan.gradient!r}"
+        )
+    if plan.gradient == "short" and not (singular_basis and core != "band"):
+        raise ValueError(
+            "plan.gradient='short' needs singular_basis=True and a diag or dense core: take 'two_sided'"
+        )
+    if plan.forward == "spectral":
+        if not spectral_is_legal(
+            weight.shape[1], weight.shape[0], k, dtype, device, singular_basis
+        ):
+            raise ValueError(
+                "plan.forward='spectral' needs a complete singular basis in float32 or float64 on a "
+                f"CPU, got k={k} of {min(weight.shape)}, {dtype}, {device}: take 'merged'"
+            )
+        if plan.gradient not in ("none", "two_sided"):
+            raise ValueError(
+                "plan.forward='spectral' has p and q at hand: gradient must be 'two_sided'"
+            )
+
+
+def _plan_for(
+    sizes: Sizes,
+    core: str,
+    dtype: torch.dtype,
+    device: str,
+    needs_dx: bool,
+    needs_delta: bool,
+    singular_basis: bool,
+    resident: bool,
+) -> Plan:
+    """The plan of operands of these sizes, which are checked before.
+
+    Both in one, looked up by position: on a small layer (64 rows of 384 x 384) the checks, the plan and
+    its keywords took 7 % of a step; the processor comes to them from a product, with cold caches.
+    """
+    check_sizes(sizes, core)
+    x, weight, _, u, *_rest = sizes
+    return make_plan(
+        math.prod(x[:-1]),
+        weight[1],
+        weight[0],
+        u[1],
+        core=core,
+        dtype=dtype,
+        device=device,
+        needs_dx=needs_dx,
+        needs_delta=needs_delta,
+        singular_basis=singular_basis,
+        resident=resident,
+    )
+
+
+_known_plan = functools.lru_cache(4096)(_plan_for)

