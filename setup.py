@@ -68,7 +68,7 @@ def extensions() -> dict:
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as e:
-        advice = "pip install --no-build-isolation fastspec"
+        advice = "install torch first, then this folder by pip install --no-build-isolation"
         for part in PARTS:
             note(part, f"torch was not there at installation ({e}): {advice}")
         return {}

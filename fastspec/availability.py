@@ -49,8 +49,13 @@ def backends() -> Backends:
         ("accelerate", "glue"),
         ("peft", "peft"),
     ]:
-        out[name] = _module(name, f"optional: pip install 'fastspec[{extra}]'")
+        out[name] = _module(name, f"optional; {install_advice(extra)}")
     return out
+
+
+def install_advice(extra: str) -> str:
+    """How to get the libraries of an optional extra: from a checkout, not by name from an index."""
+    return f"in a checkout of fastspec: pip install --no-build-isolation -e '.[{extra}]'"
 
 
 def _module(name: str, advice: str) -> Backend:

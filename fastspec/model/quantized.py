@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastspec.availability import install_advice
 from fastspec.config import SpectralConfig
 from fastspec.cores import core_matrix
 from fastspec.model.convert import spectralize
@@ -118,9 +119,7 @@ def _by_torchao(layers: list[SpectralLinear], config: Any) -> None:
     try:
         from torchao.quantization import quantize_
     except ImportError as e:
-        raise ImportError(
-            f"quantize_base needs torchao: pip install 'fastspec[quant]' ({e})"
-        ) from e
+        raise ImportError(f"quantize_base needs torchao ({e}); {install_advice('quant')}") from e
     for layer in layers:
         quantize_(layer, config, filter_fn=lambda module, name: isinstance(module, SpectralLinear))
         layer.__dict__.pop("extra_repr", None)  # torchao puts its own on the instance

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
+from fastspec.availability import install_advice
+
 SUPPORTED = "0.21"
 
 
@@ -22,7 +24,7 @@ def require_peft() -> None:
         version = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(
-            "fastspec.peft needs PEFT, which is not installed: pip install 'fastspec[peft]'"
+            f"fastspec.peft needs PEFT, which is not installed; {install_advice('peft')}"
         ) from None
     if version.split(".")[:2] != SUPPORTED.split("."):
         raise ImportError(

