@@ -87,11 +87,3 @@ def test_its_code_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(mixed[0], alone[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(mixed[1], alone[1], atol=1e-3)
     assert list(names["bank"]) == ["films"]
-
-
-def test_nobody_is_told_to_install_another_projects_package():
-    """The index's `fastspec` is not this one: installation is from a checkout."""
-    told = re.compile(r"pip install[^\n`]*\bfastspec\b")
-    places = [README, ROOT / "setup.py", ROOT / "Makefile", *ROOT.glob("docs/*.md")]
-    places += [p for room in ("fastspec", "kernels") for p in (ROOT / room).rglob("*.py")]
-    assert [str(p) for p in places if told.search(p.read_text())] == []
