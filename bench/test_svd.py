@@ -36,12 +36,12 @@ SLOW = 1.0  # seconds: what takes longer is run once
 @contextmanager
 def python_path() -> Iterator[None]:
     """topk_svd as it runs where csrc/ was not built."""
-    original = _extension.unavailable_reason
-    _extension.unavailable_reason = lambda: "hidden by the benchmark"
+    original = _extension.load
+    _extension.load = lambda *_, **__: "hidden by the benchmark"
     try:
         yield
     finally:
-        _extension.unavailable_reason = original
+        _extension.load = original
 
 
 def on_python_path(w: Tensor, k: int, tol: float) -> svd_problems.Triplets:
@@ -92,7 +92,7 @@ class Candidate:
 def compare(problem: Problem, k: int, peers: dict, rounds: int) -> dict[str, Candidate]:
     stacks = problem.build()
     ours = {PYTHON: lambda w, k: on_python_path(w, k, problem.tol)}
-    if _extension.unavailable_reason() is None:
+    if _extension.load() is None:
         ours[OURS] = lambda w, k: svd_problems.triplets_of_topk(w, k, problem.tol)
     found = {name: Candidate(run, stacks, k, None) for name, run in ours.items()}
     for name, candidate in found.items():
@@ -250,7 +250,7 @@ def test_svd_workspace(name: str, show) -> None:
 
 def columns_iterated(w: Tensor, k: int) -> int:
     """Basis vectors that the first matrix needed, by the step limit that just suffices."""
-    width = krylov.block_width(k, min(w.shape[1:]), _extension.unavailable_reason() is None)
+    width = krylov.block_width(k, min(w.shape[1:]), _extension.load() is None)
     low, high = 1, min(w.shape[1:]) // width
     while low < high:
         steps = (low + high) // 2
@@ -259,7 +259,7 @@ def columns_iterated(w: Tensor, k: int) -> int:
     return low * width
 
 
-@pytest.mark.skipif(_extension.unavailable_reason() is not None, reason="csrc/ is not compiled")
+@pytest.mark.skipif(_extension.load() is not None, reason="csrc/ is not compiled")
 @pytest.mark.parametrize("n", [32, 64, 128, 256])
 def test_svd_eigensolver(n: int, rounds, show) -> None:
     """Jacobi, which is for GPUs, against LAPACK on the CPU: why the CPU keeps LAPACK."""

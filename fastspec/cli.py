@@ -29,6 +29,7 @@ COMMANDS = {
         "fastspec.model.quantized",
         "memory of an adapted model over float and quantised bases",
     ),
+    "build": ("fastspec.build", "compile the C++ and CUDA parts ahead of their first use"),
     "backends": (
         "fastspec.availability",
         "say which implementations are there, and why any is not",

@@ -20,9 +20,10 @@ class SpectralConfig:
     """What `spectralize` does to a model.
 
     Args:
-        rank: directions kept per matrix: a count, a fraction of `min(in, out)` in (0, 1], `"full"`, or
-            a mapping from regular expressions over module names to any of these (first match wins;
-            the key `"default"` serves the rest, and without it unmatched modules stay plain).
+        rank: directions kept per matrix: a count (a matrix with a shorter side keeps all it has, unless
+            `target_modules` lists it), a fraction of `min(in, out)` in (0, 1], `"full"`, or a mapping
+            from regular expressions over module names to any of these (first match wins; the key
+            `"default"` serves the rest, and without it unmatched modules stay plain).
         core: `"diag"` trains a vector [k], `"band"` the `2 * half_width + 1` diagonals around the main
             one, `"dense"` the whole k x k matrix between the frozen bases.
         half_width: band half-width, diagonals on each side (core="band" only).

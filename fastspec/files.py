@@ -32,6 +32,13 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
+def cache_dir() -> Path:
+    """`$FASTSPEC_CACHE`, or `fastspec` in the user's cache folder; made when first written to."""
+    if folder := os.environ.get("FASTSPEC_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastspec"
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` so that `path` holds either its former content or all of the new one."""
     with whole_file(path) as f:

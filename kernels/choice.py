@@ -1,9 +1,9 @@
 """Which candidate serves a kind of call on a GPU: timed once on the user's own card, then remembered.
 
 A kind of call is its operator, core, dtype, sizes (rows to the next power of two) and what it must
-return. Its fastest candidate is kept in memory and in one file per device and versions under
-`cache_dir()`. `FASTSPEC_BACKEND` forces a candidate. Nothing is timed in deterministic mode (another run
-could choose, and so round, differently), while a CUDA graph is captured, while torch.compile traces, or
+return. Its fastest candidate is kept in memory and in one file per device and versions in the cache
+folder. `FASTSPEC_BACKEND` forces a candidate. Nothing is timed in deterministic mode (another run could
+choose, and so round, differently), while a CUDA graph is captured, while torch.compile traces, or
 where there is one candidate only: the `rule` decides then, while tracing after what was timed before.
 """
 
@@ -24,17 +24,10 @@ import triton
 from torch import Tensor
 
 from fastspec import __version__
-from fastspec.files import write_json
+from fastspec.files import cache_dir, write_json
 from fastspec.kernels import tiles
 
 NAMES = ("triton", "descriptors", "merged", "aten")
-
-
-def cache_dir() -> Path:
-    """`$FASTSPEC_CACHE`, or `fastspec` in the user's cache folder; made when first written to."""
-    if folder := os.environ.get("FASTSPEC_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastspec"
 
 
 class Choices:

@@ -202,7 +202,7 @@ def to_int8(net):
             None,
             {"target_modules": ["query"]},
             ValueError,
-            r"matches no linear layer.*blocks\.0\.up",
+            r"target_modules names 'query', which is no linear layer.*blocks\.0\.up",
         ),
         (None, {"modules_to_save": ["pooler"]}, ValueError, "pooler"),
     ],

@@ -13,9 +13,7 @@ import torch
 
 from fastspec import _extension
 
-pytestmark = pytest.mark.skipif(
-    _extension.unavailable_reason() is not None, reason=str(_extension.unavailable_reason())
-)
+pytestmark = pytest.mark.skipif(_extension.load() is not None, reason=str(_extension.load()))
 
 
 def topk(

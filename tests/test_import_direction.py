@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The lowest first. Rooms of one line do not know each other.
 ORDER = (
-    ("cores", "files", "fingerprint", "_extension"),
-    ("config", "availability", "kernels"),
+    ("cores", "files", "fingerprint", "_build"),
+    ("config", "_extension"),
+    ("availability", "build", "kernels"),
     ("ops", "svd"),
     ("nn",),
     ("model",),

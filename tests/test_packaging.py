@@ -1,11 +1,11 @@
 """What installing and importing promise: lean, optional parts optional, nothing missing from the wheel."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 import torch.utils.cpp_extension
 
 import fastspec
+from fastspec import _build
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,6 +117,15 @@ def sources(tmp_path_factory):
     return copy
 
 
+def small_sources(sources, tmp_path):
+    """The sources with a C++ part that compiles at once."""
+    copy = shutil.copytree(sources, tmp_path / "sources")
+    shutil.rmtree(copy / "csrc")
+    (copy / "csrc").mkdir()
+    (copy / "csrc" / "one.cpp").write_text('extern "C" int fastspec_one() { return 1; }\n')
+    return copy
+
+
 def build_wheel(sources, folder, **environment):
     """The folder a wheel of the sources unpacks to."""
     subprocess.run(
@@ -146,17 +156,19 @@ def reason(site, cwd):
     ).splitlines()
 
 
-def test_a_skipped_build_says_so(installed, tmp_path):
+def test_a_skipped_build_says_so(installed, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSPEC_CACHE", str(tmp_path))
     for line in reason(installed, tmp_path):
         assert "False skipped at installation by FASTSPEC_NO_EXT=1" in line
 
 
-def test_a_failing_compiler_leaves_a_working_library_and_its_reason(sources, tmp_path):
-    site = build_wheel(sources, tmp_path, CXX="/bin/false", CC="/bin/false")
-    cpu, cuda = reason(site, tmp_path)
-    assert "extension False the build failed" in cpu
-    if torch.version.cuda is None:
-        assert "extension_cuda False the build failed" in cuda or "without CUDA" in cuda
+def test_a_failing_compiler_leaves_a_working_library_and_its_reason(sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTSPEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("CC", "/bin/false")
+    site = build_wheel(sources, tmp_path)
+    for line in reason(site, tmp_path):
+        assert "False the build failed" in line
     out = python(
         "import sys; sys.path.insert(0, sys.argv[1]); import fastspec, torch\n"
         "layer = fastspec.SpectralLinear(8, 6, rank=2); layer(torch.ones(3, 8)).sum().backward()\n"
@@ -165,6 +177,107 @@ def test_a_failing_compiler_leaves_a_working_library_and_its_reason(sources, tmp
         cwd=tmp_path,
     )
     assert "torch.Size([2])" in out
+    # tried again at first use, in vain, and remembered: the next process does not compile
+    (failure,) = (tmp_path / "cache").rglob("_C.failed")
+    assert "the build failed" in failure.read_text()
+    assert "the build failed" in reason(site, tmp_path)[0]
+
+
+FIRST_USE = (
+    "import sys; sys.path.insert(0, sys.argv[1]); import torch, fastspec\n"
+    "from fastspec import _extension\n"
+    "assert _extension.unavailable_reason() is not None  # a query loads and builds nothing\n"
+    "fastspec.SpectralLinear(8, 6, rank=2)\n"
+    "print(_extension.unavailable_reason())"
+)
+
+
+def test_what_was_not_built_is_compiled_once_at_first_use(sources, tmp_path):
+    """Two processes at once: one compiles, with one line before and one after, the other waits."""
+    copy = small_sources(sources, tmp_path)
+    site = build_wheel(copy, tmp_path, FASTSPEC_NO_EXT="1")
+    assert not list(site.rglob("*.so"))
+    environment = {**os.environ, "FASTSPEC_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", FIRST_USE, str(site)]
+    both = [
+        subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment, cwd=tmp_path)
+        for _ in range(2)
+    ]
+    ended = [process.communicate() for process in both]
+    said = "".join(err for _, err in ended)
+    assert [out.strip() for out, _ in ended] == ["None", "None"], said
+    assert said.count("compiling _C once") == 1
+    assert said.count("_C compiled in") == 1
+    again = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
+    assert (again.stdout.strip(), again.stderr) == ("None", "")
+    forbidden = {**environment, "FASTSPEC_NO_EXT": "1"}
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=forbidden, cwd=tmp_path
+    )
+    assert "switched off by FASTSPEC_NO_EXT=1" in told.stdout
+
+
+def test_the_build_command_compiles_ahead_of_time(sources, tmp_path):
+    site = build_wheel(small_sources(sources, tmp_path), tmp_path, FASTSPEC_NO_EXT="1")
+    environment = {
+        **os.environ,
+        "FASTSPEC_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(site),
+    }
+    command = [sys.executable, "-m", "fastspec", "build", "--part", "_C"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
+    assert run.stdout.startswith("_C: built in")
+    assert len(list((tmp_path / "cache").rglob("_C.so"))) == 1
+    failed = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**environment, "CXX": "/bin/false"},
+        cwd=tmp_path,
+    )
+    assert failed.returncode == 1
+    assert "_C: not built: the build failed" in failed.stdout
+
+
+def test_a_source_distribution_holds_what_it_builds_from(sources, tmp_path):
+    subprocess.run(
+        [sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist('out')"],
+        check=True,
+        cwd=shutil.copytree(sources, tmp_path / "copy"),
+        env={**os.environ, "FASTSPEC_NO_EXT": "1"},
+        capture_output=True,
+    )
+    (archive,) = (tmp_path / "copy" / "out").glob("fastspec_torch-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        have = {name.partition("/")[2] for name in tar.getnames()}
+    for folder in ("fastspec", "kernels", "csrc"):
+        for file in (sources / folder).rglob("*"):
+            if file.suffix in (".py", ".cpp", ".cu", ".h"):
+                assert file.relative_to(sources).as_posix() in have
+
+
+@pytest.mark.slow
+def test_an_isolated_installation_ends_with_the_compiled_part(sources, tmp_path):
+    """pip's default: the build environment has no torch; the first use compiles all of csrc."""
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
+    subprocess.run([*command, str(sources)], check=True)
+    out = python(
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch, fastspec\n"
+        "found = fastspec.topk_svd(torch.randn(3, 96, 64), 8)\n"
+        "layer = fastspec.SpectralLinear(8, 6, rank=2); layer(torch.ones(3, 8)).sum().backward()\n"
+        "print(fastspec.__file__); print(bool(found.converged.all())); print(fastspec.backends())",
+        str(site),
+        cwd=tmp_path,
+        env={**os.environ, "FASTSPEC_CACHE": str(tmp_path / "cache")},
+    )
+    assert out.startswith(str(site))
+    assert "True" in out
+    assert "extension      yes" in out
 
 
 def test_wheel_holds_every_module_and_no_top_level_kernels(installed):
@@ -191,24 +304,15 @@ def test_installed_package_works_outside_the_repository(installed, tmp_path):
 
 def test_a_wheel_built_with_a_compiler_holds_the_library(sources, tmp_path):
     """Of a source that compiles at once: what is in it does not matter here."""
-    copy = tmp_path / "sources"
-    shutil.copytree(sources, copy)
-    shutil.rmtree(copy / "csrc")
-    (copy / "csrc").mkdir()
-    (copy / "csrc" / "one.cpp").write_text('extern "C" int fastspec_one() { return 1; }\n')
-    site = build_wheel(copy, tmp_path)
+    site = build_wheel(small_sources(sources, tmp_path), tmp_path)
     assert (site / "fastspec" / "_C.so").exists()
     cpu, _ = reason(site, tmp_path)
     assert cpu.startswith("extension True")
 
 
 @pytest.fixture
-def cuda_setup(monkeypatch, tmp_path):
-    """setup.py beside a torch with CUDA on a machine with nvcc and no GPU."""
-    spec = importlib.util.spec_from_file_location("fastspec_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    monkeypatch.setattr(setup, "NOTES", tmp_path / "_build.txt")
+def cuda_torch(monkeypatch):
+    """A torch with CUDA on a machine with nvcc and no GPU."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -216,38 +320,39 @@ def cuda_setup(monkeypatch, tmp_path):
     monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: flags, raising=False)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-    return setup
 
 
-def test_without_a_gpu_the_cuda_part_is_built_for_what_torch_was(cuda_setup):
-    (part,) = cuda_setup.cuda_part()
+@pytest.mark.usefixtures("cuda_torch")
+def test_without_a_gpu_the_cuda_part_is_built_for_what_torch_was():
+    part = _build.extension("_C_cuda", ["csrc/jacobi.cu"])
     assert part.name == "fastspec._C_cuda"
-    assert part.sources == ["csrc/jacobi.cu"]
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0;10.0;12.0+PTX"
     flags = torch.utils.cpp_extension._get_cuda_arch_flags()
     assert "-gencode=arch=compute_120,code=compute_120" in flags
     assert len(flags) == 6
 
 
-def test_the_architectures_asked_for_are_kept(cuda_setup, monkeypatch):
+@pytest.mark.usefixtures("cuda_torch")
+def test_the_architectures_asked_for_are_kept(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
-    cuda_setup.cuda_part()
+    _build.extension("_C_cuda", ["csrc/jacobi.cu"])
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0a"
 
 
-def test_a_visible_gpu_decides_for_itself(cuda_setup, monkeypatch):
+@pytest.mark.usefixtures("cuda_torch")
+def test_a_visible_gpu_decides_for_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cuda_setup.cuda_part()
+    _build.extension("_C_cuda", ["csrc/jacobi.cu"])
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ
 
 
+@pytest.mark.usefixtures("cuda_torch")
 @pytest.mark.parametrize("lacks", ["CUDA in torch", "nvcc"])
-def test_what_the_cuda_part_lacks_is_noted(cuda_setup, monkeypatch, lacks):
+def test_what_the_cuda_part_lacks_is_said(monkeypatch, lacks):
     if lacks == "nvcc":
         monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     else:
         monkeypatch.setattr(torch.version, "cuda", None)
-    assert cuda_setup.cuda_part() == []
-    note = cuda_setup.NOTES.read_text()
-    assert note.startswith("_C_cuda: ")
-    assert ("nvcc was not found" if lacks == "nvcc" else "without CUDA") in note
+    why = "nvcc was not found" if lacks == "nvcc" else "without CUDA"
+    with pytest.raises(_build.CannotBuildError, match=why):
+        _build.extension("_C_cuda", ["csrc/jacobi.cu"])

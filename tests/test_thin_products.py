@@ -8,7 +8,7 @@ from fastspec import _extension
 
 pytestmark = pytest.mark.skipif(
     not _extension.has_thin_products(),
-    reason=f"no compiled part: {_extension.unavailable_reason()}",
+    reason=f"no compiled part: {_extension.load()}",
 )
 
 needs_merge = pytest.mark.skipif(

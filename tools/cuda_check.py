@@ -62,7 +62,7 @@ def rows(library: Path) -> list[tuple[str, str, int, int, int]]:
 
 
 def main() -> None:
-    reason = _extension.cuda_unavailable_reason()
+    reason = _extension.load("_C_cuda", build=False)
     if reason is not None:
         sys.exit(f"the CUDA part is not there: {reason}")
     for operator in ("fastspec::jacobi_eigh", "fastspec::topk_svd"):

@@ -34,7 +34,7 @@ from fastspec.files import write_atomically, write_json
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.model.convert import Adaptation, adaptation, spectralize
 from fastspec.model.fsdp import FACTORS, assign, is_sharded, reshard, whole
-from fastspec.model.targets import find_targets, is_norm, spectral_layers
+from fastspec.model.targets import find_targets, is_norm, spectral_layers, unwrap
 
 TENSOR_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -60,11 +60,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model is not a spectralized one, or a value to save is not finite.
+        ValueError: the model is not a spectralized one, a value to save is not finite, or a parameter is
+            trainable that the adapter would not hold.
     """
+    model = unwrap(model)
     adapted = adaptation_of(model)
     reshard(model)
     own = adapter_tensors(model)
+    left_out = [n for n, p in model.named_parameters() if p.requires_grad and n not in own]
+    if left_out:
+        raise ValueError(
+            f"{left_out[0]} is trainable but no part of the adapter, which could then not be loaded into "
+            "its own base: name its module in modules_to_save, or freeze it again; nothing was written"
+        )
     tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in own.items()}
     bad = next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
     if bad is not None:
@@ -105,13 +113,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         AdapterError: damaged files, other base weights, another rank or kind of core, heads of another
             size, values that are not finite. The model is unchanged.
     """
+    wrapper, model = model, unwrap(model)
     reshard(model)
     config, (tensors,) = read_adapters(model, [folder])
     if next(spectral_layers(model), None) is None:
         spectralize_for(model, config, folder)
     for name, target in adapter_tensors(model).items():
         assign(target, tensors[name])
-    return model
+    return wrapper
 
 
 def read_adapters(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastspec.model.targets import (
     find_targets,
     is_norm,
     spectral_layers,
+    unwrap,
 )
 from fastspec.nn.linear import SpectralLayer, SpectralLinear
 from fastspec.svd.basis_file import load_basis
@@ -60,6 +62,12 @@ def spectralize(
             does not fit. The message names the module, and the model is unchanged.
     """
     config = config or SpectralConfig()
+    wrapper, model = model, unwrap(model)
+    if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel already, which has made its list of what "
+            "is trained: call spectralize first"
+        )
     targets, heads = find_targets(model, config)
 
     unique: dict[tuple, int] = {}
@@ -103,17 +111,39 @@ def spectralize(
     for name in heads:
         model.get_submodule(name).requires_grad_(True)
     model.spectral = Adaptation(config, heads)  # type: ignore[assignment]
-    return model
+    if config.target_modules == "all-linear":
+        _warn_of_stacks(model)
+    return wrapper
+
+
+def _warn_of_stacks(model: nn.Module) -> None:
+    """Say that stacks of matrices (experts in one parameter) stay plain, where they are much of the model."""
+    stacks = {
+        f"{name}.{leaf}": parameter.numel()
+        for name, module in model.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+        and min(parameter.shape[1:]) >= 8
+        and not isinstance(module, nn.modules.conv._ConvNd)
+    }
+    share = sum(stacks.values()) / max(1, sum(p.numel() for p in model.parameters()))
+    if share > 0.01:
+        warnings.warn(
+            f"{share:.0%} of the model are stacks of matrices, such as {next(iter(stacks))}, which no "
+            "nn.Linear holds: they stay as they are, only the linear layers were adapted",
+            stacklevel=3,
+        )
 
 
 def adaptation(model: nn.Module) -> Adaptation | None:
     """What `spectralize` noted on the model; None for a plain one."""
-    found: Any = getattr(model, "spectral", None)
+    found: Any = getattr(unwrap(model), "spectral", None)
     return found
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, int]:
     """Counts of numbers: trainable in the adapter, trainable in the heads, total of all parameters."""
+    model = unwrap(model)
     adapted = adaptation(model)
     heads = adapted.modules_to_save if adapted is not None else ()
     counts = {"adapter": 0, "head": 0, "total": 0}
@@ -240,7 +270,7 @@ def _adapted(target: Target, factors: Factors, config: SpectralConfig) -> Spectr
         from fastspec.nn.conv1d import SpectralConv1D
 
         cls = SpectralConv1D
-    return cls.adopt(
+    layer = cls.adopt(
         target.module,
         directions=target.directions,
         core=config.core,
@@ -249,3 +279,12 @@ def _adapted(target: Target, factors: Factors, config: SpectralConfig) -> Spectr
         train_bias=config.train_bias,
         factors=factors,
     )
+    hook = layer.__dict__.pop("_hf_hook", None)
+    if (
+        hook is not None
+    ):  # accelerate's: its forward on the instance would go on calling the plain layer
+        from accelerate.hooks import add_hook_to_module
+
+        del layer.__dict__["forward"], layer.__dict__["_old_forward"]
+        add_hook_to_module(layer, hook)
+    return layer

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastspec.model.convert import adaptation
+from fastspec.model.targets import unwrap
 
 
 def parameter_groups(
@@ -44,12 +45,13 @@ def parameter_groups(
     Raises:
         ValueError: nothing is trainable, or no heads are given and the model is not a spectralized one.
     """
+    model = unwrap(model)
     if heads is None:
         adapted = adaptation(model)
         if adapted is None:
             raise ValueError(
-                "the model has no adapter: call fastspec.spectralize(model, config) first, pass the "
-                "model itself rather than a wrapper of it, or name the heads"
+                "the model has no adapter: call fastspec.spectralize(model, config) first, or name the "
+                "heads"
             )
         heads = adapted.modules_to_save
     heads = list(heads)

@@ -7,7 +7,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from fastspec.config import Rank, SpectralConfig, resolve_rank
 from fastspec.nn.linear import SpectralLayer
@@ -38,6 +43,7 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
     Raises:
         ValueError, TypeError: as `spectralize`.
     """
+    _check_names(model, config)
     if isinstance(model, nn.Linear) and not isinstance(model, SpectralLayer):
         raise TypeError(
             "model is a single nn.Linear, which can't be replaced in place: "
@@ -60,6 +66,8 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
         for m in parent.modules()
     }
     targets = []
+    served: set[int] = set()  # ranks that some layer has room for
+    lowered: dict[int, tuple[str, int]] = {}  # and those that a tiny one has not
     for name, module in model.named_modules():
         if not _is_linear(module) or not wanted(name) or excluded(name):
             continue
@@ -72,9 +80,19 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
                     "it can't be adapted: leave it out of target_modules"
                 )
             continue
-        rank = _rank_of(name, config, min(module.weight.shape))
+        if is_lazy(module.weight):
+            raise ValueError(f"{name}: a lazy layer without weights yet: run the model once first")
+        side = min(module.weight.shape)
+        rank = _rank_of(name, config, side)
         if rank is None:
             continue
+        if rank <= side:
+            served.add(rank)
+        elif explicit and not isinstance(config.target_modules, str):
+            raise _too_high(name, rank, side)
+        else:
+            lowered.setdefault(rank, (name, side))
+            rank = side
         check_layer(name, module)
         directions = Directions(rank, config.select, config.basis, config.tol, config.seed)
         try:
@@ -82,6 +100,9 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
         targets.append(Target(name, module, directions))
+    for rank, (name, side) in lowered.items():
+        if rank not in served:
+            raise _too_high(name, rank, side)
     if not targets:
         linear = [n for n, m in model.named_modules() if _is_linear(m)]
         shown = ", ".join(linear[:8]) + (", ..." if len(linear) > 8 else "")
@@ -90,6 +111,41 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
             f"{config.exclude_modules!r} matches no linear layer; the model has: {shown or 'none'}"
         )
     return targets, heads
+
+
+def _check_names(model: nn.Module, config: SpectralConfig) -> None:
+    """Refuse a name or pattern of the config that means nothing in this model, as a misspelt one does."""
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    for field in ("target_modules", "exclude_modules"):
+        value = getattr(config, field)
+        for pattern in () if isinstance(value, str) else value:
+            if not any(map(matcher([pattern]), linear)):
+                inside = [name for name in linear if f".{pattern}." in f".{name}"]
+                hint = f"; inside it are {', '.join(inside[:4])}" if inside else ""
+                raise ValueError(
+                    f"{field} names {pattern!r}, which is no linear layer of this model{hint}; the model "
+                    f"has: {', '.join(linear[:8])}{', ...' if len(linear) > 8 else ''}"
+                )
+    if isinstance(config.rank, Mapping):
+        for pattern in config.rank:
+            if pattern != "default" and not any(re.search(pattern, name) for name in linear):
+                raise ValueError(f"rank has the pattern {pattern!r}, which no linear layer matches")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel, DataParallel or an averaged copy.
+
+    They keep it as a submodule, so that its names would begin with `_orig_mod.` or `module.`.
+    """
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+        ):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
 
 
 def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
@@ -139,14 +195,53 @@ def check_layer(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"{name}: the weight is on the meta device, without values: load the weights first"
         )
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+    if weight.layout != torch.strided:
+        raise TypeError(f"{name}: the weight is sparse ({weight.layout}); expected a dense one")
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        raise TypeError(
+            f"{name}: the weight is made anew from other parameters at every use (weight_norm, pruning, "
+            "parametrizations): remove that first, or name the layer in exclude_modules"
+        )
+    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+        raise TypeError(
+            f"{name}: its forward was replaced on the instance, which would go on calling the plain "
+            "layer: undo that first and wrap the adapted layer, or name it in exclude_modules"
+        )
+    own_forward = type(module).forward is not nn.Linear.forward
+    if isinstance(module, nn.Linear) and own_forward and not _computes_linear(module):
         raise TypeError(
             f"{name}: {type(module).__name__} is an nn.Linear with a forward of its own, which the "
             "spectral layer would replace: name it in exclude_modules"
         )
 
 
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a subclass with a forward of its own still computes x W^T + b and holds nothing else."""
+    state = {*module._parameters, *module._buffers, *module._modules}
+    if state != {"weight", "bias"}:
+        return False
+    weight = module.weight
+    x = torch.linspace(-1, 1, 2 * module.in_features, device=weight.device, dtype=weight.dtype)
+    x = x.view(2, -1)
+    try:
+        y = type(module).forward(module, x)
+    except Exception:  # it takes more than x
+        return False
+    wanted = F.linear(x, weight, module.bias)
+    close = 64 * torch.finfo(weight.dtype).eps * (x.abs() @ weight.abs().mT).amax()
+    return y.shape == wanted.shape and bool(((y - wanted).abs() <= close).all())
+
+
+def _too_high(name: str, rank: int, side: int) -> ValueError:
+    return ValueError(
+        f"{name}: rank {rank} is above min(in, out) = {side}; "
+        "give a smaller rank, a fraction, or 'full'"
+    )
+
+
 def _rank_of(name: str, config: SpectralConfig, short_side: int) -> int | None:
+    """The rank that the config means for a layer, which may be above its short side; None: leave it plain."""
     if not isinstance(config.select, str):
         return config.select[1] - config.select[0]
     rank: Rank | None
@@ -157,13 +252,7 @@ def _rank_of(name: str, config: SpectralConfig, short_side: int) -> int | None:
             return None
     else:
         rank = config.rank
-    k = resolve_rank(rank, short_side)
-    if k > short_side:
-        raise ValueError(
-            f"{name}: rank {k} is above min(in, out) = {short_side}; "
-            "give a smaller rank, a fraction, or 'full'"
-        )
-    return k
+    return resolve_rank(rank, short_side)
 
 
 def matcher(pattern: str | Sequence[str]) -> Callable[[str], bool]:

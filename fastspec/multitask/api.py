@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastspec.config import SpectralConfig
 from fastspec.model.adapter import CONFIG_FILE, AdapterError, read_adapters, spectralize_for
-from fastspec.model.targets import spectral_layers
+from fastspec.model.targets import spectral_layers, unwrap
 from fastspec.multitask.bank import (
     CAPACITY,
     MAX_BYTES,
@@ -43,6 +43,7 @@ def task_bank(
     Raises:
         ValueError: the model is no spectralized one, or the tables would take more than `max_bytes`.
     """
+    model = unwrap(model)
     bank: TaskBank | None = getattr(model, "task_bank", None)
     if bank is None:
         return TaskBank(
@@ -138,7 +139,7 @@ def remove_task(model: nn.Module, name: str) -> None:
 
 def list_tasks(model: nn.Module) -> list[str]:
     """Names of a model's tasks, in the order they came."""
-    bank: TaskBank | None = getattr(model, "task_bank", None)
+    bank: TaskBank | None = getattr(unwrap(model), "task_bank", None)
     return list(bank or ())
 
 
@@ -183,6 +184,7 @@ def load_tasks(
             f"two of the folders are named {twice[0]!r}: tell them apart, as by "
             "name=lambda folder: folder.parent.name"
         )
+    model = unwrap(model)
     taken = list_tasks(model)
     for task in names:
         check_name(task, taken)
@@ -224,7 +226,7 @@ def _check_room(model: nn.Module, tasks: Sequence[Mapping[str, Tensor]], limit: 
 
 
 def _bank_of(model: nn.Module) -> TaskBank:
-    bank: TaskBank | None = getattr(model, "task_bank", None)
+    bank: TaskBank | None = getattr(unwrap(model), "task_bank", None)
     if bank is None:
         raise ValueError(
             "the model has no tasks: add_task(model, name) or load_tasks(model, folders) first"
