@@ -232,25 +232,12 @@ def test_empty_and_single_rows(n, plan):
 def test_opcheck(core, shape, forward):
     p = singular_problem(*shape, 3, core=core, n=6)
     for gradient in ("two_sided", "dense"):
-        args = (
-            p["x"].clone().requires_grad_(),
-            p["bias"],
-            *(p[n] for n in FACTORS),
-            core,
-            forward,
-            gradient,
-        )
-        args[6].requires_grad_()
+        x, delta = p["x"].clone().requires_grad_(), p["delta"].clone().requires_grad_()
+        factors = (p["u"], p["s"], p["vh"])
+        args = (x, p["weight"], p["bias"], *factors, delta, core, forward, gradient)
         torch.library.opcheck(torch.ops.fastspec.spectral_linear.default, args)
-        back = (
-            p["g"],
-            p["x"],
-            torch.randn(6, 3),
-            *(p[n].detach() for n in FACTORS),
-            core,
-            forward,
-            gradient,
-        )
+        saved = (p["x"], torch.randn(6, 3))
+        back = (p["g"], *saved, p["weight"], *factors, p["delta"], core, forward, gradient)
         for needs in ((True, True), (True, False), (False, True)):
             torch.library.opcheck(
                 torch.ops.fastspec.spectral_linear_backward.default, (*back, *needs)

@@ -204,11 +204,12 @@ def test_gradcheck(core):
 @pytest.mark.parametrize("core", CORES)
 def test_opcheck(core):
     p = problem(8, 12, 3, (2,), core)
-    factors = [p[n] for n in ("weight", "u", "s", "vh")]
-    table = p["table"].clone().requires_grad_()
-    args = (p["x"].clone().requires_grad_(), p["bias"], *factors, table, TASK, core, True, True)
+    factors = [p[n] for n in ("u", "s", "vh")]
+    x, table = p["x"].clone().requires_grad_(), p["table"].clone().requires_grad_()
+    args = (x, p["weight"], p["bias"], *factors, table, TASK, core, True, True)
     torch.library.opcheck(torch.ops.fastspec.task_linear.default, args)
-    back = (p["g"], torch.randn(len(TASK) * 2, 3), *factors, p["table"], TASK, core, True)
+    saved = torch.randn(len(TASK) * 2, 3)
+    back = (p["g"], saved, p["weight"], *factors, p["table"], TASK, core, True)
     for needs in ((True, True), (False, True)) if core == "diag" else ((True, False),):
         torch.library.opcheck(torch.ops.fastspec.task_linear_backward.default, (*back, *needs))
 

@@ -102,7 +102,7 @@ def spectral_linear(
     if effective is not None:
         weight = effective
     return spectral_operator.spectral_linear(
-        x, bias, weight, u, s, vh, delta, core, forward, gradient
+        x, weight, bias, u, s, vh, delta, core, forward, gradient
     )
 
 
@@ -165,7 +165,7 @@ def task_linear(
     full = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
     short = singular_basis and x.is_cpu and full
     saves_p = table.requires_grad and torch.is_grad_enabled()
-    return task_operator.task_linear(x, bias, weight, u, s, vh, table, task, core, short, saves_p)
+    return task_operator.task_linear(x, weight, bias, u, s, vh, table, task, core, short, saves_p)
 
 
 def _check_plan(
