@@ -18,10 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastspec.kernels import hopper, tiles
+from fastspec.kernels import MAX_RANK, hopper, tiles
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.choice import Call, describe
-from fastspec.kernels.sigma_grad import MAX_RANK, sigma_grad
+from fastspec.kernels.sigma_grad import sigma_grad
 
 Result = tuple[Tensor, Tensor]
 Candidates = dict[str, Callable[[], Result]]
