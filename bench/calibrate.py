@@ -17,13 +17,12 @@ import math
 
 import harness
 import numpy as np
-import torch
 import torch.nn.functional as F
 from scipy.optimize import differential_evolution
 from test_layers import basis, problem
 
 from fastspec.ops.functional import spectral_linear
-from fastspec.ops.plan import COSTS, Costs, Plan, legal_plans, work_of
+from fastspec.ops.plan import COSTS, Costs, LayerCall, Plan, weighed_plans, work_of
 
 SIZES = [(384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072)]
 ROWS = (64, 512, 2048)
@@ -35,32 +34,20 @@ BUCKETS = (8, 16, 32, 64, 128, 1 << 30)
 class Measured:
     """One layer and count of rows: every plan's time over the plain layer's."""
 
-    n: int
-    in_features: int
-    out_features: int
-    k: int
+    call: LayerCall
     ratios: dict[Plan, float]
 
-    @property
-    def plain_flops(self) -> int:
-        return 4 * self.n * self.in_features * self.out_features
-
     def regret(self, costs: Costs) -> float:
-        chosen = min(self.ratios, key=lambda plan: costs.of(self.work(plan), self.k))
+        chosen = min(self.ratios, key=lambda plan: costs.of(work_of(plan, self.call), self.call.k))
         return self.ratios[chosen] / min(self.ratios.values())
-
-    def work(self, plan: Plan):
-        return work_of(plan, self.n, self.in_features, self.out_features, self.k)
 
 
 def measure(n: int, k: int, factors, rounds: int) -> Measured:
     w = factors[0]
     out_features, in_features = w.shape
     p = problem(n, *factors, k)
-    plans = legal_plans(
-        n, in_features, out_features, k, core="diag", dtype=torch.float32, device="cpu",
-        needs_dx=True, needs_delta=True, singular_basis=True,
-    )  # fmt: skip
+    call = LayerCall(n, in_features, out_features, k)
+    plans = weighed_plans(call)
     repeats = max(1, round(2e8 / (n * in_features * out_features)))
 
     def run(call):
@@ -82,7 +69,7 @@ def measure(n: int, k: int, factors, rounds: int) -> Measured:
         warmup=1,
     )
     ratios = {plan: timing.ratios[str(plan)].median for plan in plans}
-    return Measured(n, in_features, out_features, k, ratios)
+    return Measured(call, ratios)
 
 
 def mean_regret(measured: list[Measured], costs: Costs) -> float:
@@ -116,12 +103,13 @@ def main() -> None:
             measured.append(m)
             best = sorted(m.ratios.items(), key=lambda item: item[1])
             shown = ", ".join(f"{plan} {ratio:.2f}" for plan, ratio in best)
-            print(f"{n:5} rows, {m.in_features} -> {m.out_features}, k={m.k}: {shown}", flush=True)
+            layer = f"{n:5} rows, {m.call.in_features} -> {m.call.out_features}, k={m.call.k}"
+            print(f"{layer}: {shown}", flush=True)
     harness.store(
         "calibrate",
         [
             {
-                "n": m.n, "in": m.in_features, "out": m.out_features, "k": m.k,
+                "n": m.call.n, "in": m.call.in_features, "out": m.call.out_features, "k": m.call.k,
                 "ratios": {str(plan): ratio for plan, ratio in m.ratios.items()},
             }
             for m in measured

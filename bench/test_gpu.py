@@ -119,13 +119,13 @@ def candidates(t: dict, capability: int) -> dict:
     x, g, w, b = t["x"], t["g"], t["w"], t["bias"]
     u, vh, delta = t["u"], t["vh"], t["delta"]
     s = torch.ones(len(delta), device=x.device)
-    factors = (w, u, s, vh, delta, "diag")
+    factors = (u, s, vh, delta, "diag")
 
-    def planned(route):
+    def planned(forward):
         return (
-            lambda: aten.spectral_linear(x, b, *factors, route, "two_sided"),
+            lambda: aten.spectral_linear(x, w, b, *factors, forward, "two_sided"),
             lambda p: aten.spectral_linear_backward(
-                g, None, p, *factors, route, "two_sided", True, True
+                g, None, p, w, *factors, forward, "two_sided", True, True
             ),
         )
 
@@ -137,7 +137,7 @@ def candidates(t: dict, capability: int) -> dict:
 
     def merged_backward(p):
         dx = aten.spectral_linear_backward(
-            g, None, p, *factors, "merged", "two_sided", True, False
+            g, None, p, w, *factors, "merged", "two_sided", True, False
         )[0]
         return dx, sigma_grad(g, u, p)
 

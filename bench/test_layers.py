@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastspec.ops import reference
 from fastspec.ops.functional import spectral_linear
-from fastspec.ops.plan import make_plan
+from fastspec.ops.plan import LayerCall, make_plan
 
 ROWS = (64, 512, 4096)
 SIDES = (384, 768, 1024, 4096)
@@ -116,7 +116,7 @@ def compare(size, ranks, rows, rounds) -> dict[str, dict]:
             warmup=1,
         )
         best = min(timing.ratios[label].median for label in PLAIN)
-        plan = str(make_plan(n, in_features, out_features, k))
+        plan = str(make_plan(LayerCall(n, in_features, out_features, k)))
         found[f"{n}x({in_features}->{out_features}) k={k}"] = {
             "speedup": best, "plan": plan, "noise": timing.noise,
         }  # fmt: skip

@@ -26,32 +26,32 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-enum class Form { Merged, Resident, Factored, Spectral };
+enum class Forward { Merged, Resident, Factored, Spectral };
 enum class Gradient { None, TwoSided, Short, Dense };
 
 struct Plan {
   Core core;
-  Form form;
+  Forward forward;
   Gradient gradient;
 
-  Plan(std::string_view core_name, std::string_view form_name, std::string_view gradient_name)
+  Plan(std::string_view core_name, std::string_view forward_name, std::string_view gradient_name)
       : core(core_named(core_name)),
-        form(choice<Form>(form_name, "forward",
-                          {{"merged", Form::Merged}, {"resident", Form::Resident}, {"factored", Form::Factored}, {"spectral", Form::Spectral}})),
+        forward(choice<Forward>(forward_name, "forward",
+                          {{"merged", Forward::Merged}, {"resident", Forward::Resident}, {"factored", Forward::Factored}, {"spectral", Forward::Spectral}})),
         gradient(choice<Gradient>(gradient_name, "gradient",
                                   {{"none", Gradient::None}, {"two_sided", Gradient::TwoSided},
                                    {"short", Gradient::Short}, {"dense", Gradient::Dense}})) {}
 
   // Whether one product with W + U C Vh computes the layer.
-  bool one_product() const { return form == Form::Merged || form == Form::Resident; }
+  bool one_product() const { return forward == Forward::Merged || forward == Forward::Resident; }
   bool saves_p() const { return gradient == Gradient::TwoSided || gradient == Gradient::Short; }
 };
 
 // The frozen factors and the core of one layer: u [out, k], s [k], vh [k, in].
 struct Layer {
-  const Tensor &weight, &u, &s, &vh, &delta;  // weight is W + U C Vh itself where the form is resident
+  const Tensor &weight, &u, &s, &vh, &delta;  // weight is W + U C Vh itself where the forward is resident
   Core core;
-  Form form;
+  Forward forward;
 
   int64_t out_features() const { return weight.size(0); }
   int64_t in_features() const { return weight.size(1); }
@@ -111,7 +111,7 @@ void merge_rows(const Tensor& weight, const Tensor& left_in, const Tensor& right
 
 // W + U C Vh in scratch (F2): valid until the next call on this thread takes the buffer.
 Tensor merged(const Layer& layer) {
-  if (layer.form == Form::Resident) return layer.weight;
+  if (layer.forward == Forward::Resident) return layer.weight;
   // the untouched weight: the first step is the pretrained model's bit for bit
   if (all_zero(layer.delta)) return layer.weight;
   const int64_t rows = layer.out_features(), cols = layer.in_features();
@@ -180,11 +180,11 @@ Tensor dense_gradient(const Tensor& g, const Tensor& x, const Layer& layer) {
 
 // y [..., out] and p [N, k] (no rows where the plan saves none).
 std::tuple<Tensor, Tensor> spectral_linear(
-    const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
+    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
+    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view forward,
     std::string_view gradient) {
-  const Plan plan(core, form, gradient);
-  const Layer layer{weight, u, s, vh, delta, plan.core, plan.form};
+  const Plan plan(core, forward, gradient);
+  const Layer layer{weight, u, s, vh, delta, plan.core, plan.forward};
   const int64_t in = layer.in_features(), out = layer.out_features(), k = u.size(1);
   const auto dtype = x.scalar_type();
   const Tensor x2 = x.reshape({-1, in});
@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor> spectral_linear(
   if (!plan.one_product() || (plan.saves_p() && !p_from_y)) p = project(x2, vh.to(dtype).t());
   if (plan.one_product()) {
     y = at::linear(x, merged(layer).to(dtype), bias);
-  } else if (plan.form == Form::Factored) {
+  } else if (plan.forward == Forward::Factored) {
     y = at::linear(x, weight.to(dtype), bias);
     y.view({-1, out}).addmm_(apply_core(p, delta, plan.core, true), u.to(dtype).t());
   } else if (!all_zero(delta)) {
@@ -222,19 +222,19 @@ std::tuple<Tensor, Tensor> spectral_linear(
 // dx [..., in] and d delta in delta's shape; what is not needed comes back empty.
 std::tuple<Tensor, Tensor> spectral_linear_backward(
     const Tensor& g, const OptTensor& x, const OptTensor& p, const Tensor& weight, const Tensor& u,
-    const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
+    const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view forward,
     std::string_view gradient, bool needs_dx, bool needs_delta) {
-  const Plan plan(core, form, gradient);
-  const Layer layer{weight, u, s, vh, delta, plan.core, plan.form};
+  const Plan plan(core, forward, gradient);
+  const Layer layer{weight, u, s, vh, delta, plan.core, plan.forward};
   const int64_t in = layer.in_features(), out = layer.out_features();
   const auto dtype = g.scalar_type();
   const Tensor g2 = g.reshape({-1, out});
   Tensor q, dx2;
   if (needs_dx) {
-    if (plan.form == Form::Spectral) {
+    if (plan.forward == Forward::Spectral) {
       q = project(g2, u);
       dx2 = at::mm(apply_sigma(q, layer, false), vh);
-    } else if (plan.form == Form::Factored) {
+    } else if (plan.forward == Forward::Factored) {
       q = project(g2, u.to(dtype));
       dx2 = at::mm(g2, weight.to(dtype)).addmm_(apply_core(q, delta, plan.core, false), vh.to(dtype));
     } else {
@@ -252,12 +252,12 @@ std::tuple<Tensor, Tensor> spectral_linear_backward(
 }
 
 std::tuple<Tensor, Tensor> call(
-    const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
+    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
+    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view forward,
     std::string_view gradient) {
   static const auto op = operator_handle<decltype(spectral_linear)>("fastspec::spectral_linear");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, bias, weight, u, s, vh, delta, core, form, gradient);
+  return op.call(x, weight, bias, u, s, vh, delta, core, forward, gradient);
 }
 
 using torch::autograd::AutogradContext;
@@ -266,10 +266,10 @@ using torch::autograd::variable_list;
 // Saves p [N, k] (F1), or x on the dense route (F4), and nothing where no coefficient gradient is wanted.
 struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u,
+      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u,
       const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core,
-      std::string_view form, std::string_view gradient) {
-    auto [y, p] = call(x, bias, weight, u, s, vh, delta, core, form, gradient);
+      std::string_view forward, std::string_view gradient) {
+    auto [y, p] = call(x, weight, bias, u, s, vh, delta, core, forward, gradient);
     const bool wanted = delta.requires_grad();
     const bool keeps_x = wanted && gradient == "dense";
     const bool keeps_p = wanted && (gradient == "two_sided" || gradient == "short");
@@ -278,7 +278,7 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
     ctx->save_for_backward(
         {keeps_x ? x : Tensor(), keeps_p ? p : Tensor(), weight, u, s, vh, delta});
     ctx->saved_data["core"] = std::string(core);
-    ctx->saved_data["form"] = std::string(form);
+    ctx->saved_data["forward"] = std::string(forward);
     ctx->saved_data["gradient"] = std::string(gradient);
     if (bias) ctx->saved_data["bias"] = bias->scalar_type();
     return {y, p};
@@ -292,33 +292,33 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
     if (!g.defined()) return out;
     const auto bias = ctx->saved_data.find("bias");
     const bool has_bias = bias != ctx->saved_data.end();
-    // edges are counted over the tensors that were given: x, bias, weight, u, s, vh, delta
-    const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(1),
+    // edges are counted over the tensors that were given: x, weight, bias, u, s, vh, delta
+    const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(2),
                needs_delta = ctx->needs_input_grad(5 + has_bias);
     const auto saved = ctx->get_saved_variables();
     if (needs_dx || needs_delta) {
       const auto given = [](const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; };
       auto [dx, ddelta] = op.call(
           g, given(saved[0]), given(saved[1]), saved[2], saved[3], saved[4], saved[5], saved[6],
-          ctx->saved_data["core"].toStringRef(), ctx->saved_data["form"].toStringRef(),
+          ctx->saved_data["core"].toStringRef(), ctx->saved_data["forward"].toStringRef(),
           ctx->saved_data["gradient"].toStringRef(), needs_dx, needs_delta);
       if (needs_dx) out[0] = dx;
       if (needs_delta) out[6] = ddelta;
     }
     if (needs_bias)
-      out[1] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
+      out[2] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
     return out;
   }
 };
 
 std::tuple<Tensor, Tensor> spectral_linear_autograd(
-    const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view form,
+    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
+    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view forward,
     std::string_view gradient) {
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || delta.requires_grad() || (bias && bias->requires_grad())))
-    return call(x, bias, weight, u, s, vh, delta, core, form, gradient);
-  auto out = SpectralLinear::apply(x, bias, weight, u, s, vh, delta, core, form, gradient);
+    return call(x, weight, bias, u, s, vh, delta, core, forward, gradient);
+  auto out = SpectralLinear::apply(x, weight, bias, u, s, vh, delta, core, forward, gradient);
   return {out[0], out[1]};
 }
 

@@ -83,7 +83,7 @@ Tensor reduce_cores(const Tensor& q_in, const Tensor& p_in, const Tensor& table,
 
 // y [B, ..., out] and p [N, k] (no rows where it is not saved).
 std::tuple<Tensor, Tensor> task_linear(
-    const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
+    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
     const Tensor& vh, const Tensor& table, const Tensor& task, std::string_view core, bool short_side,
     bool saves_p) {
   const int64_t out = weight.size(0), in = weight.size(1);
@@ -125,12 +125,12 @@ std::tuple<Tensor, Tensor> task_linear_backward(
 }
 
 std::tuple<Tensor, Tensor> call(
-    const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
+    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
     const Tensor& vh, const Tensor& table, const Tensor& task, std::string_view core, bool short_side,
     bool saves_p) {
   static const auto op = operator_handle<decltype(task_linear)>("fastspec::task_linear");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, bias, weight, u, s, vh, table, task, core, short_side, saves_p);
+  return op.call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
 }
 
 using torch::autograd::AutogradContext;
@@ -138,10 +138,10 @@ using torch::autograd::variable_list;
 
 struct TaskLinear : torch::autograd::Function<TaskLinear> {
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u,
+      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u,
       const Tensor& s, const Tensor& vh, const Tensor& table, const Tensor& task, std::string_view core,
       bool short_side, bool saves_p) {
-    auto [y, p] = call(x, bias, weight, u, s, vh, table, task, core, short_side, saves_p);
+    auto [y, p] = call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({p});
     ctx->save_for_backward({saves_p ? p : Tensor(), weight, u, s, vh, table, task});
@@ -159,8 +159,8 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
     if (!g.defined()) return out;
     const auto bias = ctx->saved_data.find("bias");
     const bool has_bias = bias != ctx->saved_data.end();
-    // edges are counted over the tensors that were given: x, bias, weight, u, s, vh, table, task
-    const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(1),
+    // edges are counted over the tensors that were given: x, weight, bias, u, s, vh, table, task
+    const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(2),
                needs_table = ctx->needs_input_grad(5 + has_bias);
     const auto saved = ctx->get_saved_variables();
     if (needs_dx || needs_table) {
@@ -172,19 +172,19 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
       if (needs_table) out[6] = dtable;
     }
     if (needs_bias)
-      out[1] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
+      out[2] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
     return out;
   }
 };
 
 std::tuple<Tensor, Tensor> task_linear_autograd(
-    const Tensor& x, const OptTensor& bias, const Tensor& weight, const Tensor& u, const Tensor& s,
+    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
     const Tensor& vh, const Tensor& table, const Tensor& task, std::string_view core, bool short_side,
     bool saves_p) {
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || table.requires_grad() || (bias && bias->requires_grad())))
-    return call(x, bias, weight, u, s, vh, table, task, core, short_side, saves_p);
-  auto out = TaskLinear::apply(x, bias, weight, u, s, vh, table, task, core, short_side, saves_p);
+    return call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
+  auto out = TaskLinear::apply(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
   return {out[0], out[1]};
 }
 

@@ -18,10 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastspec.kernels import hopper, tiles
+from fastspec.kernels import MAX_RANK, hopper, tiles
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.choice import Call, describe
-from fastspec.kernels.sigma_grad import MAX_RANK, sigma_grad
+from fastspec.kernels.sigma_grad import sigma_grad
 
 Result = tuple[Tensor, Tensor]
 Candidates = dict[str, Callable[[], Result]]
@@ -29,8 +29,8 @@ Candidates = dict[str, Callable[[], Result]]
 
 def spectral_linear(
     x: Tensor,  # [..., in]
-    bias: Tensor | None,  # [out]
     weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
     u: Tensor,  # [out, k]
     s: Tensor,  # [k]
     vh: Tensor,  # [k, in]
@@ -43,15 +43,15 @@ def spectral_linear(
     trace: bool = False,
 ) -> Result | None:
     """y [..., out] and p [N, k] (no rows where the plan saves none), as `aten` gives them."""
-    factors = (weight, u, s, vh, delta, core)
+    operands = (x, weight, bias, u, s, vh, delta, core)
     saves_p = gradient == "two_sided"
 
-    def planned(route: str) -> Callable[[], Result]:
-        return lambda: aten(x, bias, *factors, route, gradient)
+    def planned(forward: str) -> Callable[[], Result]:
+        return lambda: aten(*operands, forward, gradient)
 
     candidates = {"aten": planned(forward)}
     if _by_p(forward, gradient):
-        fused = _fused_forward(x, bias, weight, u, vh, delta, core, None, saves_p)
+        fused = _fused_forward(x, weight, bias, u, vh, delta, core, None, saves_p)
         candidates |= fused
         if fused and x.dtype == torch.float32 and forward != "merged":
             candidates["merged"] = planned("merged")
@@ -81,8 +81,8 @@ def spectral_linear_backward(
     """dx [..., in] and d delta; as `aten` gives them: empty where not needed."""
     factors = (weight, u, s, vh, delta, core)
 
-    def planned(route: str, delta_too: bool) -> Result:
-        return aten(g, x, p, *factors, route, gradient, needs_dx, delta_too)
+    def planned(forward: str, needs_delta: bool) -> Result:
+        return aten(g, x, p, *factors, forward, gradient, needs_dx, needs_delta)
 
     def merged() -> Result:
         dx = planned("merged", False)[0]
@@ -106,8 +106,8 @@ def spectral_linear_backward(
 
 def task_linear(
     x: Tensor,  # [B, ..., in]
-    bias: Tensor | None,  # [out]
     weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
     u: Tensor,  # [out, k]
     s: Tensor,  # [k]
     vh: Tensor,  # [k, in]
@@ -121,11 +121,11 @@ def task_linear(
     trace: bool = False,
 ) -> Result | None:
     """y [B, ..., out] and p [N, k] (no rows where it is not saved); only a diagonal core has kernels."""
-    operands = (x, bias, weight, u, s, vh, table, task, core, short, saves_p)
+    operands = (x, weight, bias, u, s, vh, table, task, core, short, saves_p)
     candidates: Candidates = {"aten": lambda: aten(*operands)}
     if core == "diag":
         rows = _task_of_rows(task, x)
-        candidates |= _fused_forward(x, bias, weight, u, vh, table, core, rows, saves_p)
+        candidates |= _fused_forward(x, weight, bias, u, vh, table, core, rows, saves_p)
     kind = describe("task fwd", core, x, weight, u.shape[1], saves_p, bias is not None)
     call = Call(kind, candidates, x, u.shape[1], traceable=not short)
     return call.trace() if trace else call.run()
@@ -165,8 +165,8 @@ def task_linear_backward(
 
 def _fused_forward(
     x: Tensor,
-    bias: Tensor | None,
     weight: Tensor,
+    bias: Tensor | None,
     u: Tensor,
     vh: Tensor,
     delta: Tensor,

@@ -18,7 +18,6 @@ from torch.library import wrap_triton
 from fastspec.cores import core_storage
 from fastspec.kernels import tiles
 
-MAX_RANK = 256
 RANK_TILE = 64  # columns of a rank tile at most; more come in chunks
 
 # ----------------------------------------------------------------------------------------- kernels

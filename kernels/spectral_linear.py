@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fastspec.cores import core_matrix
-from fastspec.kernels import tiles
+from fastspec.kernels import MAX_RANK, tiles
 from fastspec.kernels.sigma_grad import (
-    MAX_RANK,
     dot_precision,
     finish_gradient,
     gradient_slots,

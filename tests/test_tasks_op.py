@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from ops_support import Backward, check
 from support import TOLERANCE, assert_close, relative_error, singular_problem
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -59,12 +60,6 @@ def run(p, core, task=TASK, singular_basis=True, f=task_linear):
 def exact(p, core, task=TASK):
     doubles = {name: None if t is None else t.double() for name, t in p.items()}
     return run(doubles, core, task, f=reference.task_linear)
-
-
-def check(got, want, dtype=None):
-    for a, b in zip(got, want, strict=True):
-        if b is not None:
-            assert_close(a, b, dtype)
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -136,7 +131,7 @@ def test_a_small_singular_value_is_not_divided_by(sizes, smallest):
 
 @pytest.mark.parametrize("core", CORES)
 def test_gradients_by_needs(core):
-    """Without a trained table nothing is saved; without dx it is not computed."""
+    """Without a trained table nothing is saved and no gradient of it computed; so with dx."""
     p = problem(24, 40, 5, (3,), core)
     want = exact(p, core)
     factors = (p["u"], p["s"], p["vh"])
@@ -151,14 +146,16 @@ def test_gradients_by_needs(core):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             y = task_linear(x, p["weight"], p["bias"], *factors, table, TASK, core=core)
-        y.backward(p["g"])
-        return sum(kept)
+        with Backward("task_linear_backward") as backward:
+            y.backward(p["g"])
+        return sum(kept), backward.needs, backward.computed
 
     x = p["x"].clone().requires_grad_()
-    assert saved(x, p["table"]) == 0
+    assert saved(x, p["table"]) == (0, [(True, False)], [(x.numel(), 0)])
     assert_close(x.grad, want[1])
-    table = p["table"].requires_grad_()
-    assert saved(p["x"], table) == len(TASK) * 3 * 5
+    table = p["table"].clone().requires_grad_()
+    own.add(table.data_ptr())
+    assert saved(p["x"], table) == (len(TASK) * 3 * 5, [(False, True)], [(0, table.numel())])
     assert_close(table.grad, want[2])
 
 
@@ -204,11 +201,12 @@ def test_gradcheck(core):
 @pytest.mark.parametrize("core", CORES)
 def test_opcheck(core):
     p = problem(8, 12, 3, (2,), core)
-    factors = [p[n] for n in ("weight", "u", "s", "vh")]
-    table = p["table"].clone().requires_grad_()
-    args = (p["x"].clone().requires_grad_(), p["bias"], *factors, table, TASK, core, True, True)
+    factors = [p[n] for n in ("u", "s", "vh")]
+    x, table = p["x"].clone().requires_grad_(), p["table"].clone().requires_grad_()
+    args = (x, p["weight"], p["bias"], *factors, table, TASK, core, True, True)
     torch.library.opcheck(torch.ops.fastspec.task_linear.default, args)
-    back = (p["g"], torch.randn(len(TASK) * 2, 3), *factors, p["table"], TASK, core, True)
+    saved = torch.randn(len(TASK) * 2, 3)
+    back = (p["g"], saved, p["weight"], *factors, p["table"], TASK, core, True)
     for needs in ((True, True), (False, True)) if core == "diag" else ((True, False),):
         torch.library.opcheck(torch.ops.fastspec.task_linear_backward.default, (*back, *needs))
 

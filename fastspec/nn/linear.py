@@ -14,7 +14,7 @@ from fastspec.cores import Core, delta_shape
 from fastspec.nn.batch_tasks import current_rows
 from fastspec.ops import reference
 from fastspec.ops.functional import spectral_linear, task_linear
-from fastspec.ops.plan import Plan, make_plan
+from fastspec.ops.plan import LayerCall, Plan, make_plan, why_not
 from fastspec.svd.factors import Directions, Factors, factorize
 
 
@@ -119,10 +119,11 @@ class SpectralLayer(nn.Module):
 
     def plan(self, n: int, *, needs_dx: bool = True) -> Plan:
         """The plan of a training step over `n` rows (tokens); `needs_dx=False` for a first layer."""
-        if self.forced_plan is not None:
-            return self.forced_plan
+        return self.forced_plan or make_plan(self._call(n, needs_dx))
+
+    def _call(self, n: int, needs_dx: bool = True) -> LayerCall:
         out_features, in_features = self._matrix(self.weight).shape
-        return make_plan(
+        return LayerCall(
             n,
             in_features,
             out_features,
@@ -335,6 +336,8 @@ class SpectralLayer(nn.Module):
             parts.append("path=reference")
         else:
             parts.append(f"plan={self.plan(2048)} at 2048 rows")
+            if self.forced_plan and (reason := why_not(self.forced_plan, self._call(2048))):
+                parts.append(f"refused: {reason}")
         return ", ".join(parts)
 
 

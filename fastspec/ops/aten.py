@@ -19,7 +19,7 @@ from fastspec.cores import diagonals
 # more than 1/share on the short side: the call then takes the two-sided form. For a dense core the same
 # bound stands on 1 / cond_1(diag(S) + C), which for a diagonal core is the same share.
 SIGMA_FLOOR = 1e-2
-# The forms that compute by one product with W_eff; where it is resident, that is the given weight.
+# The forwards of one product with W_eff; where it is resident, that is the given weight.
 ONE_PRODUCT = ("merged", "resident")
 
 
@@ -94,10 +94,10 @@ def merge(weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str, out: 
 
 
 def _effective(
-    weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str, form: str
+    weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str, forward: str
 ) -> Tensor:
     """W_eff in scratch (F2): valid until the next call on this thread takes the buffer."""
-    if form == "resident":
+    if forward == "resident":
         return weight
     if weight.device.type == "cpu" and not delta.any():
         return weight  # the untouched weight: the first step is the pretrained model's bit for bit
@@ -130,14 +130,14 @@ def _unscaled(basis: Tensor, s: Tensor, delta: Tensor, core: str, *, left: bool)
 
 def spectral_linear(
     x: Tensor,
-    bias: Tensor | None,
     weight: Tensor,
+    bias: Tensor | None,
     u: Tensor,
     s: Tensor,
     vh: Tensor,
     delta: Tensor,
     core: str,
-    form: str,
+    forward: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor]:
     """y [..., out] and p [N, k] (no rows where the plan saves none)."""
@@ -147,11 +147,11 @@ def spectral_linear(
     x2 = x.reshape(-1, in_features)
 
     p_from_y = gradient == "short" and out_features < in_features
-    needs_p = form not in ONE_PRODUCT or (saves_p and not p_from_y)
+    needs_p = forward not in ONE_PRODUCT or (saves_p and not p_from_y)
     p = x2 @ vh.to(dtype).mT if needs_p else None
-    if p is None or form in ONE_PRODUCT:
-        y = F.linear(x, _effective(weight, u, vh, delta, core, form).to(dtype), bias)
-    elif form == "factored":
+    if p is None or forward in ONE_PRODUCT:
+        y = F.linear(x, _effective(weight, u, vh, delta, core, forward).to(dtype), bias)
+    elif forward == "factored":
         y = F.linear(x, weight.to(dtype), bias)
         z = apply_core(p, delta, core, transpose=True)
         y.view(-1, out_features).addmm_(z, u.to(dtype).mT)
@@ -184,7 +184,7 @@ def spectral_linear_backward(
     vh: Tensor,
     delta: Tensor,
     core: str,
-    form: str,
+    forward: str,
     gradient: str,
     needs_dx: bool,
     needs_delta: bool,
@@ -196,15 +196,15 @@ def spectral_linear_backward(
     q = dx2 = None
 
     if needs_dx:
-        if form == "spectral":
+        if forward == "spectral":
             q = g2 @ u
             dx2 = apply_sigma(q, s, delta, core) @ vh
-        elif form == "factored":
+        elif forward == "factored":
             q = g2 @ u.to(dtype)
             dx2 = g2 @ weight.to(dtype)
             dx2.addmm_(apply_core(q, delta, core), vh.to(dtype))
         else:
-            dx2 = g2 @ _effective(weight, u, vh, delta, core, form).to(dtype)
+            dx2 = g2 @ _effective(weight, u, vh, delta, core, forward).to(dtype)
     dx = dx2.view(*g.shape[:-1], in_features) if dx2 is not None else g.new_empty(0)
     if not needs_delta:
         return dx, delta.new_empty(0)

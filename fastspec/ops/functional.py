@@ -12,7 +12,9 @@ from fastspec.ops import aten, reference
 from fastspec.ops import spectral_linear as spectral_operator
 from fastspec.ops import task_linear as task_operator
 from fastspec.ops.operands import Sizes, cast, check_sizes, sizes_of
-from fastspec.ops.plan import Plan, make_plan, spectral_is_legal
+from fastspec.ops.plan import LayerCall, Plan, is_wide, make_plan, why_not
+
+DYNAMIC_ROWS = 2048  # rows assumed by a compiled or exported graph that takes any number
 
 
 def spectral_linear(
@@ -77,7 +79,8 @@ def spectral_linear(
     needs_delta = delta.requires_grad and torch.is_grad_enabled()
     # sizes may be symbolic while torch.compile traces: then they can't be looked up
     choose = _plan_for if torch.compiler.is_compiling() else _known_plan
-    chosen = choose(
+    plan = choose(
+        plan,
         sizes,
         core,
         x.dtype,
@@ -87,13 +90,7 @@ def spectral_linear(
         singular_basis,
         effective is not None,
     )
-    if plan is None:
-        plan = chosen
-    else:
-        _check_plan(plan, weight, u.shape[1], core, x.dtype, device, singular_basis)
     gradient = plan.gradient if needs_delta else "none"
-    if needs_delta and gradient == "none":
-        raise ValueError("plan.gradient is 'none' but delta requires a gradient")
     forward = plan.forward
     if forward == "saved":
         with torch.no_grad():
@@ -102,7 +99,7 @@ def spectral_linear(
     if effective is not None:
         weight = effective
     return spectral_operator.spectral_linear(
-        x, bias, weight, u, s, vh, delta, core, forward, gradient
+        x, weight, bias, u, s, vh, delta, core, forward, gradient
     )
 
 
@@ -162,48 +159,13 @@ def task_linear(
         return reference.task_linear(x, weight, bias, u, vh, table, task, core)
     x, bias = cast(x, weight, bias)
     # the identity needs y and dx in full precision, and its look at S would make a GPU wait
-    full = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    short = singular_basis and x.is_cpu and full
+    short = singular_basis and x.is_cpu and x.dtype == weight.dtype and is_wide(x.dtype)
     saves_p = table.requires_grad and torch.is_grad_enabled()
-    return task_operator.task_linear(x, bias, weight, u, s, vh, table, task, core, short, saves_p)
-
-
-def _check_plan(
-    plan: Plan,
-    weight: Tensor,
-    k: int,
-    core: str,
-    dtype: torch.dtype,
-    device: str,
-    singular_basis: bool,
-) -> None:
-    """Refuse a forced plan whose identities do not hold here."""
-    if plan.forward == "resident":
-        raise ValueError("plan.forward='resident' can't be forced: give `effective` instead")
-    if plan.forward == "saved" and plan.gradient != "dense":
-        raise ValueError(
-            "plan.forward='saved' saves a matrix as large as the weight: only beside gradient='dense', "
-            f"which saves x, got gradient={plan.gradient!r}"
-        )
-    if plan.gradient == "short" and not (singular_basis and core != "band"):
-        raise ValueError(
-            "plan.gradient='short' needs singular_basis=True and a diag or dense core: take 'two_sided'"
-        )
-    if plan.forward == "spectral":
-        if not spectral_is_legal(
-            weight.shape[1], weight.shape[0], k, dtype, device, singular_basis
-        ):
-            raise ValueError(
-                "plan.forward='spectral' needs a complete singular basis in float32 or float64 on a "
-                f"CPU, got k={k} of {min(weight.shape)}, {dtype}, {device}: take 'merged'"
-            )
-        if plan.gradient not in ("none", "two_sided"):
-            raise ValueError(
-                "plan.forward='spectral' has p and q at hand: gradient must be 'two_sided'"
-            )
+    return task_operator.task_linear(x, weight, bias, u, s, vh, table, task, core, short, saves_p)
 
 
 def _plan_for(
+    forced: Plan | None,
     sizes: Sizes,
     core: str,
     dtype: torch.dtype,
@@ -213,26 +175,39 @@ def _plan_for(
     singular_basis: bool,
     resident: bool,
 ) -> Plan:
-    """The plan of operands of these sizes, which are checked before.
+    """The plan of operands of these sizes, which are checked before; a forced one is checked too.
 
-    Both in one, looked up by position: on a small layer (64 rows of 384 x 384) the checks, the plan and
-    its keywords took 7 % of a step; the processor comes to them from a product, with cold caches.
+    All in one, looked up by position before there is a `LayerCall` to make and to hash: on a small layer
+    (64 rows of 384 x 384) the checks, the plan and its keywords took 7 % of a step; the processor comes to
+    them from a product, with cold caches.
     """
     check_sizes(sizes, core)
     x, weight, _, u, *_rest = sizes
-    return make_plan(
-        math.prod(x[:-1]),
+    n = math.prod(x[:-1])
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+        if not has_static_value(n):
+            n = DYNAMIC_ROWS  # to compare a varying size would compile again on every side of it
+    call = LayerCall(
+        n,
         weight[1],
         weight[0],
         u[1],
-        core=core,
-        dtype=dtype,
-        device=device,
-        needs_dx=needs_dx,
-        needs_delta=needs_delta,
-        singular_basis=singular_basis,
-        resident=resident,
+        core,
+        dtype,
+        device,
+        needs_dx,
+        needs_delta,
+        singular_basis,
+        resident,
     )
+    if forced is None:
+        return make_plan(call)
+    reason = why_not(forced, call)
+    if reason is not None:
+        raise ValueError(f"plan {forced} is refused: {reason}")
+    return forced
 
 
 _known_plan = functools.lru_cache(4096)(_plan_for)

@@ -1,20 +1,24 @@
 """The cost model: which of the equivalent formulas runs a given call (design section 2, F2 to F5).
 
-A plan is data. It is chosen per call from the sizes alone, can be printed (`layer.plan(n)`) and forced
-(`Plan("factored", "two_sided")`). Every plan computes the same numbers up to rounding.
+A plan is data. It is chosen for a `LayerCall`, which holds sizes and needs and no values, can be printed
+(`layer.plan(n)`) and forced (`Plan("factored", "two_sided")`). `why_not` says which are legal; every legal
+plan computes the same numbers up to rounding.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import itertools
+from typing import Literal, get_args
 
 import torch
 
+from fastspec.kernels import MAX_RANK
+
 Forward = Literal["merged", "saved", "resident", "factored", "spectral"]
 Gradient = Literal["none", "two_sided", "short", "dense"]
-FORWARDS = ("merged", "saved", "resident", "factored", "spectral")
-GRADIENTS = ("none", "two_sided", "short", "dense")
+FORWARDS: tuple[Forward, ...] = get_args(Forward)
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,120 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{self.forward}/{self.gradient}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of one layer, as far as the legality and the cost of a plan depend on it.
+
+    Args:
+        n: rows (tokens), counted after flattening leading dimensions.
+        in_features, out_features, k: the layer's sizes.
+        core: "diag", "band" or "dense".
+        dtype: the dtype of the products.
+        device: device type.
+        needs_dx: whether the gradient of the input is wanted.
+        needs_delta: whether the gradient of the coefficients is wanted.
+        singular_basis: whether `W V = U S` holds to rounding, which the singular identities rest on.
+        resident: whether the caller keeps W + U C Vh and gives it in the weight's place.
+    """
+
+    n: int
+    in_features: int
+    out_features: int
+    k: int
+    core: str = "diag"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    needs_dx: bool = True
+    needs_delta: bool = True
+    singular_basis: bool = True
+    resident: bool = False
+
+    @property
+    def short_side(self) -> int:
+        return min(self.in_features, self.out_features)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether products keep 32 bits or more; in 16 bits y, dx and a merged weight are rounded."""
+        return is_wide(self.dtype)
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether the singular identities (F3) hold to rounding in products of this dtype."""
+    return dtype in (torch.float32, torch.float64)
+
+
+PLANS = tuple(
+    Plan(forward, gradient) for forward, gradient in itertools.product(FORWARDS, GRADIENTS)
+)
+
+
+def why_not(plan: Plan, call: LayerCall) -> str | None:
+    """Why `plan` may not compute `call`, and what to do; None where it may. All rules stand here.
+
+    A plan's gradient is judged even where the call needs none and leaves it out.
+    """
+    forward, gradient = plan.forward, plan.gradient
+    if call.needs_delta and gradient == "none":
+        return "gradient='none', but delta requires a gradient: take 'two_sided'"
+    if call.resident and forward != "resident":
+        return "W + U C Vh is given in the weight's place: only forward='resident' takes it"
+    if forward == "resident" and not call.resident:
+        return "forward='resident' can't be forced: give `effective` instead"
+    if forward == "saved" and gradient != "dense":
+        return (
+            "forward='saved' saves a matrix as large as the weight: only beside gradient='dense', "
+            f"which saves x, got gradient={gradient!r}"
+        )
+    identity = call.singular_basis and call.is_wide
+    if gradient == "short" and not (identity and call.core != "band"):
+        return (
+            "gradient='short' needs singular_basis=True, a diag or dense core, and float32 or float64, "
+            f"got singular_basis={call.singular_basis}, core={call.core!r}, {call.dtype}: "
+            "take 'two_sided'"
+        )
+    # the first step has to be the pretrained model's bit for bit: a GPU would wait for a look at delta
+    complete = identity and call.k == call.short_side and call.device == "cpu"
+    if forward == "spectral" and not complete:
+        return (
+            "forward='spectral' needs a complete singular basis in float32 or float64 on a CPU, got "
+            f"singular_basis={call.singular_basis}, k={call.k} of {call.short_side}, {call.dtype}, "
+            f"{call.device}: take 'merged'"
+        )
+    if forward == "spectral" and gradient not in ("none", "two_sided"):
+        return "forward='spectral' has p and q at hand: gradient must be 'two_sided'"
+    return None
+
+
+def legal_plans(call: LayerCall) -> list[Plan]:
+    """Every plan that may compute `call`."""
+    return [plan for plan in PLANS if why_not(plan, call) is None]
+
+
+def weighed_plans(call: LayerCall) -> list[Plan]:
+    """The legal plans that are worth weighing: among them is the best one, and there is always one."""
+    return [plan for plan in legal_plans(call) if _is_worth_weighing(plan, call)]
+
+
+def _is_worth_weighing(plan: Plan, call: LayerCall) -> bool:
+    forward, gradient = plan.forward, plan.gradient
+    if gradient != "none" and not call.needs_delta:
+        return False
+    if forward in ("merged", "saved") and not call.is_wide:
+        return False  # it would round the coefficients away: the correction is added instead
+    if gradient == "dense" and call.device == "cuda" and call.k <= MAX_RANK:
+        return False  # the projection rides along in the kernels, and x is not saved
+    if gradient == "short":
+        # its look at the values of sigma would make a GPU wait; on a square it saves nothing
+        saves = call.in_features != call.out_features and (
+            call.needs_dx or call.out_features < call.in_features
+        )
+        return call.device == "cpu" and saves
+    if forward == "saved":  # beside a saved x, a weight of less than half its size is no burden
+        return call.needs_dx and call.n >= 2 * call.out_features
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,21 +200,25 @@ class Costs:
 
 
 COSTS = Costs()
-KERNEL_RANK = 256  # the widest that fastspec.kernels takes
-DYNAMIC_ROWS = 2048  # rows assumed by a compiled or exported graph that takes any number
 
 
-def work_of(
-    plan: Plan,
-    n: int,
-    in_features: int,
-    out_features: int,
-    k: int,
-    itemsize: int = 4,
-    needs_dx: bool = True,
-) -> Work:
-    """What `plan` adds for `n` rows (tokens) of one layer, in one forward and backward (F2 to F4)."""
+def make_plan(call: LayerCall, costs: Costs = COSTS) -> Plan:
+    """The cheapest legal plan for one call of a layer."""
+    plans = weighed_plans(call)
+    # torch.compile traces this, but no min() with a key
+    best, least = plans[0], costs.of(work_of(plans[0], call), call.k)
+    for plan in plans[1:]:
+        if (this := costs.of(work_of(plan, call), call.k)) < least:
+            best, least = plan, this
+    return best
+
+
+def work_of(plan: Plan, call: LayerCall) -> Work:
+    """What `plan` adds in one forward and backward of the call (F2 to F4)."""
     forward, gradient = plan.forward, plan.gradient
+    n, in_features, out_features, k = call.n, call.in_features, call.out_features, call.k
+    needs_dx = call.needs_dx
+    itemsize = 8 if call.dtype == torch.float64 else 4
     weight = in_features * out_features
     flops = thin = moved = 0
     one_product = forward in ("merged", "saved", "resident")
@@ -132,142 +254,3 @@ def work_of(
         thin += 2 * k * weight
         moved += weight * itemsize
     return Work(flops, thin, moved)
-
-
-def make_plan(
-    n: int,
-    in_features: int,
-    out_features: int,
-    k: int,
-    *,
-    core: str = "diag",
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    needs_dx: bool = True,
-    needs_delta: bool = True,
-    singular_basis: bool = True,
-    resident: bool = False,
-    costs: Costs = COSTS,
-) -> Plan:
-    """The cheapest legal plan for `n` rows (tokens) and one layer.
-
-    Args:
-        n, in_features, out_features, k: sizes; `n` counts rows after flattening leading dimensions.
-        core: "diag", "band" or "dense".
-        dtype: the dtype of the products.
-        device: device type.
-        needs_dx: whether the gradient of the input is wanted.
-        needs_delta: whether the gradient of the coefficients is wanted.
-        singular_basis: whether `W V = U S` holds to rounding, which the short-side form rests on.
-        resident: whether the caller keeps W + U C Vh and gives it in the weight's place.
-    """
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
-
-        if not has_static_value(n):
-            n = DYNAMIC_ROWS  # to compare a varying size would compile again on every side of it
-    itemsize = 8 if dtype == torch.float64 else 4
-
-    def cost(plan: Plan) -> float:
-        work = work_of(plan, n, in_features, out_features, k, itemsize, needs_dx)
-        return costs.of(work, k)
-
-    plans = legal_plans(
-        n,
-        in_features,
-        out_features,
-        k,
-        core=core,
-        dtype=dtype,
-        device=device,
-        needs_dx=needs_dx,
-        needs_delta=needs_delta,
-        singular_basis=singular_basis,
-        resident=resident,
-    )
-    best, least = plans[0], cost(plans[0])  # torch.compile traces this, but no min() with a key
-    for plan in plans[1:]:
-        if (this := cost(plan)) < least:
-            best, least = plan, this
-    return best
-
-
-def legal_plans(
-    n: int,
-    in_features: int,
-    out_features: int,
-    k: int,
-    *,
-    core: str,
-    dtype: torch.dtype,
-    device: str,
-    needs_dx: bool,
-    needs_delta: bool,
-    singular_basis: bool,
-    resident: bool = False,
-) -> list[Plan]:
-    """The plans worth weighing for a layer; arguments as for `make_plan`."""
-    gradients: list[Gradient] = ["two_sided", "dense"] if needs_delta else ["none"]
-    if needs_delta and device == "cuda" and k <= KERNEL_RANK:
-        gradients = ["two_sided"]  # the projection rides along in the kernels, and x is not saved
-    if needs_delta and short_side_is_legal(
-        in_features, out_features, core, dtype, device, needs_dx, singular_basis
-    ):
-        gradients.append("short")
-    # In 16 bits a merged weight rounds the coefficients away: the correction is added instead.
-    wide = dtype in (torch.float32, torch.float64)
-    forwards: list[Forward] = ["merged", "factored"] if wide else ["factored"]
-    if resident:
-        return [Plan("resident", gradient) for gradient in gradients]
-    plans = [Plan(forward, gradient) for forward in forwards for gradient in gradients]
-    # Beside a saved x, a weight of less than half its size is no burden.
-    if wide and needs_dx and "dense" in gradients and n >= 2 * out_features:
-        plans.append(Plan("saved", "dense"))
-    if spectral_is_legal(in_features, out_features, k, dtype, device, singular_basis):
-        plans.append(Plan("spectral", "two_sided" if needs_delta else "none"))
-    return plans
-
-
-def short_side_is_legal(
-    in_features: int,
-    out_features: int,
-    core: str,
-    dtype: torch.dtype,
-    device: str,
-    needs_dx: bool,
-    singular_basis: bool,
-) -> bool:
-    """Whether the short-side identity (F3) may serve, as far as sizes can tell.
-
-    It needs a singular basis and full-precision y and dx; its check of the values of sigma at run time
-    would make a GPU wait; a band would have to be solved for; on a square it saves nothing.
-    """
-    return (
-        singular_basis
-        and device == "cpu"
-        and core != "band"
-        and dtype in (torch.float32, torch.float64)
-        and in_features != out_features
-        and (needs_dx or out_features < in_features)
-    )
-
-
-def spectral_is_legal(
-    in_features: int,
-    out_features: int,
-    k: int,
-    dtype: torch.dtype,
-    device: str,
-    singular_basis: bool,
-) -> bool:
-    """Whether W = U S Vh holds to rounding and may stand in for W: a complete singular basis.
-
-    The first step must still be the pretrained model's bit for bit, so the values of delta are looked
-    at when the layer runs, which would make a GPU wait.
-    """
-    return (
-        singular_basis
-        and k == min(in_features, out_features)
-        and device == "cpu"
-        and dtype in (torch.float32, torch.float64)
-    )

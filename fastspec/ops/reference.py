@@ -1,6 +1,6 @@
 """The formulas of the method, written to be read. Every other path is judged against these.
 
-Alphabet: x [..., in], w [out, in], u [out, k], vh [k, in], p = x Vh^T and q = g U [N, k],
+Alphabet: x [..., in], weight W [out, in], u [out, k], vh [k, in], p = x Vh^T and q = g U [N, k],
 C the k x k core, `delta` its trainable storage:
 
     core     delta         C
@@ -21,15 +21,17 @@ from torch import Tensor
 from fastspec.cores import core_matrix, core_storage
 
 
-def effective_weight(w: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str = "diag") -> Tensor:
+def effective_weight(
+    weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str = "diag"
+) -> Tensor:
     """W_eff = W + U C Vh  [out, in]  (design section 1)."""
-    c = core_matrix(delta, core).to(w.dtype)
-    return w + u @ c @ vh
+    c = core_matrix(delta, core).to(weight.dtype)
+    return weight + u @ c @ vh
 
 
 def spectral_linear(
     x: Tensor,  # [..., in]
-    w: Tensor,  # [out, in]
+    weight: Tensor,  # [out, in]
     bias: Tensor | None,  # [out]
     u: Tensor,  # [out, k]
     vh: Tensor,  # [k, in]
@@ -37,20 +39,20 @@ def spectral_linear(
     core: str = "diag",
 ) -> Tensor:  # [..., out]
     """y = x W_eff^T + b, differentiable by autograd."""
-    return F.linear(x, effective_weight(w, u, vh, delta, core), bias)
+    return F.linear(x, effective_weight(weight, u, vh, delta, core), bias)
 
 
 def spectral_linear_backward(
     g: Tensor,  # [N, out], dL/dy
     x: Tensor,  # [N, in]
-    w: Tensor,
+    weight: Tensor,
     u: Tensor,
     vh: Tensor,
     delta: Tensor,
     core: str = "diag",
 ) -> tuple[Tensor, Tensor]:
     """(dx, d delta) by the explicit formulas:  dx = g W_eff,  dC = q^T p  with p = x Vh^T, q = g U."""
-    dx = g @ effective_weight(w, u, vh, delta, core)
+    dx = g @ effective_weight(weight, u, vh, delta, core)
     p = x @ vh.mT
     q = g @ u
     half_width = delta.shape[0] // 2 if core == "band" else 1
@@ -59,7 +61,7 @@ def spectral_linear_backward(
 
 def task_linear(
     x: Tensor,  # [B, ..., in]
-    w: Tensor,  # [out, in]
+    weight: Tensor,  # [out, in]
     bias: Tensor | None,  # [out]
     u: Tensor,  # [out, k]
     vh: Tensor,  # [k, in]
@@ -68,9 +70,11 @@ def task_linear(
     core: str = "diag",
 ) -> Tensor:  # [B, ..., out]
     """Row b is `spectral_linear` with table[task[b]], or the frozen layer where task[b] < 0."""
-    frozen = F.linear(x, w, bias)  # of the whole batch: a product of fewer rows may round otherwise
+    frozen = F.linear(
+        x, weight, bias
+    )  # of the whole batch: a product of fewer rows may round otherwise
     rows = [
-        plain if t < 0 else spectral_linear(row, w, bias, u, vh, table[t], core)
+        plain if t < 0 else spectral_linear(row, weight, bias, u, vh, table[t], core)
         for row, plain, t in zip(x, frozen, task.tolist(), strict=True)
     ]
     return torch.stack(rows) if rows else frozen

@@ -15,18 +15,18 @@ from torch import Tensor
 from fastspec import _extension
 from fastspec.ops import aten, cuda
 
-_FACTORS = "Tensor weight, Tensor u, Tensor s, Tensor vh, Tensor delta"
+_FACTORS = "Tensor u, Tensor s, Tensor vh, Tensor delta"
 _PLAN = "str core, str forward, str gradient"
 
 torch.library.define(
     "fastspec::spectral_linear",
-    f"(Tensor x, Tensor? bias, {_FACTORS}, {_PLAN}) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_PLAN}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     "fastspec::spectral_linear_backward",
-    f"(Tensor g, Tensor? x, Tensor? p, {_FACTORS}, {_PLAN}, bool needs_dx, bool needs_delta)"
-    " -> (Tensor, Tensor)",
+    f"(Tensor g, Tensor? x, Tensor? p, Tensor weight, {_FACTORS}, {_PLAN}, bool needs_dx,"
+    " bool needs_delta) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -49,8 +49,8 @@ _spectral_linear_backward = torch.ops.fastspec.spectral_linear_backward.default
 
 def spectral_linear(
     x: Tensor,  # [..., in]
-    bias: Tensor | None,  # [out]
     weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
     u: Tensor,  # [out, k]
     s: Tensor,  # [k]
     vh: Tensor,  # [k, in]
@@ -60,11 +60,11 @@ def spectral_linear(
     gradient: str,
 ) -> Tensor:  # [..., out]
     """The operator, its saved projection dropped. Arguments are taken as valid: `functional` checks."""
-    return _spectral_linear(x, bias, weight, u, s, vh, delta, core, forward, gradient)[0]
+    return _spectral_linear(x, weight, bias, u, s, vh, delta, core, forward, gradient)[0]
 
 
 @torch.library.register_fake("fastspec::spectral_linear")
-def _(x, bias, weight, u, s, vh, delta, core, forward, gradient):
+def _(x, weight, bias, u, s, vh, delta, core, forward, gradient):
     out_features, k = u.shape
     torch._check(x.shape[-1] == vh.shape[1])
     y = x.new_empty((*x.shape[:-1], out_features))
@@ -80,7 +80,7 @@ def _(g, x, p, weight, u, s, vh, delta, core, forward, gradient, needs_dx, needs
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, bias, weight, u, s, vh, delta, core, forward, gradient = inputs
+    x, weight, bias, u, s, vh, delta, core, forward, gradient = inputs
     ctx.plan = (core, forward, gradient)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
@@ -93,8 +93,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    needs_dx, needs_bias, *_rest = ctx.needs_input_grad
-    needs_delta = ctx.needs_input_grad[6]
+    needs_dx, _, needs_bias, _, _, _, needs_delta, *_rest = ctx.needs_input_grad
     dx = dbias = ddelta = None
     if g is not None:
         x, p, weight, u, s, vh, delta = ctx.saved_tensors
@@ -106,8 +105,9 @@ def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
             dbias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
     return (
         dx if needs_dx else None,
+        None,
         dbias,
-        *(None,) * 4,
+        *(None,) * 3,
         ddelta if needs_delta else None,
         *(None,) * 3,
     )

@@ -24,16 +24,16 @@ from fastspec.cores import diagonals
 from fastspec.ops import cuda
 from fastspec.ops.aten import SIGMA_FLOOR
 
-_OPERANDS = "Tensor weight, Tensor u, Tensor s, Tensor vh, Tensor table, Tensor task, str core"
+_OPERANDS = "Tensor u, Tensor s, Tensor vh, Tensor table, Tensor task, str core"
 
 torch.library.define(
     "fastspec::task_linear",
-    f"(Tensor x, Tensor? bias, {_OPERANDS}, bool short, bool saves_p) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_OPERANDS}, bool short, bool saves_p) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     "fastspec::task_linear_backward",
-    f"(Tensor g, Tensor? p, {_OPERANDS}, bool short, bool needs_dx, bool needs_table)"
+    f"(Tensor g, Tensor? p, Tensor weight, {_OPERANDS}, bool short, bool needs_dx, bool needs_table)"
     " -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -41,8 +41,8 @@ torch.library.define(
 
 def _task_linear(
     x: Tensor,  # [B, ..., in]
-    bias: Tensor | None,  # [out]
     weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
     u: Tensor,  # [out, k]
     s: Tensor,  # [k]
     vh: Tensor,  # [k, in]
@@ -168,7 +168,7 @@ def _reduce_cores(q: Tensor, p: Tensor, table: Tensor, task: Tensor, core: str) 
 
 
 @torch.library.register_fake("fastspec::task_linear")
-def _(x, bias, weight, u, s, vh, table, task, core, short, saves_p):
+def _(x, weight, bias, u, s, vh, table, task, core, short, saves_p):
     torch._check(x.shape[-1] == vh.shape[1])
     y = x.new_empty((*x.shape[:-1], u.shape[0]))
     return y, x.new_empty((math.prod(x.shape[:-1]) if saves_p else 0, u.shape[1]))
@@ -186,8 +186,8 @@ _backward_op = torch.ops.fastspec.task_linear_backward.default
 
 def task_linear(
     x: Tensor,  # [B, ..., in]
-    bias: Tensor | None,  # [out]
     weight: Tensor,  # [out, in]
+    bias: Tensor | None,  # [out]
     u: Tensor,  # [out, k]
     s: Tensor,  # [k]
     vh: Tensor,  # [k, in]
@@ -198,11 +198,11 @@ def task_linear(
     saves_p: bool,
 ) -> Tensor:  # [B, ..., out]
     """The operator, its saved projection dropped. Arguments are taken as valid: `functional` checks."""
-    return _forward_op(x, bias, weight, u, s, vh, table, task, core, short, saves_p)[0]
+    return _forward_op(x, weight, bias, u, s, vh, table, task, core, short, saves_p)[0]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, bias, weight, u, s, vh, table, task, core, short, saves_p = inputs
+    _, weight, bias, u, s, vh, table, task, core, short, saves_p = inputs
     ctx.how = (core, short)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
@@ -211,8 +211,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    needs_dx, needs_bias, *_rest = ctx.needs_input_grad
-    needs_table = ctx.needs_input_grad[6]
+    needs_dx, _, needs_bias, _, _, _, needs_table, *_rest = ctx.needs_input_grad
     dx = dbias = dtable = None
     if g is not None:
         if needs_dx or needs_table:
@@ -221,8 +220,9 @@ def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
             dbias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
     return (
         dx if needs_dx else None,
+        None,
         dbias,
-        *(None,) * 4,
+        *(None,) * 3,
         dtable if needs_table else None,
         *(None,) * 4,
     )

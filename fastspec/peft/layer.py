@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastspec.cores import Core, core_matrix, delta_shape
 from fastspec.ops.functional import spectral_linear, task_linear
-from fastspec.ops.plan import make_plan
+from fastspec.ops.plan import LayerCall, make_plan
 from fastspec.peft.state import Coefficients, Form, FrozenBasis
 from fastspec.svd.factors import Directions, Factors
 
@@ -259,7 +259,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
         for name, delta in self.fastspec_delta.items():
             core, k = self.fastspec_form[name].core, delta.shape[-1]
-            plan = make_plan(
+            call = LayerCall(
                 2048,
                 self.in_features,
                 self.out_features,
@@ -270,7 +270,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
                 needs_delta=delta.requires_grad,
                 singular_basis=self.factors(name).singular,
             )
-            parts.append(f"{name}: {core} of rank {k}, plan={plan} at 2048 rows")
+            parts.append(f"{name}: {core} of rank {k}, plan={make_plan(call)} at 2048 rows")
         if self.merged:
             parts.append(f"merged={self.merged_adapters}")
         return ", ".join(parts)

@@ -137,10 +137,11 @@ def test_every_candidate_computes_the_same(name, core, bias, monkeypatch):
     if not bias:
         t["bias"] = torch.zeros_like(t["bias"])
     s = torch.ones(8)
-    factors = (t["w"], t["u"], s, t["vh"], t["delta"], core, "factored", "two_sided")
+    rest = (t["u"], s, t["vh"], t["delta"], core, "factored", "two_sided")
     with tf32(True):
-        y, p = spectral_linear(t["x"].view(5, 6, 24), b, *factors)
-        dx, grad = spectral_linear_backward(t["g"].view(5, 6, 40), None, p, *factors, True, True)
+        y, p = spectral_linear(t["x"].view(5, 6, 24), t["w"], b, *rest)
+        g = t["g"].view(5, 6, 40)
+        dx, grad = spectral_linear_backward(g, None, p, t["w"], *rest, True, True)
     want = exact(t, core)
     assert_close(y, want[0].view(5, 6, 40))
     assert_close(p, want[1])
@@ -154,11 +155,12 @@ def test_what_is_not_needed_is_empty(name, needs_dx, needs_delta, monkeypatch):
     monkeypatch.setenv("FASTSPEC_BACKEND", name)
     t = problem(30, 24, 40, 8, "diag")
     gradient = "two_sided" if needs_delta else "none"
-    factors = (t["w"], t["u"], torch.ones(8), t["vh"], t["delta"], "diag", "factored", gradient)
-    y, p = spectral_linear(t["x"], t["bias"], *factors)
+    rest = (t["u"], torch.ones(8), t["vh"], t["delta"], "diag", "factored", gradient)
+    y, p = spectral_linear(t["x"], t["w"], t["bias"], *rest)
     assert p.shape == (30 if needs_delta else 0, 8)
     saved = p if needs_delta else None
-    dx, grad = spectral_linear_backward(t["g"], None, saved, *factors, needs_dx, needs_delta)
+    needs = (needs_dx, needs_delta)
+    dx, grad = spectral_linear_backward(t["g"], None, saved, t["w"], *rest, *needs)
     want = exact(t, "diag")
     assert_close(y, want[0])
     assert dx.numel() == 0 if not needs_dx else assert_close(dx, want[2]) is None
@@ -171,7 +173,7 @@ def test_what_kernels_cannot_serve_goes_to_aten(timed):
     doubled = [t[key].double() for key in ("w", "u", "vh", "delta")]
     w, u, vh, delta = doubled
     s = torch.ones(8, dtype=torch.float64)
-    rest = (t["bias"].double(), w, u, s, vh, delta, "diag", "factored", "two_sided")
+    rest = (w, t["bias"].double(), u, s, vh, delta, "diag", "factored", "two_sided")
     y, _ = spectral_linear(t["x"].double(), *rest)
     assert_close(y, exact(t, "diag")[0], torch.float32)
     assert not timed

@@ -32,11 +32,11 @@ def test_every_candidate_computes_the_same(name, k, monkeypatch):
     t = problem(30, 96, 80, k, "task")
     batch = torch.tensor([3, -1, 0, 3, -1, 4])
     t["task"] = batch.repeat_interleave(5)
-    factors = (t["w"], t["u"], torch.ones(k), t["vh"], t["delta"], batch, "diag", False)
+    rest = (t["u"], torch.ones(k), t["vh"], t["delta"], batch, "diag", False)
     with tf32(True):
-        y, p = task_linear(t["x"].view(6, 5, 96), t["bias"], *factors, True)
+        y, p = task_linear(t["x"].view(6, 5, 96), t["w"], t["bias"], *rest, True)
         backward = lambda: task_linear_backward(  # noqa: E731
-            t["g"].view(6, 5, 80), p, *factors, True, True
+            t["g"].view(6, 5, 80), p, t["w"], *rest, True, True
         )
         dx, grad = backward()
         assert all(map(torch.equal, backward(), (dx, grad)))
@@ -53,9 +53,9 @@ def test_cores_without_kernels_go_to_aten(core):
     t = problem(6, 24, 40, 8, core)
     table, task = torch.stack([t["delta"], 2 * t["delta"]]), torch.tensor([1, 1, 1, 1, 1, 1])
     t["delta"] = table[1]
-    factors = (t["w"], t["u"], torch.ones(8), t["vh"], table, task, core, False)
-    y, p = task_linear(t["x"], t["bias"], *factors, True)
-    dx, grad = task_linear_backward(t["g"], p, *factors, True, True)
+    rest = (t["u"], torch.ones(8), t["vh"], table, task, core, False)
+    y, p = task_linear(t["x"], t["w"], t["bias"], *rest, True)
+    dx, grad = task_linear_backward(t["g"], p, t["w"], *rest, True, True)
     want = exact(t, core)
     assert_close(y, want[0])
     assert_close(dx, want[2])
