@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastspec.config import Rank, SpectralConfig, resolve_rank
-from fastspec.nn.linear import SpectralLayer
+from fastspec.nn.layer import SpectralLayer
 from fastspec.svd.factors import Directions
 
 HEAD_NAMES = ("classifier", "score", "head", "heads", "fc", "qa_outputs", "classification_head")

@@ -18,7 +18,7 @@ from fastspec.model.adapter import adaptation_of, adapter_tensors
 from fastspec.model.targets import spectral_layers
 from fastspec.multitask.heads import by_rows, output_layer, resize
 from fastspec.nn.batch_tasks import TaskNames, after_call, before_call
-from fastspec.nn.linear import SpectralLayer
+from fastspec.nn.layer import SpectralLayer
 
 CAPACITY = 8  # of a new bank; it doubles when it is full
 MAX_BYTES = 4 << 30  # 1,024 dense cores of 64 x 64 on BERT-base take 1.2 GB
