@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastspec.config import Path
 from fastspec.cores import Core, delta_shape
-from fastspec.nn.batch_tasks import current_rows
+from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.parts import FrozenFactors, kept_in_float32, merged_weight, same_values
 from fastspec.ops import reference
 from fastspec.ops.functional import spectral_linear, task_linear
@@ -115,7 +115,7 @@ class SpectralLayer(FrozenFactors):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        task = current_rows(self.task_bank)
+        task = tasks_of_batch(self.task_bank)
         if task is not None:
             return self._with_tasks(x, task)
         if self.merged:
