@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastspec.kernels import tiles
+from fastspec.kernels.launch import launch
 from fastspec.kernels.sigma_grad import dot_precision
 from fastspec.kernels.spectral_linear import turned, turns
 from fastspec.reference import core_matrix
@@ -134,7 +135,8 @@ def merge(
     grid = (triton.cdiv(d, tile.block_n), triton.cdiv(out, tile.block_m), len(weights))
     if w.numel():
         with torch.cuda.device_of(w):
-            merge_kernel[grid](
+            launch(
+                merge_kernel, grid,
                 *addresses.to(w.device), out, d, k,
                 *w.stride(), *u.stride(), *vh.stride(), *outs[0].stride(),
                 DTYPE=ELEMENT[w.dtype], SCALED=core == "diag",

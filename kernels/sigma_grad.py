@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fastspec.kernels import tiles
+from fastspec.kernels.launch import launch
 from fastspec.reference import core_storage
 
 MAX_RANK = 256
@@ -222,8 +222,17 @@ def sum_by_task(shares: Tensor, task: Tensor, n_tasks: int) -> Tensor:
     bounds = torch.searchsorted(ordered, names)
     block_r = min(32, rank_tile(k))  # narrow: tasks times chunks are all the parallelism there is
     grid = (n_tasks, triton.cdiv(k, block_r))
-    wrap_triton(sum_by_task_kernel)[grid](
-        shares, order, bounds, grad, k, BLOCK_M=64, BLOCK_R=block_r, num_warps=4
+    launch(
+        sum_by_task_kernel,
+        grid,
+        shares,
+        order,
+        bounds,
+        grad,
+        k,
+        BLOCK_M=64,
+        BLOCK_R=block_r,
+        num_warps=4,
     )
     return grad
 
@@ -245,7 +254,8 @@ def _launch(
     (n, d), k = a.shape, v.shape[1]
     steps = triton.cdiv(triton.cdiv(d, tile.block_k), parts)
     grid = (triton.cdiv(n, tile.block_m), parts, triton.cdiv(k, tile.block_n))
-    wrap_triton(project_kernel)[grid](
+    launch(
+        project_kernel, grid,
         a, v, p, out, n, d, k, steps, *a.stride(), *v.stride(),
         CORE=core, PRECISION=dot_precision(a.dtype),
         BLOCK_M=tile.block_m, BLOCK_R=tile.block_n, BLOCK_D=tile.block_k,

@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fastspec.kernels import tiles
+from fastspec.kernels.launch import launch
 from fastspec.kernels.sigma_grad import (
     MAX_RANK,
     dot_precision,
@@ -302,7 +302,8 @@ def spectral_linear_fwd(
     if n == 0:
         return y, p
     block_r, tile, grid, tiles_each = plan(x, n, out, k, tile)
-    wrap_triton(spectral_linear_fwd_kernel)[grid](
+    launch(
+        spectral_linear_fwd_kernel, grid,
         x, w, absent(bias, x), u, vh, delta, absent(task, x), given, y, p,
         n, d, out, k, len(delta), tiles_each,
         *x.stride(), *w.stride(), *u.stride(), *vh.stride(),
@@ -351,7 +352,8 @@ def spectral_linear_bwd(
         given = _apply_core(project(g, u), table, name, task, forward=False)
         name = "given"
     if n:
-        wrap_triton(spectral_linear_bwd_kernel)[grid](
+        launch(
+            spectral_linear_bwd_kernel, grid,
             g, p, w, u, vh, table, absent(task, g), given, dx, shares,
             n, d, out, k, len(table), tiles_each,
             *g.stride(), *w.stride(), *u.stride(), *vh.stride(),
