@@ -132,7 +132,7 @@ def merge(
     (out, d), k = w.shape, u.shape[1]
     addresses = torch.tensor([[t.data_ptr() for t in ts] for ts in operands.values()])
     tile = TILES[tiles.kind(w.dtype)]
-    grid = (triton.cdiv(d, tile.block_n), triton.cdiv(out, tile.block_m), len(weights))
+    grid = (tiles.cdiv(d, tile.block_n), tiles.cdiv(out, tile.block_m), len(weights))
     if w.numel():
         with torch.cuda.device_of(w):
             launch(

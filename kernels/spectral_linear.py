@@ -411,10 +411,10 @@ def plan(
     tile = tile or tiles.choose_tile(tiles.capability(a.device), kind, n, beside)
     # a rank that comes in chunks is a prolonged depth: chunks of the depth's own step
     block_r = beside or tile.block_k
-    row_tiles, column_tiles = triton.cdiv(n, tile.block_m), triton.cdiv(out, tile.block_n)
-    typical = triton.cdiv(tiles.hint(n), tile.block_m)
+    row_tiles, column_tiles = tiles.cdiv(n, tile.block_m), tiles.cdiv(out, tile.block_n)
+    typical = tiles.cdiv(tiles.hint(n), tile.block_m)
     each = tiles.split_columns(typical, column_tiles, tiles.multiprocessors(a.device))
-    return block_r, tile, (row_tiles, triton.cdiv(column_tiles, each)), each
+    return block_r, tile, (row_tiles, tiles.cdiv(column_tiles, each)), each
 
 
 def turns(dtype: torch.dtype, depth_stride: int) -> bool:

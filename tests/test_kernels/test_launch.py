@@ -96,3 +96,13 @@ def test_nothing_is_kept(route, launches, monkeypatch):
     assert len(launches) == (1 + CALLS) * each
     assert len(kernel_side_table.constant_args) == entries
     assert tensors_alive() == before
+
+
+def test_a_call_reads_no_file_again(monkeypatch):
+    """The choices of a device are found and read once: its name and the folder are not asked for later."""
+    names = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names.append(device) or "H1")
+    first = choice.choices(torch.device("cuda", 0))
+    monkeypatch.setattr(choice.Choices, "_read", lambda self: pytest.fail("read again"))
+    assert choice.choices(torch.device("cuda", 0)) is first
+    assert len(names) == 1
