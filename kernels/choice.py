@@ -10,6 +10,7 @@ where there is one candidate only: the `rule` decides then, while tracing after 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -53,16 +54,18 @@ class Choices:
             warnings.warn(f"timings are not kept between runs: {self.path}: {e}", stacklevel=2)
 
 
-_choices: dict[str, Choices] = {}
+_choices: dict[torch.device, Choices] = {}
 
 
 def choices(device: torch.device) -> Choices:
-    """The choices for this device's model and these versions of the libraries."""
-    model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = f"{__version__}-torch{torch.__version__}-triton{triton.__version__}"
-    name = re.sub(r"[^\w.+-]+", "_", f"{model}-{versions}") + ".json"
-    path = cache_dir() / name
-    return _choices.setdefault(str(path), Choices(path))
+    """The choices for this device's model and these versions of the libraries, read once a process."""
+    found = _choices.get(device)
+    if found is None:
+        model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        versions = f"{__version__}-torch{torch.__version__}-triton{triton.__version__}"
+        name = re.sub(r"[^\w.+-]+", "_", f"{model}-{versions}") + ".json"
+        found = _choices.setdefault(device, Choices(cache_dir() / name))
+    return found
 
 
 # ------------------------------------------------------------------------------------------ choice
@@ -157,8 +160,23 @@ def describe(direction: str, core: str, a: Tensor, weight: Tensor, k: int, *need
 
     Row counts share one up to the next power of two.
     """
-    rows = 1 << max(0, tiles.hint(math.prod(a.shape[:-1])) - 1).bit_length()
-    out, d = map(tiles.hint, weight.shape)
+    rows = max(0, tiles.hint(math.prod(a.shape[:-1])) - 1).bit_length()
+    out, d, k = map(tiles.hint, (*weight.shape, k))
+    return _kind(direction, core, a.dtype, tiles.kind(a.dtype), rows, d, out, k, needs)
+
+
+@functools.lru_cache(4096)
+def _kind(
+    direction: str,
+    core: str,
+    dtype: torch.dtype,
+    arithmetic: str,
+    rows: int,  # the power of two
+    d: int,
+    out: int,
+    k: int,
+    needs: tuple[bool, ...],
+) -> str:
     wants = "".join("01"[n] for n in needs)
-    dtype = str(a.dtype).removeprefix("torch.")
-    return f"{direction} {core} {dtype} {tiles.kind(a.dtype)} n{rows} {d}->{out} k{k} {wants}"
+    name = str(dtype).removeprefix("torch.")
+    return f"{direction} {core} {name} {arithmetic} n{1 << rows} {d}->{out} k{k} {wants}"

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastspec.kernels import tiles
+from fastspec.kernels.launch import launch
 from fastspec.kernels.sigma_grad import (
     dot_precision,
     finish_gradient,
@@ -159,7 +159,8 @@ def spectral_linear_fwd(
     block_r, tile, grid, tiles_each = plan(x, n, out, k, tile or _tile(x, k))
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     _check(x, w, u, vh, y)
-    wrap_triton(spectral_linear_fwd_descriptor_kernel)[grid](
+    launch(
+        spectral_linear_fwd_descriptor_kernel, grid,
         *_descriptors((x, m, s), (w, c, s), (u, c, block_r), (vh, block_r, s), (y, m, c)),
         absent(bias, x), table, absent(task, x), p,
         n, d, out, k, len(table), tiles_each,
@@ -190,7 +191,8 @@ def spectral_linear_bwd(
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     shares = gradient_slots(name, grid[0], n, k, g.device) if needs_delta else table
     _check(g, w, u, vh, dx)
-    wrap_triton(spectral_linear_bwd_descriptor_kernel)[grid](
+    launch(
+        spectral_linear_bwd_descriptor_kernel, grid,
         *_descriptors((g, m, s), (w, s, c), (u, s, block_r), (vh, block_r, c), (dx, m, c)),
         p, table, absent(task, g), shares,
         n, d, out, k, len(table), tiles_each,

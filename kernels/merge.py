@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastspec.cores import core_matrix
 from fastspec.kernels import tiles
+from fastspec.kernels.launch import launch
 from fastspec.kernels.sigma_grad import dot_precision
 from fastspec.kernels.spectral_linear import turned, turns
 
@@ -131,10 +132,11 @@ def merge(
     (out, d), k = w.shape, u.shape[1]
     addresses = torch.tensor([[t.data_ptr() for t in ts] for ts in operands.values()])
     tile = TILES[tiles.kind(w.dtype)]
-    grid = (triton.cdiv(d, tile.block_n), triton.cdiv(out, tile.block_m), len(weights))
+    grid = (tiles.cdiv(d, tile.block_n), tiles.cdiv(out, tile.block_m), len(weights))
     if w.numel():
         with torch.cuda.device_of(w):
-            merge_kernel[grid](
+            launch(
+                merge_kernel, grid,
                 *addresses.to(w.device), out, d, k,
                 *w.stride(), *u.stride(), *vh.stride(), *outs[0].stride(),
                 DTYPE=ELEMENT[w.dtype], SCALED=core == "diag",

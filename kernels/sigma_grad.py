@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fastspec.cores import core_storage
 from fastspec.kernels import tiles
+from fastspec.kernels.launch import launch
 
 RANK_TILE = 64  # columns of a rank tile at most; more come in chunks
 
@@ -121,7 +121,7 @@ def sum_by_task_kernel(
 
 def rank_tile(k: int) -> int:
     """Columns of the rank tile: a power of two, 16 being the matrix units' least."""
-    return min(RANK_TILE, max(16, triton.next_power_of_2(k)))
+    return min(RANK_TILE, 1 << (max(16, int(k)) - 1).bit_length())
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -184,7 +184,7 @@ def sigma_grad(
         return core_storage(project(g, u, tile).float().mT @ p.float(), core, half_width)
     tile = tile or _tile(g, k)
     parts = 1 if kernel_core == "task" else _depth_parts(g, tile)
-    grad = gradient_slots(kernel_core, triton.cdiv(n, tile.block_m) * parts, n, k, g.device)
+    grad = gradient_slots(kernel_core, tiles.cdiv(n, tile.block_m) * parts, n, k, g.device)
     if n:
         _launch(g, u, p, grad, kernel_core, parts, tile)
     return finish_gradient(grad, core, task, n_tasks, half_width)
@@ -220,9 +220,18 @@ def sum_by_task(shares: Tensor, task: Tensor, n_tasks: int) -> Tensor:
     names = torch.arange(n_tasks + 1, device=task.device)
     bounds = torch.searchsorted(ordered, names)
     block_r = min(32, rank_tile(k))  # narrow: tasks times chunks are all the parallelism there is
-    grid = (n_tasks, triton.cdiv(k, block_r))
-    wrap_triton(sum_by_task_kernel)[grid](
-        shares, order, bounds, grad, k, BLOCK_M=64, BLOCK_R=block_r, num_warps=4
+    grid = (n_tasks, tiles.cdiv(k, block_r))
+    launch(
+        sum_by_task_kernel,
+        grid,
+        shares,
+        order,
+        bounds,
+        grad,
+        k,
+        BLOCK_M=64,
+        BLOCK_R=block_r,
+        num_warps=4,
     )
     return grad
 
@@ -233,18 +242,19 @@ def _tile(a: Tensor, k: int) -> tiles.Tile:
 
 def _depth_parts(a: Tensor, tile: tiles.Tile) -> int:
     """Parts of the depth, so that every multiprocessor has about two programs in flight."""
-    row_tiles = max(1, triton.cdiv(tiles.hint(a.shape[0]), tile.block_m))
-    wanted = triton.cdiv(2 * tiles.multiprocessors(a.device), row_tiles)
-    return max(1, min(wanted, triton.cdiv(a.shape[1], 4 * tile.block_k)))
+    row_tiles = max(1, tiles.cdiv(tiles.hint(a.shape[0]), tile.block_m))
+    wanted = tiles.cdiv(2 * tiles.multiprocessors(a.device), row_tiles)
+    return max(1, min(wanted, tiles.cdiv(a.shape[1], 4 * tile.block_k)))
 
 
 def _launch(
     a: Tensor, v: Tensor, p: Tensor, out: Tensor, core: str, parts: int, tile: tiles.Tile
 ) -> None:
     (n, d), k = a.shape, v.shape[1]
-    steps = triton.cdiv(triton.cdiv(d, tile.block_k), parts)
-    grid = (triton.cdiv(n, tile.block_m), parts, triton.cdiv(k, tile.block_n))
-    wrap_triton(project_kernel)[grid](
+    steps = tiles.cdiv(tiles.cdiv(d, tile.block_k), parts)
+    grid = (tiles.cdiv(n, tile.block_m), parts, tiles.cdiv(k, tile.block_n))
+    launch(
+        project_kernel, grid,
         a, v, p, out, n, d, k, steps, *a.stride(), *v.stride(),
         CORE=core, PRECISION=dot_precision(a.dtype),
         BLOCK_M=tile.block_m, BLOCK_R=tile.block_n, BLOCK_D=tile.block_k,

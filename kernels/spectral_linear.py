@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from fastspec.cores import core_matrix
 from fastspec.kernels import MAX_RANK, tiles
+from fastspec.kernels.launch import launch
 from fastspec.kernels.sigma_grad import (
     dot_precision,
     finish_gradient,
@@ -301,7 +301,8 @@ def spectral_linear_fwd(
     if n == 0:
         return y, p
     block_r, tile, grid, tiles_each = plan(x, n, out, k, tile)
-    wrap_triton(spectral_linear_fwd_kernel)[grid](
+    launch(
+        spectral_linear_fwd_kernel, grid,
         x, w, absent(bias, x), u, vh, delta, absent(task, x), given, y, p,
         n, d, out, k, len(delta), tiles_each,
         *x.stride(), *w.stride(), *u.stride(), *vh.stride(),
@@ -350,7 +351,8 @@ def spectral_linear_bwd(
         given = _apply_core(project(g, u), table, name, task, forward=False)
         name = "given"
     if n:
-        wrap_triton(spectral_linear_bwd_kernel)[grid](
+        launch(
+            spectral_linear_bwd_kernel, grid,
             g, p, w, u, vh, table, absent(task, g), given, dx, shares,
             n, d, out, k, len(table), tiles_each,
             *g.stride(), *w.stride(), *u.stride(), *vh.stride(),
@@ -408,10 +410,10 @@ def plan(
     tile = tile or tiles.choose_tile(tiles.capability(a.device), kind, n, beside)
     # a rank that comes in chunks is a prolonged depth: chunks of the depth's own step
     block_r = beside or tile.block_k
-    row_tiles, column_tiles = triton.cdiv(n, tile.block_m), triton.cdiv(out, tile.block_n)
-    typical = triton.cdiv(tiles.hint(n), tile.block_m)
+    row_tiles, column_tiles = tiles.cdiv(n, tile.block_m), tiles.cdiv(out, tile.block_n)
+    typical = tiles.cdiv(tiles.hint(n), tile.block_m)
     each = tiles.split_columns(typical, column_tiles, tiles.multiprocessors(a.device))
-    return block_r, tile, (row_tiles, triton.cdiv(column_tiles, each)), each
+    return block_r, tile, (row_tiles, tiles.cdiv(column_tiles, each)), each
 
 
 def turns(dtype: torch.dtype, depth_stride: int) -> bool:

@@ -21,6 +21,7 @@ and shared-memory figures (docs/kernels.md).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import torch
@@ -142,12 +143,18 @@ def choose_tile(
     With descriptors the copy engine keeps the addresses, and the registers they leave are enough for
     the widest rank beside a full output tile.
     """
-    tile = TABLE[generation(capability), kind, bool(n_rows <= FEW_ROWS)]
+    return _choose_tile(capability, kind, bool(n_rows <= FEW_ROWS), block_r, descriptors)
+
+
+@functools.cache
+def _choose_tile(capability: int, kind: Kind, few: bool, block_r: int, descriptors: bool) -> Tile:
+    tile = TABLE[generation(capability), kind, few]
     if not descriptors and tile.block_n + block_r > COLUMNS:
         tile = dataclasses.replace(tile, block_n=tile.block_n // 2)
     return fit_stages(tile, _itemsize(kind), block_r, chip(capability).block_shared)
 
 
+@functools.cache
 def project_tile(capability: int, kind: Kind, block_r: int) -> Tile:
     """The tile for a projection alone onto `block_r` columns at a time."""
     tile = dataclasses.replace(PROJECT[kind], block_n=block_r)
@@ -158,6 +165,7 @@ def _itemsize(kind: Kind) -> int:
     return 2 if kind == "16bit" else 4
 
 
+@functools.cache
 def capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 80
@@ -165,10 +173,16 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cdiv(n: int, size: int) -> int:
+    """Tiles of `size` that cover n; `triton.cdiv` costs the host ten times as much."""
+    return (n + size - 1) // size
 
 
 def hint(n: int) -> int:

@@ -260,7 +260,7 @@ class TestCompiled:
     def test_a_wider_head_within_the_reserve_changes_no_table(self):
         torch._dynamo.reset()
         model = spectralize(plain(), SpectralConfig(rank=4))
-        bank = fastspec.task_bank(model, capacity=4, head_rows=6)
+        bank = fastspec.task_bank(model, capacity=4, head_size=6)
         fastspec.add_task(model, "a", random_values(bank, 0))
         places = [slot.table.data_ptr() for slot in bank.slots]
         counter = CompileCounterWithBackend("aot_eager")
@@ -288,7 +288,7 @@ class TestCompiled:
             if slot.table.data_ptr() != place
         }
         assert moved == {"head.weight", "head.bias"}
-        assert fastspec.task_bank(model, head_rows=9).slots[-1].table.shape[1] == 9
+        assert fastspec.task_bank(model, head_size=9).slots[-1].table.shape[1] == 9
         assert bank.capacity == 4
 
     def test_switching_does_not_recompile(self):

@@ -203,7 +203,7 @@ class TestAllOrNone:
                 raise MemoryError
             return torch.zeros(shape)
 
-        monkeypatch.setattr("fastspec.multitask.bank.Slot.new_table", new_table)
+        monkeypatch.setattr("fastspec.multitask.tables.Slot.new_table", new_table)
         with pytest.raises(MemoryError):
             bank.reserve(100)
         assert_unchanged(model, before)

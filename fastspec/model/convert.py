@@ -20,7 +20,8 @@ from fastspec.model.targets import (
     spectral_layers,
     unwrap,
 )
-from fastspec.nn.linear import SpectralLayer, SpectralLinear
+from fastspec.nn.layer import SpectralLayer
+from fastspec.nn.linear import SpectralLinear
 from fastspec.svd.basis_file import load_basis
 from fastspec.svd.factors import Factors, factorize
 

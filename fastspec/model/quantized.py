@@ -23,7 +23,7 @@ from fastspec.config import SpectralConfig
 from fastspec.cores import core_matrix
 from fastspec.model.convert import spectralize
 from fastspec.model.targets import spectral_layers
-from fastspec.nn.batch_tasks import current_rows
+from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.linear import SpectralLinear
 from fastspec.ops.plan import Plan
 
@@ -39,7 +39,7 @@ class QuantizedSpectralLinear(SpectralLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if current_rows(self.task_bank) is not None:
+        if tasks_of_batch(self.task_bank) is not None:
             self._refuse("mixed batches of tasks")
         y = self._plain(x)
         # p [N, k] is all that autograd keeps of x here (F1)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from fastspec.config import Rank, SpectralConfig, resolve_rank
-from fastspec.nn.linear import SpectralLayer
+from fastspec.nn.layer import SpectralLayer
 from fastspec.svd.factors import Directions
 
 HEAD_NAMES = ("classifier", "score", "head", "heads", "fc", "qa_outputs", "classification_head")

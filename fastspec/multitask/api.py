@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from fastspec.config import SpectralConfig
 from fastspec.model.adapter import CONFIG_FILE, AdapterError, read_adapters, spectralize_for
 from fastspec.model.targets import spectral_layers, unwrap
-from fastspec.multitask.bank import (
+from fastspec.multitask.bank import TaskBank, check_name
+from fastspec.multitask.tables import (
     CAPACITY,
     MAX_BYTES,
-    TaskBank,
     capacity_for,
     check_bytes,
-    check_name,
     output_tensors,
 )
 
@@ -27,7 +26,7 @@ from fastspec.multitask.bank import (
 def task_bank(
     model: nn.Module,
     capacity: int | None = None,
-    head_rows: int = 0,
+    head_size: int = 0,
     *,
     max_bytes: int | None = None,
 ) -> TaskBank:
@@ -36,7 +35,7 @@ def task_bank(
     Args:
         model: a spectralized model.
         capacity: make room for this many tasks.
-        head_rows: make room for output heads of this many rows (labels): wider tasks that come within
+        head_size: make room for output heads of this size (number of labels): wider tasks that come within
             it change no tables. Logits of mixed batches are that wide, -inf beyond a task's own.
         max_bytes: the most that the tables may take from now on; of a new bank 4 GiB.
 
@@ -49,13 +48,13 @@ def task_bank(
         return TaskBank(
             model,
             CAPACITY if capacity is None else capacity,
-            head_rows,
+            head_size,
             max_bytes=MAX_BYTES if max_bytes is None else max_bytes,
         )
     if max_bytes is not None:
-        bank.max_bytes = max_bytes
-    if capacity is not None or head_rows:
-        bank.reserve(capacity or 0, head_rows)
+        bank.tables.max_bytes = max_bytes
+    if capacity is not None or head_size:
+        bank.reserve(capacity or 0, head_size)
     return bank
 
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastspec.nn.batch_tasks import current_rows
+from fastspec.nn.batch_tasks import tasks_of_batch
 
 
-def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+def through_own_task(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     """Forward hook of an `nn.Linear` in a head: its output [B, ..., size] where the batch names tasks.
 
     What lies beyond a task's own size is -inf: softmax gives it no weight, argmax does not choose it.
@@ -24,7 +24,7 @@ def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | Non
     Raises:
         ValueError: the input's dimension 0 is not the batch.
     """
-    task = current_rows(head.task_bank)
+    task = tasks_of_batch(head.task_bank)
     if task is None:
         return None
     x = args[0]
@@ -33,13 +33,13 @@ def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | Non
             f"a head got {list(x.shape)} in a batch of {task.shape[0]} rows: its input was flattened, "
             "expanded or reordered, and which row is whose can't be known here"
         )
-    row = task.clamp_min(0)
-    weight = head.weight_table.index_select(0, row)  # [B, size, in]
+    place = task.clamp_min(0)
+    weight = head.weight_table.index_select(0, place)  # [B, size, in]
     blocks = x.flatten(1, -2) if x.dim() > 2 else x[:, None]  # [B, T, in]
     if head.bias is None:
         y = torch.bmm(blocks, weight.mT)
     else:
-        y = torch.baddbmm(head.bias_table.index_select(0, row)[:, None], blocks, weight.mT)
+        y = torch.baddbmm(head.bias_table.index_select(0, place)[:, None], blocks, weight.mT)
     y = y.view(*x.shape[:-1], -1)
     base = F.linear(
         x, head.weight_pretrained, head.bias_pretrained if head.bias is not None else None
@@ -47,7 +47,7 @@ def by_rows(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | Non
     per_row = (task.shape[0], *(1,) * (x.dim() - 1))
     if head.task_sizes is not None:
         base = F.pad(base, (0, y.shape[-1] - base.shape[-1]), value=float("-inf"))
-        own = head.task_sizes.index_select(0, row).view(per_row)
+        own = head.task_sizes.index_select(0, place).view(per_row)
         y = y.masked_fill(torch.arange(y.shape[-1], device=y.device) >= own, float("-inf"))
     return torch.where((task < 0).view(per_row), base, y)
 

@@ -1,5 +1,6 @@
 """One layer: the drop-ins for `nn.Linear` and, in `fastspec.nn.conv1d`, for transformers' `Conv1D`."""
 
-from fastspec.nn.linear import SpectralLayer, SpectralLinear
+from fastspec.nn.layer import SpectralLayer
+from fastspec.nn.linear import SpectralLinear
 
 __all__ = ["SpectralLayer", "SpectralLinear"]

@@ -17,33 +17,33 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-TaskNames = Sequence["str | None"] | Tensor
+BatchTasks = Sequence["str | None"] | Tensor
 
 
-class Tables(Protocol):
+class Bank(Protocol):
     """What this module needs of a `TaskBank`, which is built on it."""
 
     trained: bool
 
-    def index(self, names: TaskNames) -> Tensor: ...
+    def index(self, names: BatchTasks) -> Tensor: ...
 
 
-class Rows:
-    """The tasks of one batch as given, and their rows in a model's tables once looked up."""
+class GivenTasks:
+    """The tasks of one batch as given, and their places in a model's tables once looked up."""
 
-    def __init__(self, given: TaskNames) -> None:
+    def __init__(self, given: BatchTasks) -> None:
         if isinstance(given, str):
             raise TypeError(f"tasks must be a list of names, one a row of the batch, got {given!r}")
         self.given = given if isinstance(given, Tensor) else tuple(given)
-        self._found: tuple[Tables, Tensor] | None = None
+        self._found: tuple[Bank, Tensor] | None = None
 
-    def look_up(self, bank: Tables) -> Tensor:
-        """The rows [B] of `bank`'s tables, as the bank is now."""
+    def look_up(self, bank: Bank) -> Tensor:
+        """The places [B] in `bank`'s tables, as the bank is now."""
         index = bank.index(self.given)
         self._found = (bank, index)
         return index
 
-    def index(self, bank: Tables) -> Tensor:
+    def index(self, bank: Bank) -> Tensor:
         """As `look_up` found them for this call of the model."""
         found = self._found
         return found[1] if found is not None and found[0] is bank else self.look_up(bank)
@@ -53,7 +53,7 @@ class Rows:
 class _Entry:
     """One level of the context: the tasks (None: the active task's own values) and who opened it."""
 
-    rows: Rows | None
+    given: GivenTasks | None
     outer: _Entry | None
     model: nn.Module | None
 
@@ -72,7 +72,7 @@ _counting = threading.Lock()
 
 
 @contextlib.contextmanager
-def tasks(names: TaskNames) -> Iterator[None]:
+def tasks(names: BatchTasks) -> Iterator[None]:
     """Inside, every model with tasks computes row i of its batch by the task `names[i]`.
 
     Args:
@@ -83,7 +83,7 @@ def tasks(names: TaskNames) -> Iterator[None]:
     this thread (this coroutine) sees the context. A backward pass that computes activations again
     (gradient checkpointing) is refused. A compiled model takes `tasks` as an argument only.
     """
-    token = _entry.set(_Entry(Rows(names), None, None))
+    token = _entry.set(_Entry(GivenTasks(names), None, None))
     with _counting:
         _traced.open += 1
     try:
@@ -94,8 +94,8 @@ def tasks(names: TaskNames) -> Iterator[None]:
         _entry.reset(token)
 
 
-def current_rows(bank: Tables | None) -> Tensor | None:
-    """The rows [B] that the running batch names in `bank`'s tables, or None where it names none.
+def tasks_of_batch(bank: Bank | None) -> Tensor | None:
+    """The running batch's tasks, as places [B] in `bank`'s tables; None where it names none.
 
     Raises:
         ValueError: tasks are named and the model has none, or none are named while all are trained.
@@ -105,13 +105,13 @@ def current_rows(bank: Tables | None) -> Tensor | None:
         index = _traced.index
     else:
         entry = _entry.get()
-        if entry is not None and entry.rows is not None:
+        if entry is not None and entry.given is not None:
             if bank is None:
                 raise ValueError(
                     "tasks are named for a model that has none: add_task(model, name) or "
                     "load_tasks(model, folders) first"
                 )
-            index = entry.rows.index(bank)
+            index = entry.given.index(bank)
     if index is None and bank is not None and bank.trained and torch.is_grad_enabled():
         raise ValueError(
             "the tables of all tasks are being trained and this batch names no tasks: pass tasks=[...]; "
@@ -122,14 +122,14 @@ def current_rows(bank: Tables | None) -> Tensor | None:
 
 def before_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of a model with tasks: takes `tasks` from its arguments and looks them up."""
-    bank: Tables = model.task_bank
+    bank: Bank = model.task_bank
     named = "tasks" in kwargs
     given = kwargs.get("tasks")
     rest = {name: value for name, value in kwargs.items() if name != "tasks"}
     if torch.compiler.is_compiling():
         if not named and _traced.open:
             raise ValueError(
-                "a compiled model takes its tasks as an argument: model(..., tasks=rows)"
+                "a compiled model takes its tasks as an argument: model(..., tasks=index)"
             )
         if given is not None and not isinstance(given, Tensor):
             raise TypeError("a compiled model takes tasks=model.task_bank.index(names), a tensor")
@@ -137,10 +137,10 @@ def before_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
         return args, rest
     after_call(model)  # what an interrupted call (Ctrl-C in a notebook) left open
     if named:
-        _entry.set(_Entry(None if given is None else Rows(given), _entry.get(), model))
+        _entry.set(_Entry(None if given is None else GivenTasks(given), _entry.get(), model))
     entry = _entry.get()
-    if entry is not None and entry.rows is not None:
-        _check_call(model, entry.rows.look_up(bank), args, rest)
+    if entry is not None and entry.given is not None:
+        _check_call(model, entry.given.look_up(bank), args, rest)
     return args, rest
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastspec.nn.linear import SpectralLayer
+from fastspec.nn.layer import SpectralLayer
 from fastspec.svd.factors import Directions
 
 

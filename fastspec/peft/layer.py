@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastspec.cores import Core, core_matrix, delta_shape
+from fastspec.nn.parts import merged_weight, same_values
 from fastspec.ops.functional import spectral_linear, task_linear
 from fastspec.ops.plan import LayerCall, make_plan
 from fastspec.peft.state import Coefficients, Form, FrozenBasis
@@ -48,8 +49,11 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def base_matrix(self) -> Tensor:
         """The unmerged weight as [out, in], detached."""
-        weight = self.base_weight.detach()
-        return weight.mT if self._transposed else weight
+        return self._stored(self.base_weight.detach())
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        """From [out, in] to the layout of the base layer's weight, or back."""
+        return matrix.mT if self._transposed else matrix
 
     def add_coefficients(self, adapter: str, core: Core, k: int, half_width: int) -> None:
         """A new adapter at zero; `use_basis` has to follow before the first forward."""
@@ -79,11 +83,10 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         assert isinstance(basis, FrozenBasis)
         start = self.fastspec_form[adapter].offset
         stop = start + self.fastspec_delta[adapter].shape[-1]
-        if stop - start == len(basis.s):
-            return Factors(basis.u, basis.s, basis.vh, basis.singular)
-        return Factors(
-            basis.u[:, start:stop], basis.s[start:stop], basis.vh[start:stop], basis.singular
-        )
+        f = basis.factors
+        if stop - start == len(f.s):
+            return f
+        return Factors(f.u[:, start:stop], f.s[start:stop], f.vh[start:stop], f.singular)
 
     def core_matrix(self, adapter: str) -> Tensor:
         """The adapter's core C [k, k]."""
@@ -110,7 +113,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def _frozen(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
-        return (base.weight.mT if self._transposed else base.weight), base.bias
+        return self._stored(base.weight), base.bias
 
     def _combined(self, adapters: list[str]) -> tuple[Factors, Tensor, Core]:
         """One adapter that does what the given ones do together: W + sum_a U_a C_a Vh_a."""
@@ -175,7 +178,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         f = self.factors(adapter)
         wide = torch.promote_types(f.u.dtype, torch.float32)
         delta_weight = f.u.to(wide) @ self.core_matrix(adapter).to(wide) @ f.vh.to(wide)
-        return delta_weight.mT if self._transposed else delta_weight
+        return self._stored(delta_weight)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -192,9 +195,11 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if not adapters:
             return
         base = self.get_base_layer()
-        # the wide sum is rounded once
-        deltas = [self.get_delta_weight(a) for a in (*self.merged_adapters, *adapters)]
-        weight = sum(deltas, self.base_weight.detach()).to(self.base_weight.dtype)
+        merged = [
+            (self.factors(a), self.fastspec_delta[a], self.fastspec_form[a].core)
+            for a in (*self.merged_adapters, *adapters)
+        ]
+        weight = self._stored(merged_weight(self.base_matrix(), *merged))
         if safe_merge and not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be "
@@ -240,8 +245,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         given = state_dict.get(prefix + "base_layer.weight")
         if given is not None:
             self.unmerge()
-            base = self.base_weight
-            if given.shape != base.shape or not torch.equal(given.to(base), base):
+            if not same_values(given, self.base_weight):
                 error_msgs.append(
                     f"{prefix}base_layer.weight: the basis was made from other weights than these (or the "
                     "state dict was saved while merged): load the base model first, adapt it afterwards"

@@ -63,6 +63,14 @@ class Factors:
     vh: Tensor
     singular: bool
 
+    @classmethod
+    def empty(cls, matrix: Tensor, k: int) -> Factors:
+        """Unset factors for a matrix [out, in], of its device: to be made when it has its values."""
+        wide = torch.promote_types(matrix.dtype, torch.float32)
+        (out_features, in_features), new = matrix.shape, matrix.new_empty
+        s = new(k, dtype=wide)
+        return cls(new(out_features, k), s, new(k, in_features), singular=False)
+
 
 def factorize(
     weights: list[Tensor],

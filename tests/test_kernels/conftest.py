@@ -5,7 +5,7 @@ it. So each kind is collected only in its own environment; `test_interpreter.py`
 import os
 
 collect_ignore_glob = (
-    ["test_compile.py", "test_interpreter.py", "test_tracing.py"]
+    ["test_compile.py", "test_interpreter.py", "test_launch.py", "test_tracing.py"]
     if os.environ.get("TRITON_INTERPRET") == "1"
     else ["test_interpreted_*.py"]
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastspec.files import write_atomically
 from fastspec.model.targets import spectral_layers
-from fastspec.nn.linear import SpectralLayer
+from fastspec.nn.layer import SpectralLayer
 from fastspec.studies.glue.config import GlueConfig
 from fastspec.studies.glue.data import Split
 from fastspec.studies.glue.evaluate import labelled_batches

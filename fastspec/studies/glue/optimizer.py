@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastspec.cores import core_storage
 from fastspec.model.targets import spectral_layers
-from fastspec.nn.linear import SpectralLayer
+from fastspec.nn.layer import SpectralLayer
 
 
 class ScaledAdamW(torch.optim.AdamW):

@@ -1,0 +1,108 @@
+"""What the layers of this package and those of `fastspec.peft` are made of.
+
+Frozen factors that know whether they are a singular basis still, coefficients that stay float32, and the
+merged weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastspec.cores import Core
+from fastspec.ops import reference
+from fastspec.svd.factors import Factors
+
+
+class FrozenFactors(nn.Module):
+    """The factors of one weight as buffers outside the state dict: they are made from the weight."""
+
+    u: Tensor  # [out, k]
+    s: Tensor  # [k], float32 at least
+    vh: Tensor  # [k, in]
+    _singular_dtype: torch.dtype | None  # in which they were made as a singular basis, until a cast
+
+    def _hold(self, factors: Factors) -> None:
+        """Take these factors, in place of former ones if any."""
+        self.register_buffer("u", factors.u, persistent=False)
+        self.register_buffer("s", factors.s, persistent=False)
+        self.register_buffer("vh", factors.vh, persistent=False)
+        self._singular_dtype = factors.u.dtype if factors.singular else None
+
+    @property
+    def singular_basis(self) -> bool:
+        """Whether `W V = U S` still holds to rounding."""
+        return self._singular_dtype in (torch.float32, torch.float64)
+
+    @property
+    def factors(self) -> Factors:
+        return Factors(self.u, self.s, self.vh, self.singular_basis)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        s = self.s
+        super()._apply(fn, recurse)
+        if self.s.dtype.itemsize < 4:
+            self.s = s.to(self.s.device)
+        if self.u.dtype != self._singular_dtype:
+            # a cast rounds the factors: W V = U S then no longer holds to rounding (design F3)
+            self._singular_dtype = None
+        return self
+
+
+@contextlib.contextmanager
+def kept_in_float32(owner: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Around a cast of `owner`: its tensors of these names keep their float32 values (design section 1).
+
+    Parameters keep their gradients too; all of them move to another device as the cast asks.
+    """
+    before = {name: _tensor(owner, name) for name in names}
+    values = {
+        name: (t.data, None if t.grad is None else t.grad.data)
+        for name, t in before.items()
+        if isinstance(t, nn.Parameter)
+    }
+    yield
+    for name, former in before.items():
+        now = _tensor(owner, name)
+        if now.dtype == torch.float32:
+            continue
+        if name not in values:
+            owner._buffers[name] = former.to(now.device)
+            continue
+        data, grad = values[name]
+        now.data = data.to(now.device)
+        if grad is not None:
+            now.grad = grad.to(now.device)
+
+
+def _tensor(owner: nn.Module, name: str) -> Tensor:
+    found = owner._parameters.get(name)
+    return owner._buffers[name] if found is None else found  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def merged_weight(w: Tensor, *adapters: tuple[Factors, Tensor, Core]) -> Tensor:
+    """W + sum_a U_a C_a Vh_a  [out, in], summed in float32 at least and rounded once.
+
+    Args:
+        w: [out, in], possibly a transposed view; the result has its dtype and its order in memory.
+        adapters: the factors, the storage `delta` of the core, and the kind of core, of each.
+    """
+    wide = torch.promote_types(w.dtype, torch.float32)
+    total = w.to(wide)
+    for f, delta, core in adapters:
+        total = reference.effective_weight(total, f.u.to(wide), f.vh.to(wide), delta.to(wide), core)
+    return torch.empty_like(w).copy_(total)
+
+
+def same_values(given: Tensor, weight: Tensor) -> bool:
+    """Whether a state dict's `given` tensor says what `weight`, which factors were made from, holds."""
+    return (
+        weight.device.type != "meta"
+        and given.shape == weight.shape
+        and torch.equal(given.to(weight), weight)
+    )

@@ -1,0 +1,36 @@
+"""How a kernel starts: by Triton itself, or through PyTorch's operator for kernels where something traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._C import _get_dispatch_mode, _len_torch_dispatch_stack, _TorchDispatchModeKey
+from torch.library import wrap_triton
+
+_TRACERS = (
+    _TorchDispatchModeKey.FUNCTIONAL,
+    _TorchDispatchModeKey.PROXY,
+    _TorchDispatchModeKey.FAKE,
+)
+
+
+def tracing() -> bool:
+    """Whether tensors carry no values now: torch.compile, AOTAutograd, make_fx or fake tensors are at work.
+
+    `torch.compiler.is_compiling()` alone does not say so: AOTAutograd of torch 2.11 traces without it.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return _len_torch_dispatch_stack() > 0 and any(map(_get_dispatch_mode, _TRACERS))
+
+
+def launch(kernel: Any, grid: Sequence[int], *operands: Any, **options: Any) -> None:
+    """Start a `triton.jit` kernel on `grid`.
+
+    `wrap_triton` would serve eagerly too, but keeps what it was given in a table for ever: one entry a
+    launch, and with descriptors the tensors.
+    """
+    started = wrap_triton(kernel) if tracing() else kernel
+    started[tuple(grid)](*operands, **options)
