@@ -35,7 +35,7 @@ class GlueConfig:
         basis_model: for method="spectral", the model whose singular vectors are the basis in place of
             the adapted weights' own: "random" for an untrained one of the same architecture, or the
             folder of a finished run or a model (the controls); "gradient" for those of the task's
-            gradient before training (`fastspec.studies.glue.basis`).
+            gradient before training (`fastspec.studies.glue.donor_basis`).
         start: "pretrained", or "random" to train from a random initialisation.
         labels: "true", or "random" to train on permuted labels; dev labels stay as they are.
         lora_rank: rank of method="lora" and "pissa".

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastspec.model import parameter_groups as library
+from fastspec.model.parameter_groups import parameter_groups, parameter_kind
 from fastspec.model.targets import matcher
 from fastspec.studies.glue.config import GlueConfig
 
@@ -60,7 +60,7 @@ def default_rate(config: GlueConfig) -> Rate:
 
 
 def rates(config: GlueConfig) -> dict[str, float]:
-    """The learning rate of each kind of parameter, by the names of `parameter_groups`."""
+    """The learning rate of each kind of parameter, by the names of `optimizer_groups`."""
     main = default_rate(config).value if config.lr is None else config.lr
     head = HEAD_RATE.value if config.head_lr is None else config.head_lr
     if config.method == "head" and config.lr is not None and config.head_lr is None:
@@ -165,17 +165,17 @@ def body_linears(model: nn.Module, heads: Iterable[str], pattern: str) -> list[s
 
 
 def _inside(name: str, heads: Iterable[str]) -> bool:
-    return library.parameter_kind(name, heads) == "head"
+    return parameter_kind(name, heads) == "head"
 
 
-def parameter_groups(
+def optimizer_groups(
     model: nn.Module, heads: Iterable[str], config: GlueConfig
 ) -> list[dict[str, Any]]:
     """Optimiser groups with "name", "lr", "weight_decay", "params": those of `fastspec.parameter_groups`,
     where what another method trains beside the head is called "adapter"."""
     rate = rates(config)
     rest = "extra" if config.method == "spectral" else "adapter"
-    groups = library.parameter_groups(
+    groups = parameter_groups(
         model,
         rate["coefficients"],
         head_lr=rate["head"],

@@ -18,7 +18,7 @@ from fastspec.studies.glue.record import (
     read_folder,
 )
 from fastspec.studies.glue.result import DIVERGED, RESULT
-from fastspec.studies.glue.rows import OTHER_TASKS, TASK_SIZES, Row
+from fastspec.studies.glue.table_rows import OTHER_TASKS, TASK_SIZES, Row
 
 
 @dataclasses.dataclass(frozen=True)
