@@ -182,7 +182,9 @@ def test_a_basis_is_named_alike_on_every_machine(here):
 
 def test_the_committed_record_counts_today(tmp_path):
     record = read_csv(RECORD)
-    rows = with_reference(tuple({r.name: r for rows in SUITES.values() for r in rows}.values()))
+    # the base suite has a record of its own
+    named = {r.name: r for name, rows in SUITES.items() if name != "base" for r in rows}
+    rows = with_reference(tuple(named.values()))
     s = Suite(tmp_path, rows, record=RECORD)
     assert s.stale() == []
     assert {run.row for run in record} <= {row.name for row in rows}

@@ -302,6 +302,7 @@ def small(row):
 # the whole of each suite takes minutes; these are its forms: like, basis_of, ranges, and one plain row
 MINIATURES = {
     "small": ["band", "head"],
+    "base": ["band 4, values and outputs"],
     "full": ["band, reference path", "pissa-r8"],
     "controls": [
         "full, random labels",

@@ -109,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--target-modules",
         default="all-linear",
-        help="a regular expression over module names; of lora and pissa too",
+        help="attention, values (with the output projection), mlp, or a regular expression over module "
+        "names; of lora and pissa too",
     )
     add("--train-bias", action="store_true", help="also train biases of adapted layers")
     add("--train-layernorm", action="store_true", help="also train LayerNorm")
@@ -242,7 +243,7 @@ def run_suite(args: argparse.Namespace) -> int:
     from fastspec.studies.glue import report
     from fastspec.studies.glue.processes import make
     from fastspec.studies.glue.suite import Suite
-    from fastspec.studies.glue.table_rows import choose, with_reference
+    from fastspec.studies.glue.table_rows import SUITE_SIZES, choose, with_reference
 
     threads = args.threads or torch.get_num_threads()
     jobs = args.jobs or (1 if torch.cuda.is_available() else min(threads, 8))
@@ -251,11 +252,13 @@ def run_suite(args: argparse.Namespace) -> int:
             f"--jobs must be from 1 to the number of threads, {threads}, which its runs share; got {jobs}"
         )
     rows = choose(args.suite, args.rows, args.model)
+    sizes = SUITE_SIZES.get(args.suite, TASK_SIZES)
     output = Path(args.output or "runs/suite")
     suite = Suite(
         output=output,
         rows=with_reference(rows) if args.path == "reference" else rows,
-        tasks=tuple(args.tasks or TASK_SIZES),
+        tasks=tuple(args.tasks or sizes),
+        sizes=sizes,
         model=args.model,
         data=args.data,
         seeds=args.seeds,

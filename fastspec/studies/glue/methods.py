@@ -132,7 +132,7 @@ def _low_rank(model: nn.Module, config: GlueConfig, heads: list[str]) -> nn.Modu
         lora_alpha=config.lora_rank * (1 if pissa else 2),
         lora_dropout=0.0,
         init_lora_weights="pissa" if pissa else True,
-        target_modules=body_linears(model, heads, config.target_modules),
+        target_modules=body_linears(model, heads, config.target_pattern),
         modules_to_save=heads,
     )
     with warnings.catch_warnings():

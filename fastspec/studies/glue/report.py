@@ -122,9 +122,9 @@ def markdown(
         if by_task is None:
             continue
         line = [row.name, *_shares(next(iter(by_task.values())).first)]
-        seeds = suite.seeds_of(row)
         line += [
-            spread(by_task[t].scores("best"), seeds) if t in by_task else "" for t in suite.tasks
+            spread(by_task[t].scores("best"), suite.seeds_of(t, row)) if t in by_task else ""
+            for t in suite.tasks
         ]
         line += [_mean(by_task, suite.tasks, "best"), _mean(by_task, suite.tasks, "last")]
         line.append(", ".join(_rate(by_task[t]) if t in by_task else "-" for t in suite.tasks))
