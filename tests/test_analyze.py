@@ -16,7 +16,7 @@ from fastspec.studies.analyze import tables
 from fastspec.studies.analyze.alignment import align, clusters, rank_ranges
 from fastspec.studies.analyze.gradients import CumulativeGradients, spectra
 from fastspec.studies.analyze.ranks import allocate, coefficient_energy, patterns
-from fastspec.studies.analyze.stability import Stability, generalisation, holm, within_groups
+from fastspec.studies.analyze.stability import RunAlignment, generalisation, holm, within_groups
 from fastspec.studies.analyze.transplant import Matrices, mask, swap
 from fastspec.studies.analyze.weights import Pair, kind_of, layer_of, load_weights, pairs
 
@@ -62,15 +62,15 @@ def test_a_rotation_inside_a_cluster_is_told_from_one_outside():
         [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
     ).double()
 
-    def turned(i, j):
+    def rotated(i, j):
         new_u, new_v = u.clone(), v.clone()
         new_u[:, [i, j]] = u[:, [i, j]] @ turn
         new_v[:, [i, j]] = v[:, [i, j]] @ turn
         return (new_u * torch.tensor(s).double()) @ new_v.mT
 
-    inside, outside = align([pair(w, turned(1, 2)), pair(w, turned(0, 3))])
+    inside, outside = align([pair(w, rotated(1, 2)), pair(w, rotated(0, 3))])
     assert inside.cluster.tolist() == [0, 1, 1, 2, 3, 4]  # the sixth value is zero
-    # matched vectors have turned, their span has not: that rotation changes W by 1e-4 only
+    # matched vectors have rotated, their span has not: that rotation changes W by 1e-4 only
     torch.testing.assert_close(
         inside.left[1:3], torch.full((2,), math.cos(angle)).double(), atol=1e-6, rtol=0
     )
@@ -327,7 +327,7 @@ def test_gradients_are_summed_and_seen_in_the_basis():
     assert recorder.spectra[1].s[0].item() == pytest.approx(12, rel=1e-5)
 
 
-def stable(amount, seed):
+def alignments(amount, seed):
     """Two matrices: one moved by `amount` of the same noise every time, one by noise of its own."""
     w, _, _ = matrix(torch.linspace(8, 1, 20), 30, 20)
 
@@ -342,7 +342,7 @@ def stable(amount, seed):
 def some_runs(task, base, labels="true", start="pretrained", runs=4):
     for i in range(runs):
         fields = (f"r{i}", "full", task, start, labels, 1e-3, i, base - 3 * i)
-        yield Stability(*fields, stable(0.02 * (i + 1), i))
+        yield RunAlignment(*fields, alignments(0.02 * (i + 1), i))
 
 
 def test_generalisation_finds_the_matrix_that_goes_with_the_score():

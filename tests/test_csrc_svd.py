@@ -80,19 +80,19 @@ def test_a_matrix_gets_the_same_bits_in_any_stack(stack) -> None:
 
 
 @both_ways
-def test_turned_and_strided_input(stack, op: str) -> None:
-    turned, strided = stack.mT.contiguous().mT, torch.stack([stack, -stack], dim=-1)[..., 0]
-    for w in (turned, strided):
+def test_transposed_and_strided_input(stack, op: str) -> None:
+    transposed, strided = stack.mT.contiguous().mT, torch.stack([stack, -stack], dim=-1)[..., 0]
+    for w in (transposed, strided):
         assert (sine(subspace(w, op=op), stack) <= allowed_sine(stack, 4)).all()
 
 
 @both_ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 5, 17, 31, 64, 65, 131])
-@pytest.mark.parametrize("turned", [False, True])
-def test_sides_of_every_remainder(n: int, turned: bool, dtype: torch.dtype, op: str) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sides_of_every_remainder(n: int, transposed: bool, dtype: torch.dtype, op: str) -> None:
     w = torch.randn(2, n + 30, n, dtype=dtype, generator=torch.Generator().manual_seed(n))
-    w = w.mT.contiguous().mT if turned else w
+    w = w.mT.contiguous().mT if transposed else w
     _, s, _, residual = topk(w, k=min(n, 7), op=op)
     exact = torch.linalg.svdvals(w.double())[:, : min(n, 7)]
     assert (residual <= 1e-5).all()

@@ -74,9 +74,9 @@ def test_file(checkpoint, tmp_path: Path) -> None:
     assert main(["factorize", str(folder), "--rank", "6", "-o", str(out)]) == 0
     check(out, tensors, 6)
     entry = load_basis(out)["layer.0.up"]
-    turned = entry.transposed()
-    assert torch.equal(turned.u, entry.vh.mT)
-    assert torch.equal(turned.vh, entry.u.mT)
+    transposed = entry.transposed()
+    assert torch.equal(transposed.u, entry.vh.mT)
+    assert torch.equal(transposed.vh, entry.u.mT)
 
 
 def test_fraction_full_and_patterns(checkpoint, tmp_path: Path) -> None:

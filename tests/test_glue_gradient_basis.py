@@ -5,7 +5,7 @@ import torch
 from glue_support import make_model, make_task
 
 from fastspec.model.targets import spectral_layers
-from fastspec.studies.glue import basis, build
+from fastspec.studies.glue import build, donor_basis
 from fastspec.studies.glue.config import GlueConfig
 from fastspec.studies.glue.evaluate import Scorer
 from fastspec.studies.glue.finetune import run
@@ -30,7 +30,9 @@ def config_of(place, **fields):
 
 
 def batches_of(prepared):
-    return list(basis.first_batches(prepared.tokenizer, prepared.source.train, prepared.config))
+    return list(
+        donor_basis.first_batches(prepared.tokenizer, prepared.source.train, prepared.config)
+    )
 
 
 def test_the_gradient_is_the_plain_models(place):
@@ -39,7 +41,7 @@ def test_the_gradient_is_the_plain_models(place):
     batches = batches_of(prepared)
     assert sum(len(b["labels"]) for b in batches) == 24
     prepared.model.train()
-    sums = basis.summed_gradients(prepared.model, batches)
+    sums = donor_basis.summed_gradients(prepared.model, batches)
     for batch in batches:
         plain(**batch).loss.backward()
     assert len(sums) == len(list(spectral_layers(prepared.model))) > 0
@@ -51,17 +53,17 @@ def test_the_gradient_is_the_plain_models(place):
 
 def test_the_basis_is_the_gradients_and_is_kept(place, tmp_path, monkeypatch):
     prepared = build.prepare(config_of(place))
-    sums = basis.summed_gradients(prepared.model, batches_of(prepared))
-    basis.use_gradients(prepared.model, batches_of(prepared), tmp_path)
+    sums = donor_basis.summed_gradients(prepared.model, batches_of(prepared))
+    donor_basis.use_gradients(prepared.model, batches_of(prepared), tmp_path)
     for name, layer in spectral_layers(prepared.model):
         total = sums[f"{name}.weight"]
         s = torch.linalg.svdvals(total)
         held = (layer.u.mT @ total @ layer.vh.mT).diagonal()
         torch.testing.assert_close(held, s[:K], rtol=1e-3, atol=1e-3 * s[0].item())
         assert not layer.singular_basis
-    monkeypatch.setattr(basis, "summed_gradients", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(donor_basis, "summed_gradients", lambda *_: pytest.fail("made again"))
     again = build.prepare(config_of(place))
-    basis.use_gradients(again.model, batches_of(again), tmp_path)  # as a run that goes on
+    donor_basis.use_gradients(again.model, batches_of(again), tmp_path)  # as a run that goes on
     pairs = zip(spectral_layers(prepared.model), spectral_layers(again.model), strict=True)
     for (_, a), (_, b) in pairs:
         for side in ("u", "s", "vh"):
@@ -87,13 +89,13 @@ def test_a_run_is_restored_with_its_basis(place):
 
 def test_another_seed_has_another_basis(place):
     seeds = [build.prepare(config_of(place, seed=seed)) for seed in (0, 1)]
-    sums = [basis.summed_gradients(p.model, batches_of(p)) for p in seeds]
+    sums = [donor_basis.summed_gradients(p.model, batches_of(p)) for p in seeds]
     assert all(not torch.allclose(sums[0][name], sums[1][name]) for name in sums[0])
 
 
 def test_overwriting_makes_a_new_basis(place, tmp_path):
     folder = tmp_path / "run"
     run(config_of(place), folder, progress=False)
-    first = (folder / basis.FILE).read_bytes()
+    first = (folder / donor_basis.FILE).read_bytes()
     run(config_of(place, seed=1), folder, overwrite=True, progress=False)
-    assert (folder / basis.FILE).read_bytes() != first
+    assert (folder / donor_basis.FILE).read_bytes() != first

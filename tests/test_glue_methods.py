@@ -58,7 +58,7 @@ def test_trainable_parameters(fields, adapter, folder):
     plain = sum(p.numel() for p in load_classifier(str(folder), TASKS["rte"]).parameters())
     extra = 0 if config.method in ("head", "bitfit") else adapter
     assert counts["total"] == plain + extra
-    in_groups = [p for g in methods.parameter_groups(model, heads, config) for p in g["params"]]
+    in_groups = [p for g in methods.optimizer_groups(model, heads, config) for p in g["params"]]
     assert sum(p.numel() for p in in_groups) == adapter + HEAD
     assert len({id(p) for p in in_groups}) == len(in_groups)
 
@@ -82,7 +82,7 @@ def test_the_pooler_counts_to_the_head_when_asked(method, adapter, folder, tmp_p
     assert (counts["adapter"], counts["head"]) == (adapter, POOLER + HEAD)
     head = [
         p
-        for g in methods.parameter_groups(model, heads, config)
+        for g in methods.optimizer_groups(model, heads, config)
         if g["name"] == "head"
         for p in g["params"]
     ]
@@ -130,7 +130,7 @@ def test_rates_and_decay_by_kind(folder):
         bias_lr=0.125,
         weight_decay=0.01,
     )
-    groups = methods.parameter_groups(model, heads, config)
+    groups = methods.optimizer_groups(model, heads, config)
     seen = {(g["name"], g["lr"], g["weight_decay"]) for g in groups}
     assert seen == {
         ("coefficients", 0.5, 0.0),
@@ -148,7 +148,7 @@ def test_rates_and_decay_by_kind(folder):
 
 def test_coefficients_decay_only_when_asked(folder):
     model, heads, config = build(folder, coefficient_decay=0.1)
-    decay = {g["name"]: g["weight_decay"] for g in methods.parameter_groups(model, heads, config)}
+    decay = {g["name"]: g["weight_decay"] for g in methods.optimizer_groups(model, heads, config)}
     assert decay == {"coefficients": 0.1, "head": 0.0}
 
 
@@ -180,7 +180,7 @@ def test_the_head_method_takes_lr_for_its_head():
 @pytest.mark.parametrize("method", METHODS)
 def test_trained_state_goes_round(method, folder):
     model, heads, config = build(folder, method=method, lora_rank=2)
-    for group in methods.parameter_groups(model, heads, config):
+    for group in methods.optimizer_groups(model, heads, config):
         for p in group["params"]:
             torch.nn.init.normal_(p, std=0.1)
     state = {name: value.clone() for name, value in methods.trained_state(model).items()}

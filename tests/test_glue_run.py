@@ -210,11 +210,11 @@ def test_resuming_after_sigkill_gives_the_same_numbers(place):
     program = (
         "import sys, time\n"
         "from fastspec.studies.glue import trainer\n"
-        "inner = trainer.Checkpoints.on_step_end\n"
+        "inner = trainer.CheckpointSchedule.on_step_end\n"
         "def slowly(*args, **kwargs):\n"
         "    time.sleep(0.1)\n"
         "    return inner(*args, **kwargs)\n"
-        "trainer.Checkpoints.on_step_end = slowly\n"
+        "trainer.CheckpointSchedule.on_step_end = slowly\n"
         "from fastspec.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

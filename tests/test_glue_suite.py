@@ -19,15 +19,15 @@ from fastspec.cli import main
 from fastspec.cores import delta_shape
 from fastspec.model.targets import find_targets, is_norm
 from fastspec.studies.commands.glue import add_arguments
-from fastspec.studies.glue import processes, report, rows
+from fastspec.studies.glue import processes, report, table_rows
 from fastspec.studies.glue.config import GlueConfig
 from fastspec.studies.glue.finetune import run
 from fastspec.studies.glue.methods import head_modules
 from fastspec.studies.glue.presets import PRESETS
 from fastspec.studies.glue.processes import Processes, SuiteError, make
 from fastspec.studies.glue.record import flags, read_csv
-from fastspec.studies.glue.rows import SUITES, TASK_SIZES, Row, choose, with_reference
 from fastspec.studies.glue.suite import Job, Suite
+from fastspec.studies.glue.table_rows import SUITES, TASK_SIZES, Row, choose, with_reference
 from fastspec.studies.glue.tasks import TASKS
 
 ROWS = (
@@ -74,7 +74,7 @@ def fake(monkeypatch):
 def test_the_suite_makes_every_run_once_and_in_order(tmp_path, fake):
     s = Suite(tmp_path, ROWS, tasks=("rte",))
     said = []
-    make(s, jobs=2, threads=1, report=said.append)
+    make(s, jobs=2, threads=1, announce=said.append)
     order = (tmp_path / "rte" / "order.txt").read_text().split()
     assert len(order) == len(set(order)) == len(said)
     assert set(order) == {
@@ -94,7 +94,7 @@ def test_the_suite_makes_every_run_once_and_in_order(tmp_path, fake):
     assert s.config(Job("rte", ROWS[3], 1e-3, 0)).basis_model == str(
         tmp_path / "rte" / "scratch" / "lr0.001-seed0"
     )
-    make(s, jobs=2, threads=1, report=said.append)
+    make(s, jobs=2, threads=1, announce=said.append)
     assert len(said) == len(order)
 
 
@@ -102,8 +102,8 @@ def test_the_report_says_what_is_there_and_what_is_not(tmp_path, fake):
     s = Suite(tmp_path, ROWS, tasks=("rte", "cola"))
     with pytest.raises(ValueError, match="no run of this suite is finished"):
         report.write_report(s, tmp_path / "report")
-    make(Suite(tmp_path, ROWS[:2], tasks=("rte",)), jobs=2, threads=1, report=lambda _: None)
-    make(Suite(tmp_path, ROWS[:1], tasks=("cola",), seeds=1), 2, 1, report=lambda _: None)
+    make(Suite(tmp_path, ROWS[:2], tasks=("rte",)), jobs=2, threads=1, announce=lambda _: None)
+    make(Suite(tmp_path, ROWS[:1], tasks=("cola",), seeds=1), 2, 1, announce=lambda _: None)
     text = report.write_report(s, tmp_path / "report")
     row = next(line for line in text.splitlines() if line.startswith("| a |"))
     cells = [c.strip() for c in row.strip("|").split("|")]
@@ -146,7 +146,7 @@ def test_rows_whose_donor_diverged_are_skipped_with_a_line(tmp_path, fake):
         Row("labels", {"method": "full", "labels": "random"}, like="scratch"),
     )
     s = Suite(tmp_path, rows, tasks=("rte",))
-    make(s, jobs=1, threads=1, report=lambda _: None)
+    make(s, jobs=1, threads=1, announce=lambda _: None)
     order = (tmp_path / "rte" / "order.txt").read_text().split()
     assert order == ["good/lr0.01-seed0", "scratch/lr0.1-seed0"]
     lines = report.markdown(s).splitlines()
@@ -302,6 +302,7 @@ def small(row):
 # the whole of each suite takes minutes; these are its forms: like, basis_of, ranges, and one plain row
 MINIATURES = {
     "small": ["band", "head"],
+    "base": ["band 4, values and outputs"],
     "full": ["band, reference path", "pissa-r8"],
     "controls": [
         "full, random labels",
@@ -328,8 +329,8 @@ def test_a_miniature_of_every_suite(place, name, capsys, monkeypatch):
     if name != "small":
         monkeypatch.setattr(processes, "_make", here)
     for parts in ("ranges", "layers"):
-        make_rows = getattr(rows, parts)
-        monkeypatch.setattr(rows, parts, lambda n, f=make_rows: tuple(map(small, f(n))))
+        make_rows = getattr(table_rows, parts)
+        monkeypatch.setattr(table_rows, parts, lambda n, f=make_rows: tuple(map(small, f(n))))
     monkeypatch.setitem(SUITES, name, tuple(map(small, SUITES[name])))
     out = place / "out"
     base = ["glue", "--suite", name, "--tasks", "rte", "--model", str(place / "model")]
@@ -395,7 +396,7 @@ def thirds(place, table):
 
 
 def test_ranges_need_a_model_that_says_its_size(place, monkeypatch, capsys):
-    monkeypatch.setattr(rows, "model_size", lambda name, field: None)
+    monkeypatch.setattr(table_rows, "model_size", lambda name, field: None)
     assert main(["glue", "--suite", "ranges", "--model", str(place / "model")]) == 2
     assert "needs a model whose configuration has hidden_size" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +48,20 @@ def resolve(name: str | None) -> str:
     if path.is_absolute() or name.startswith(("./", "../", "~")):
         raise FileNotFoundError(f"--model: no such folder: {name}")
     return name
+
+
+def public_name(name: str) -> str:
+    """What a model is called, wherever it lies: a hub name as it is; of a folder the title of its model
+    card if that is one word, or else the last part of the path."""
+    path = Path(name).expanduser()
+    card = path / "README.md"
+    if card.is_file():
+        text = card.read_text("utf-8", errors="replace")
+        title = re.search(r"\A(?:---\n.*?\n---\s)?\s*# +(\S+)\s*$", text, re.DOTALL | re.MULTILINE)
+        if title:
+            return title[1]
+    looks_like_a_path = path.is_dir() or path.is_absolute() or name.startswith(("./", "../"))
+    return path.resolve().name if looks_like_a_path else name
 
 
 def go_offline_if(local: bool) -> None:

@@ -169,9 +169,9 @@ def _factorize_chunk(
 ) -> TopkSVD:
     source = weights.dtype
     compute = source if source == torch.float64 else torch.float32
-    turned = weights.shape[1] < weights.shape[2]
+    transposed = weights.shape[1] < weights.shape[2]
     w = weights.to(compute)
-    w = w.mT if turned else w  # [L, long, short]
+    w = w.mT if transposed else w  # [L, long, short]
     scale = _scale(weights, labels, compute)
     if scale is not None:
         w = w / scale[:, None, None]
@@ -180,7 +180,7 @@ def _factorize_chunk(
     except torch.linalg.LinAlgError as error:
         of = labels[0] if len(labels) == 1 else f"the stack {labels[0]} .. {labels[-1]}"
         raise torch.linalg.LinAlgError(f"in {of}: {error}") from error
-    u, vh = (triplets.right, triplets.left.mT) if turned else (triplets.left, triplets.right.mT)
+    u, vh = (triplets.right, triplets.left.mT) if transposed else (triplets.left, triplets.right.mT)
     sign = _signs(vh)
     u.mul_(sign[:, None, :])
     vh.mul_(sign[:, :, None])

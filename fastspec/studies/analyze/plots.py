@@ -11,7 +11,7 @@ import torch
 
 from fastspec.studies.analyze.alignment import Alignment, random_block
 from fastspec.studies.analyze.gradients import GradientSpectrum
-from fastspec.studies.analyze.stability import Stability, within_groups
+from fastspec.studies.analyze.stability import RunAlignment, within_groups
 from fastspec.studies.analyze.transplant import Scored
 
 KINDS = ("attention", "mlp", "other")
@@ -94,7 +94,7 @@ def draw_alignment(alignments: Sequence[Alignment], path: Path) -> None:
 
 
 def draw_profile(alignments: Sequence[Alignment], path: Path) -> None:
-    """Stability by tenth of the rank range: matched vectors, spans, and what chance gives."""
+    """Cosines by tenth of the rank range: matched vectors, spans, and what chance gives."""
     groups = attention_and_mlp(alignments)
     with figure(path, len(groups), sharey=True) as axes:
         for panel, (kind, group) in zip(axes[0], groups.items(), strict=True):
@@ -194,8 +194,8 @@ def draw_gradients(spectra: Sequence[GradientSpectrum], path: Path) -> None:
         axes[-1][1].set_xlabel("leading directions of W, per cent of all")
 
 
-def draw_runs(runs: Sequence[Stability], path: Path) -> None:
-    """Stability of the leading tenth against the score, both less the mean of their group; a colour for
+def draw_runs(runs: Sequence[RunAlignment], path: Path) -> None:
+    """Subspace cosine of the leading tenth against the score, both less the mean of their group; a colour for
     each task, a marker for each method, kind of labels and start."""
     labels = list(dict.fromkeys(run.label for run in runs))
     tasks = sorted({run.task for run in runs})
@@ -204,8 +204,8 @@ def draw_runs(runs: Sequence[Stability], path: Path) -> None:
         for panel, kind in zip(axes[0], ("attention", "mlp"), strict=True):
             column = f"{kind}: subspace, leading tenth"
             found = [run.summary()[column] for run in runs]
-            stable = within_groups(runs, torch.tensor([float(x or 0) for x in found]))
-            for run, x, y in zip(runs, stable.tolist(), score.tolist(), strict=True):
+            cosines = within_groups(runs, torch.tensor([float(x or 0) for x in found]))
+            for run, x, y in zip(runs, cosines.tolist(), score.tolist(), strict=True):
                 marker = "osD^vP*X<>"[labels.index(run.label) % 10]
                 panel.plot(x, y, marker, color=f"C{tasks.index(run.task) % 10}", alpha=0.8)
             panel.set(title=kind, xlabel="stability less its group's mean [cosine]")
@@ -222,7 +222,7 @@ def draw_runs(runs: Sequence[Stability], path: Path) -> None:
 
 
 def draw_scale(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Stability under post-training against the number of pretraining images; spread over seeds."""
+    """Cosines under post-training against the number of pretraining images; spread over seeds."""
     sizes = sorted({row["images"] for row in rows})
     seeds = len({row["seed"] for row in rows})
     with figure(path, 2) as axes:

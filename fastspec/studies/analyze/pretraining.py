@@ -52,7 +52,7 @@ class Study:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
 
 
-def run(study: Study, report: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
+def run(study: Study, announce: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
     """One row for every size and seed: images, seed, pretraining loss, cosines, accuracy.
 
     "matched cosine" is of the leading tenth of singular vectors before and after post-training,
@@ -91,7 +91,7 @@ def run(study: Study, report: Callable[[str], None] = print) -> Iterator[dict[st
                 "norm of dW over W": _mean(line["norm of dW over W"] for line in lines),
                 "accuracy": accuracy(classifier, images[test], labels[test]),
             }
-            report(
+            announce(
                 ", ".join(
                     f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
                 )

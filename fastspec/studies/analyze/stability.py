@@ -1,4 +1,8 @@
-"""Many finished runs side by side: how stable their bases were, and whether that goes with their scores."""
+"""Many finished runs side by side: how much of their bases they kept, and whether that goes with the score.
+
+A basis is stable where the leading singular vectors span the same space before and after training: where
+the overlap of the two subspaces is near 1.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ FEWEST_RUNS = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Stability:
+class RunAlignment:
     """One run, from its first weights to its last.
 
     Args:
@@ -60,7 +64,7 @@ class Stability:
         return line
 
 
-def stability(folder: str | os.PathLike[str]) -> Stability:
+def align_run(folder: str | os.PathLike[str]) -> RunAlignment:
     """Compare the weights that a finished run began with and those it ended with.
 
     Raises:
@@ -74,7 +78,7 @@ def stability(folder: str | os.PathLike[str]) -> Stability:
     result = read_result(folder)
     config = result["config"]
     after = effective_weights(finished(folder).model)
-    return Stability(
+    return RunAlignment(
         run=Path(folder).name,
         label=result["label"],
         task=result["data"]["task"],
@@ -89,7 +93,7 @@ def stability(folder: str | os.PathLike[str]) -> Stability:
 
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """Spearman correlation over runs between a matrix's stability and the score.
+    """Spearman correlation over runs between the subspace overlap of a matrix and the score.
 
     Args:
         matrix: its name.
@@ -106,10 +110,10 @@ class Correlation:
     p_holm: float
 
 
-def generalisation(runs: Sequence[Stability]) -> list[Correlation]:
-    """Does the stability of the leading tenth go with the score? One test a matrix, so p is adjusted.
+def generalisation(runs: Sequence[RunAlignment]) -> list[Correlation]:
+    """Does the subspace overlap of the leading tenth go with the score? One test a matrix, so p is adjusted.
 
-    Scores and stabilities are centred within runs of one task, kind of labels and start, since these differ
+    Scores and overlaps are centred within runs of one task, kind of labels and start, since these differ
     in both for reasons of their own. A run that shares them with no other is left out.
 
     Raises:
@@ -129,11 +133,11 @@ def generalisation(runs: Sequence[Stability]) -> list[Correlation]:
     score = within_groups(runs, torch.tensor([run.best for run in runs]))
     found = []
     for i, name in enumerate(names):
-        values = torch.tensor([_leading(run.alignments[i]) for run in runs])
-        stable = within_groups(runs, values)
-        if float(stable.abs().max()) < 1e-6 or float(score.abs().max()) == 0:
+        values = torch.tensor([_leading_overlap(run.alignments[i]) for run in runs])
+        overlap = within_groups(runs, values)
+        if float(overlap.abs().max()) < 1e-6 or float(score.abs().max()) == 0:
             continue  # a constant has no ranks: the matrix was not trained
-        rho, p = spearmanr(stable.numpy(), score.numpy())
+        rho, p = spearmanr(overlap.numpy(), score.numpy())
         found.append((name, float(rho), float(p)))
     if not found:
         return []
@@ -155,18 +159,19 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _leading(alignment: Alignment) -> float:
+def _leading_overlap(alignment: Alignment) -> float:
+    """Mean squared cosine of the principal angles of the leading tenth's spans, left and right averaged."""
     tenth = max(1, len(alignment.s) // 10) - 1
     return float((alignment.overlap_left[tenth] + alignment.overlap_right[tenth]) / 2)
 
 
-def comparable(runs: Sequence[Stability]) -> list[Stability]:
+def comparable(runs: Sequence[RunAlignment]) -> list[RunAlignment]:
     """The runs that share task, labels and start with another."""
     groups = [run.group() for run in runs]
     return [run for run, group in zip(runs, groups, strict=True) if groups.count(group) > 1]
 
 
-def within_groups(runs: Sequence[Stability], values: Tensor) -> Tensor:
+def within_groups(runs: Sequence[RunAlignment], values: Tensor) -> Tensor:
     """One value a run, less the mean over the runs of its task, labels and start."""
     out = values.double()
     groups = [run.group() for run in runs]

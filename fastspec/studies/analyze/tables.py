@@ -16,11 +16,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     header = list(rows[0])
     numeric = [any(isinstance(row[key], (int, float)) for row in rows) for key in header]
     lines = [header, ["---:" if n else "---" for n in numeric]]
-    lines += [[cell(row[key]) for key in header] for row in rows]
+    lines += [[format_cell(row[key]) for key in header] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """A number to four significant digits, anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

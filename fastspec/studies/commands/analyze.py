@@ -185,12 +185,12 @@ def _runs(args: argparse.Namespace, output: Path) -> None:
     from fastspec.studies.analyze import plots
     from fastspec.studies.analyze.stability import (
         FEWEST_RUNS,
+        align_run,
         comparable,
         generalisation,
-        stability,
     )
 
-    found = [stability(folder) for folder in args.runs]
+    found = [align_run(folder) for folder in args.runs]
     _write(output, "runs", [run.summary() for run in found])
     plots.draw_runs(found, output / "runs.png")
     if len(comparable(found)) < FEWEST_RUNS:

@@ -11,7 +11,7 @@ from fastspec.cores import CORES
 from fastspec.studies.glue.config import LABELS, METHODS, RATE_RULES, START, GlueConfig
 from fastspec.studies.glue.presets import PRESETS
 from fastspec.studies.glue.result import compare, read_json, read_result, table
-from fastspec.studies.glue.rows import SUITES, TASK_SIZES
+from fastspec.studies.glue.table_rows import SUITES, TASK_SIZES
 from fastspec.studies.glue.tasks import TASKS
 
 _SUITE_ONLY = {"tasks", "rows", "seeds", "record", "jobs", "report", "time"}
@@ -109,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--target-modules",
         default="all-linear",
-        help="a regular expression over module names; of lora and pissa too",
+        help="attention, values (with the output projection), mlp, or a regular expression over module "
+        "names; of lora and pissa too",
     )
     add("--train-bias", action="store_true", help="also train biases of adapted layers")
     add("--train-layernorm", action="store_true", help="also train LayerNorm")
@@ -238,11 +239,11 @@ def run_suite(args: argparse.Namespace) -> int:
     import torch
 
     from fastspec.files import write_json
-    from fastspec.studies.analyze.stability import stability
+    from fastspec.studies.analyze.stability import align_run
     from fastspec.studies.glue import report
     from fastspec.studies.glue.processes import make
-    from fastspec.studies.glue.rows import choose, with_reference
     from fastspec.studies.glue.suite import Suite
+    from fastspec.studies.glue.table_rows import SUITE_SIZES, choose, with_reference
 
     threads = args.threads or torch.get_num_threads()
     jobs = args.jobs or (1 if torch.cuda.is_available() else min(threads, 8))
@@ -251,11 +252,13 @@ def run_suite(args: argparse.Namespace) -> int:
             f"--jobs must be from 1 to the number of threads, {threads}, which its runs share; got {jobs}"
         )
     rows = choose(args.suite, args.rows, args.model)
+    sizes = SUITE_SIZES.get(args.suite, TASK_SIZES)
     output = Path(args.output or "runs/suite")
     suite = Suite(
         output=output,
         rows=with_reference(rows) if args.path == "reference" else rows,
-        tasks=tuple(args.tasks or TASK_SIZES),
+        tasks=tuple(args.tasks or sizes),
+        sizes=sizes,
         model=args.model,
         data=args.data,
         seeds=args.seeds,
@@ -276,8 +279,8 @@ def run_suite(args: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
         times = step_times(suite.examples())
         write_json(folder / report.TIMING, {n: dataclasses.asdict(t) for n, t in times.items()})
-    compare = (lambda run: stability(run).summary()) if args.suite == "controls" else None
-    print(report.write_report(suite, folder, compare))
+    measure = (lambda run: align_run(run).summary()) if args.suite == "controls" else None
+    print(report.write_report(suite, folder, measure))
     print(f"\n{folder / report.TABLE}, {report.RUNS}, {report.PICTURE}")
     return 0
 

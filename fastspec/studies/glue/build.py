@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastspec.model.targets import spectral_layers
-from fastspec.studies import encoders as models
-from fastspec.studies.glue import basis, data, methods
+from fastspec.studies import encoders
+from fastspec.studies.glue import data, donor_basis, methods
 from fastspec.studies.glue.config import GRADIENT, RANDOM_MODEL, GlueConfig
 from fastspec.studies.glue.data import Source
 from fastspec.studies.glue.result import ADAPTER, read_result
@@ -40,28 +40,28 @@ class Prepared(Built):
 
 def build(config: GlueConfig, task: Task) -> Built:
     """Load the model with a head for `task` drawn from the seed, and apply the method."""
-    name = models.resolve(config.model)
+    name = encoders.resolve(config.model)
     from transformers import set_seed
 
     set_seed(config.seed)
-    with models.quiet():
-        tokenizer = models.load_tokenizer(name)
-        model = models.load_classifier(name, task)
+    with encoders.quiet():
+        tokenizer = encoders.load_tokenizer(name)
+        model = encoders.load_classifier(name, task)
         if config.start == "random":
             model = untrained(model)
-        fingerprint = models.body_fingerprint(model)
+        fingerprint = encoders.body_fingerprint(model)
         heads = methods.head_modules(model, config.train_pooler)
         model = methods.apply(model, config)
         if config.basis_model not in (None, GRADIENT):
-            basis.use_vectors_of(model, basis_weights(config, model))
+            donor_basis.use_vectors_of(model, basis_weights(config, model))
     return Built(config, model, tokenizer, heads, name, fingerprint)
 
 
 def prepare(config: GlueConfig) -> Prepared:
     """Find the rows and build the model for them."""
     task = TASKS[config.task]
-    local = Path(models.resolve(config.model)).is_dir() and data.is_local(task, config.data)
-    models.go_offline_if(local)
+    local = Path(encoders.resolve(config.model)).is_dir() and data.is_local(task, config.data)
+    encoders.go_offline_if(local)
     source = data.load(task, config.data)
     if config.labels == "random":
         source.train = source.train.permuted(config.seed)
@@ -117,12 +117,12 @@ def starting_weights(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _built(folder: str | os.PathLike[str], **changes: Any) -> Built:
     result = read_result(folder)
     config = dataclasses.replace(GlueConfig.from_dict(result["config"]), **changes)
-    models.go_offline_if(Path(models.resolve(config.model)).is_dir())
+    encoders.go_offline_if(Path(encoders.resolve(config.model)).is_dir())
     built = build(config, TASKS[result["data"]["task"]])
     if built.fingerprint != result["model"]["fingerprint"]:
         raise ValueError(f"{folder} was made from another model than {built.name} is now")
     if config.basis_model == GRADIENT:
-        basis.load(built.model, Path(folder))
+        donor_basis.load(built.model, Path(folder))
     return built
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fastspec.config import Basis, Rank, Select, SpectralConfig
 from fastspec.config import Path as Arithmetic
 from fastspec.cores import Core
+from fastspec.studies.glue.presets import TARGETS
 from fastspec.studies.glue.tasks import TASKS
 
 Method = Literal["spectral", "full", "head", "bitfit", "lora", "pissa"]
@@ -31,11 +32,13 @@ class GlueConfig:
         model: a folder or a hub name; None takes the MiniLM that the `demo` extra installs.
         data: a folder of GLUE files; None looks further (`fastspec.studies.glue.data.load`).
         path, rank, core, half_width, select, basis, target_modules, train_bias, train_layernorm:
-            for method="spectral", as in `fastspec.SpectralConfig`.
+            for method="spectral", as in `fastspec.SpectralConfig`; `target_modules` may also be
+            "attention", "values" (with the output projection) or "mlp", on any encoder
+            (`fastspec.studies.glue.presets.TARGETS`).
         basis_model: for method="spectral", the model whose singular vectors are the basis in place of
             the adapted weights' own: "random" for an untrained one of the same architecture, or the
             folder of a finished run or a model (the controls); "gradient" for those of the task's
-            gradient before training (`fastspec.studies.glue.basis`).
+            gradient before training (`fastspec.studies.glue.donor_basis`).
         start: "pretrained", or "random" to train from a random initialisation.
         labels: "true", or "random" to train on permuted labels; dev labels stay as they are.
         lora_rank: rank of method="lora" and "pissa".
@@ -125,6 +128,11 @@ class GlueConfig:
             raise ValueError(f"seed must be an integer in [0, 2^32), got {self.seed!r}")
         self.spectral()  # its own checks, before anything is loaded
 
+    @property
+    def target_pattern(self) -> str:
+        """`target_modules` as `fastspec.SpectralConfig` takes it."""
+        return TARGETS.get(self.target_modules, self.target_modules)
+
     def spectral(self, heads: list[str] | None = None) -> SpectralConfig:
         """What method="spectral" does to the model, with `heads` as the modules trained whole."""
         return SpectralConfig(
@@ -134,7 +142,7 @@ class GlueConfig:
             select=self.select,
             # other weights' vectors replace these, and are no singular basis of the adapted ones either
             basis="random" if self.basis_model else self.basis,
-            target_modules=self.target_modules,
+            target_modules=self.target_pattern,
             modules_to_save=heads,
             train_bias=self.train_bias,
             train_layernorm=self.train_layernorm,

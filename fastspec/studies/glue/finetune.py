@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastspec.files import write_json
-from fastspec.studies import encoders as models
-from fastspec.studies.glue import basis, methods
+from fastspec.studies import encoders
+from fastspec.studies.glue import donor_basis, methods
 from fastspec.studies.glue.build import Prepared, prepare
 from fastspec.studies.glue.config import GRADIENT, GlueConfig
 from fastspec.studies.glue.data import Split
@@ -83,8 +83,8 @@ def run(
             f"and a head of {counts['head']:,}, out of {counts['total']:,}"
         )
     if config.basis_model == GRADIENT:
-        batches = basis.first_batches(prepared.tokenizer, train, config)
-        basis.use_gradients(prepared.model, batches, folder)
+        batches = donor_basis.first_batches(prepared.tokenizer, train, config)
+        donor_basis.use_gradients(prepared.model, batches, folder)
     trainer = _trainer(config, prepared, train, folder, progress, callbacks)
     from transformers import set_seed
 
@@ -95,7 +95,7 @@ def run(
         print(f"resuming from {checkpoint}")
     # building the methods has drawn different amounts of random numbers; dropout starts alike
     set_seed(config.seed)
-    with models.quiet():
+    with encoders.quiet():
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except DivergedError as e:
@@ -118,7 +118,7 @@ def _claim(folder: Path, config: GlueConfig, overwrite: bool) -> dict[str, Any] 
     if overwrite and (folder / CONFIG).exists():
         for path in [*folder.glob("checkpoint-*"), folder / "epochs", folder / ADAPTER]:
             shutil.rmtree(path, ignore_errors=True)
-        for name in (RESULT, CONFIG, INPUTS, DIVERGED, basis.FILE):
+        for name in (RESULT, CONFIG, INPUTS, DIVERGED, donor_basis.FILE):
             (folder / name).unlink(missing_ok=True)
     if (folder / CONFIG).exists():
         # fields that an older version did not write have their default
@@ -161,7 +161,7 @@ def _trainer(
 ):
     from transformers import DataCollatorWithPadding, TrainingArguments
 
-    from fastspec.studies.glue.trainer import Checkpoints, GlueTrainer, Progress
+    from fastspec.studies.glue.trainer import CheckpointSchedule, GlueTrainer, Progress
 
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     arguments = TrainingArguments(
@@ -173,7 +173,7 @@ def _trainer(
         warmup_steps=math.ceil(config.warmup * steps_per_epoch * config.epochs),
         lr_scheduler_type="linear",
         eval_strategy="epoch",
-        save_strategy="no",  # Checkpoints decides
+        save_strategy="no",  # CheckpointSchedule decides
         save_total_limit=2,
         logging_strategy="steps",
         logging_steps=1,
@@ -185,7 +185,7 @@ def _trainer(
         seed=config.seed,
     )
     source = prepared.source
-    own: list[Any] = [Checkpoints(config.save_steps, steps_per_epoch)]
+    own: list[Any] = [CheckpointSchedule(config.save_steps, steps_per_epoch)]
     if progress:
         own.append(Progress(f"{config.task} {config.label()}"))
     return GlueTrainer(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastspec.availability import install_advice
-from fastspec.model import parameter_groups as library
+from fastspec.model.parameter_groups import parameter_groups, parameter_kind
 from fastspec.model.targets import matcher
 from fastspec.studies.glue.config import GlueConfig
 
@@ -61,7 +61,7 @@ def default_rate(config: GlueConfig) -> Rate:
 
 
 def rates(config: GlueConfig) -> dict[str, float]:
-    """The learning rate of each kind of parameter, by the names of `parameter_groups`."""
+    """The learning rate of each kind of parameter, by the names of `optimizer_groups`."""
     main = default_rate(config).value if config.lr is None else config.lr
     head = HEAD_RATE.value if config.head_lr is None else config.head_lr
     if config.method == "head" and config.lr is not None and config.head_lr is None:
@@ -133,7 +133,7 @@ def _low_rank(model: nn.Module, config: GlueConfig, heads: list[str]) -> nn.Modu
         lora_alpha=config.lora_rank * (1 if pissa else 2),
         lora_dropout=0.0,
         init_lora_weights="pissa" if pissa else True,
-        target_modules=body_linears(model, heads, config.target_modules),
+        target_modules=body_linears(model, heads, config.target_pattern),
         modules_to_save=heads,
     )
     with warnings.catch_warnings():
@@ -166,17 +166,17 @@ def body_linears(model: nn.Module, heads: Iterable[str], pattern: str) -> list[s
 
 
 def _inside(name: str, heads: Iterable[str]) -> bool:
-    return library.parameter_kind(name, heads) == "head"
+    return parameter_kind(name, heads) == "head"
 
 
-def parameter_groups(
+def optimizer_groups(
     model: nn.Module, heads: Iterable[str], config: GlueConfig
 ) -> list[dict[str, Any]]:
     """Optimiser groups with "name", "lr", "weight_decay", "params": those of `fastspec.parameter_groups`,
     where what another method trains beside the head is called "adapter"."""
     rate = rates(config)
     rest = "extra" if config.method == "spectral" else "adapter"
-    groups = library.parameter_groups(
+    groups = parameter_groups(
         model,
         rate["coefficients"],
         head_lr=rate["head"],

@@ -49,7 +49,7 @@ class Processes:
                 process.terminate()
 
 
-def make(suite: Suite, jobs: int, threads: int, report: Callable[[str], None] = print) -> None:
+def make(suite: Suite, jobs: int, threads: int, announce: Callable[[str], None] = print) -> None:
     """Make every run that is missing, `jobs` at a time with `threads` torch threads each.
 
     Interrupted, it can be started again: whole runs are kept, the others go on from a checkpoint.
@@ -74,7 +74,7 @@ def make(suite: Suite, jobs: int, threads: int, report: Callable[[str], None] = 
                     job = running.pop(future)
                     outcome = _outcome(suite, job, future.result())
                     minutes = (time.perf_counter() - began) / 60
-                    report(
+                    announce(
                         f"{minutes:6.1f} min  {job.task} {job.row.name}, rate {job.rate:g}, "
                         f"seed {job.seed}: {outcome}"
                     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastspec.files import write_atomically
+from fastspec.studies.encoders import public_name
 from fastspec.studies.glue.config import GRADIENT, RANDOM_MODEL, GlueConfig
 from fastspec.studies.glue.result import DIVERGED, RESULT, compare, read_json, read_result
 
@@ -74,15 +75,15 @@ class Run:
 def command_text(config: GlueConfig) -> str:
     """The command that makes a run, the same on every machine.
 
-    The folder of the rows is left out, since their digest tells them apart, and a basis of a suite's run
-    is named as if the suite were in its default folder.
+    The folder of the rows is left out, since their digest tells them apart, a model in a folder goes by
+    its own name, and a basis of a suite's run is named as if the suite were in its default folder.
     """
     basis = config.basis_model
     if basis is not None and basis not in (RANDOM_MODEL, GRADIENT):
         basis = str(OUTPUT.joinpath(*Path(basis).parts[-3:]))
-    return shlex.join(
-        ["fastspec", "glue", *flags(dataclasses.replace(config, data=None, basis_model=basis))]
-    )
+    model = None if config.model is None else public_name(config.model)
+    everywhere = dataclasses.replace(config, model=model, data=None, basis_model=basis)
+    return shlex.join(["fastspec", "glue", *flags(everywhere)])
 
 
 def flags(config: GlueConfig) -> list[str]:

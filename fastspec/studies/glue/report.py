@@ -11,13 +11,13 @@ from typing import Any
 from fastspec.files import write_atomically, write_json
 from fastspec.studies.glue.record import Run, to_csv
 from fastspec.studies.glue.result import RESULT, read_json
-from fastspec.studies.glue.rows import Row
 from fastspec.studies.glue.suite import Job, Suite
+from fastspec.studies.glue.table_rows import Row
 from fastspec.studies.glue.tasks import TASKS
 from fastspec.studies.glue.timing import FLOOR, StepTime
 
-Stable = Mapping[str, float]
-Comparison = Callable[[Path], Mapping[str, Any]]  # of a finished run's folder
+Cosines = Mapping[str, float]  # by kind of matrix
+Measure = Callable[[Path], Mapping[str, Any]]  # of a finished run's folder
 TABLE, RUNS, PICTURE, TIMING = "table.md", "runs.csv", "scores.png", "timing.json"
 
 
@@ -76,24 +76,24 @@ def spread(values: Mapping[int, float], seeds: int) -> str:
     return text if len(values) == seeds else f"{text}, {len(values)} of {seeds} seeds"
 
 
-def stabilities(suite: Suite, compare: Comparison) -> dict[str, dict[str, Stable]]:
-    """`stable` by row and task, of the seed-0 runs of full finetuning whose folders are there."""
-    found: dict[str, dict[str, Stable]] = {}
+def all_subspace_cosines(suite: Suite, measure: Measure) -> dict[str, dict[str, Cosines]]:
+    """`subspace_cosines` by row and task, of the seed-0 runs of full finetuning whose folders are there."""
+    found: dict[str, dict[str, Cosines]] = {}
     for name, by_task in cells(suite).items():
         row = suite.row(name)
         for task, c in by_task.items():
             folder = Job(task, row, c.rate, 0).folder(suite.output)
             if row.fields.get("method") == "full" and (folder / RESULT).exists():
-                found.setdefault(name, {})[task] = stable(folder, compare)
+                found.setdefault(name, {})[task] = subspace_cosines(folder, measure)
     return found
 
 
-def stable(folder: Path, compare: Comparison) -> Stable:
+def subspace_cosines(folder: Path, measure: Measure) -> Cosines:
     """How far a finished run left the leading vectors where they were, attention and MLP apart: root mean
     square cosine between the spans of the leading tenth before and after. Kept beside the result."""
     path = folder / "stability.json"
     if not path.exists():
-        line = compare(folder)
+        line = measure(folder)
         found = {kind: line[f"{kind}: subspace, leading tenth"] for kind in ("attention", "mlp")}
         write_json(path, {kind: value for kind, value in found.items() if value != ""})
     return read_json(path)
@@ -102,9 +102,9 @@ def stable(folder: Path, compare: Comparison) -> Stable:
 def markdown(
     suite: Suite,
     times: Mapping[str, StepTime] | None = None,
-    stability: Mapping[str, Mapping[str, Stable]] | None = None,
+    cosines: Mapping[str, Mapping[str, Cosines]] | None = None,
 ) -> str:
-    """The table, with step times and stabilities (of `stabilities`) where they are given."""
+    """The table, with step times and `all_subspace_cosines` where they are given."""
     found = cells(suite)
     header = [
         "method",
@@ -115,28 +115,28 @@ def markdown(
         "last epoch",
     ]
     header += ["rates"] + (["step", "saved"] if times else [])
-    header += ["stability"] if stability is not None else []
+    header += ["stability"] if cosines is not None else []
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in suite.rows:
         by_task = found.get(row.name)
         if by_task is None:
             continue
         line = [row.name, *_shares(next(iter(by_task.values())).first)]
-        seeds = suite.seeds_of(row)
         line += [
-            spread(by_task[t].scores("best"), seeds) if t in by_task else "" for t in suite.tasks
+            spread(by_task[t].scores("best"), suite.seeds_of(t, row)) if t in by_task else ""
+            for t in suite.tasks
         ]
         line += [_mean(by_task, suite.tasks, "best"), _mean(by_task, suite.tasks, "last")]
         line.append(", ".join(_rate(by_task[t]) if t in by_task else "-" for t in suite.tasks))
         if times:
             time = times.get(row.name)
             line += [f"{time.ratio:.2f}", f"{time.saved:.2f}"] if time else ["", ""]
-        if stability is not None:
-            ours = stability.get(row.name, {})
-            line.append(", ".join(_stable(ours[t]) if t in ours else "-" for t in suite.tasks))
+        if cosines is not None:
+            ours = cosines.get(row.name, {})
+            line.append(", ".join(_both_kinds(ours[t]) if t in ours else "-" for t in suite.tasks))
         rows.append(line)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", _caption(found, times, stability is not None)]
+    lines += ["", _caption(found, times, cosines is not None)]
     for skipped in suite.skipped():
         lines += ["", skipped]
     parity = parity_table(suite)
@@ -165,16 +165,16 @@ def _rate(cell: Cell) -> str:
     return f"{cell.rate:g}" + (f" ({tried} of {of} tried)" if tried < of else "")
 
 
-def _stable(kinds: Stable) -> str:
+def _both_kinds(cosines: Cosines) -> str:
     return " / ".join(
-        f"{kinds[kind]:.3f}" if kind in kinds else "-" for kind in ("attention", "mlp")
+        f"{cosines[kind]:.3f}" if kind in cosines else "-" for kind in ("attention", "mlp")
     )
 
 
 def _caption(
     found: Mapping[str, Mapping[str, Cell]],
     times: Mapping[str, StepTime] | None,
-    with_stability: bool,
+    with_cosines: bool,
 ) -> str:
     first: dict[str, Run] = {}
     for by_task in found.values():
@@ -194,7 +194,7 @@ def _caption(
             f" Step, saved: time of a training step and bytes kept for its backward pass, over those "
             f"of the {FLOOR} ({times[FLOOR].milliseconds:.0f} ms)."
         )
-    if with_stability:
+    if with_cosines:
         text += (
             " Stability, by task: cosine between the spans of the leading tenth of the singular vectors "
             "before and after training, attention / MLP, seed 0; - where the run's folder is not there."
@@ -262,13 +262,13 @@ def draw(suite: Suite, path: Path) -> None:
     plt.close(figure)
 
 
-def write_report(suite: Suite, folder: Path, compare: Comparison | None = None) -> str:
+def write_report(suite: Suite, folder: Path, measure: Measure | None = None) -> str:
     """Write table, CSV and picture of what is finished to `folder`; returns the table.
 
     Args:
         suite: whose runs.
         folder: for the three files.
-        compare: measures how far a run of full finetuning moved the singular vectors; seconds for each.
+        measure: tells how far a run of full finetuning moved the singular vectors; seconds for each.
 
     Raises:
         ValueError: nothing is finished.
@@ -281,7 +281,7 @@ def write_report(suite: Suite, folder: Path, compare: Comparison | None = None) 
     if path.exists():
         stored = read_json(path)
         times = {name: StepTime(**fields) for name, fields in stored.items()}
-    text = markdown(suite, times, None if compare is None else stabilities(suite, compare))
+    text = markdown(suite, times, None if measure is None else all_subspace_cosines(suite, measure))
     write_atomically(folder / TABLE, (text + "\n").encode())
     write_atomically(folder / RUNS, to_csv(suite.all_runs()).encode())
     suite.save_record()

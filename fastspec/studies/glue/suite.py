@@ -18,7 +18,7 @@ from fastspec.studies.glue.record import (
     read_folder,
 )
 from fastspec.studies.glue.result import DIVERGED, RESULT
-from fastspec.studies.glue.rows import OTHER_TASKS, TASK_SIZES, Row
+from fastspec.studies.glue.table_rows import OTHER_TASKS, TASK_SIZES, Row, TaskSize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Suite:
         rows: of the table.
         tasks: names of tasks.
         model, data: as in `GlueConfig`, for every run.
-        seeds: an upper limit to the rows' own numbers of seeds; None for none.
+        seeds: an upper limit to the rows' and tasks' own numbers of seeds; None for none.
+        sizes: of the tasks; those that are not in it have `OTHER_TASKS`.
         overrides: further fields of `GlueConfig` for every run.
         record: CSV file of runs made anywhere (`fastspec.studies.glue.record`); they are not made again.
     """
@@ -56,6 +57,7 @@ class Suite:
     model: str | None = None
     data: str | None = None
     seeds: int | None = None
+    sizes: Mapping[str, TaskSize] = dataclasses.field(default_factory=lambda: TASK_SIZES)
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: Path | None = None
 
@@ -73,8 +75,12 @@ class Suite:
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 
-    def seeds_of(self, row: Row) -> int:
-        return row.seeds if self.seeds is None else min(row.seeds, self.seeds)
+    def size(self, task: str) -> TaskSize:
+        return self.sizes.get(task, OTHER_TASKS)
+
+    def seeds_of(self, task: str, row: Row) -> int:
+        limits = (row.seeds, self.size(task).seeds, self.seeds)
+        return min(n for n in limits if n is not None)
 
     def config(self, job: Job) -> GlueConfig:
         """The configuration of one run.
@@ -82,12 +88,14 @@ class Suite:
         Raises:
             ValueError: the rate of the run that gives its basis is not chosen yet.
         """
-        size = TASK_SIZES.get(job.task, OTHER_TASKS)
+        size = self.size(job.task)
         fields: dict[str, Any] = {
             "task": job.task,
             "model": self.model,
             "data": self.data,
-            **dataclasses.asdict(size),
+            "epochs": size.epochs,
+            "batch_size": size.batch_size,
+            "max_train_rows": size.max_train_rows,
             "train_pooler": True,
             **job.row.fields,
             **self.overrides,
@@ -165,7 +173,9 @@ class Suite:
 
     def runs(self, task: str, row: Row) -> list[Run]:
         """The ended runs of one row on one task, searched rates among them."""
-        jobs = [Job(task, row, r, s) for r in self.grid(row) for s in range(self.seeds_of(row))]
+        jobs = [
+            Job(task, row, r, s) for r in self.grid(row) for s in range(self.seeds_of(task, row))
+        ]
         return [run for job in jobs if (run := self.find(job)) is not None]
 
     def all_runs(self) -> list[Run]:
@@ -238,7 +248,7 @@ class Suite:
         chosen = self.chosen_rate(task, row)
         jobs = [Job(task, row, rate, 0) for rate in row.rates]
         if chosen is not None:
-            jobs += [Job(task, row, chosen, seed) for seed in range(self.seeds_of(row))]
+            jobs += [Job(task, row, chosen, seed) for seed in range(self.seeds_of(task, row))]
         for job in dict.fromkeys(jobs):
             if self.find(job) is not None:
                 continue

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastspec.studies import encoders as models
+from fastspec.studies import encoders
 from fastspec.studies.glue import data, methods
 from fastspec.studies.glue.config import GlueConfig
 from fastspec.studies.glue.tasks import TASKS
@@ -70,9 +70,9 @@ def step_times(
     order rotates. Rows, batch size, length, model and task are those of the first configuration.
     """
     first = next(iter(configs.values()))
-    name = models.resolve(first.model)
+    name = encoders.resolve(first.model)
     source = data.load(TASKS[first.task], first.data)
-    tokenizer = models.load_tokenizer(name)
+    tokenizer = encoders.load_tokenizer(name)
     texts = source.train.texts[: first.batch_size * (rounds + warmup)]
     labels = (source.train.labels or [])[: len(texts)]
     batches = []
@@ -90,14 +90,14 @@ def step_times(
     steps = {}
     for label, config in {FLOOR: first, **configs}.items():
         torch.manual_seed(config.seed)
-        with models.quiet():
-            model = models.load_classifier(name, source.task)
+        with encoders.quiet():
+            model = encoders.load_classifier(name, source.task)
             heads = methods.head_modules(model, config.train_pooler)
             if label == FLOOR:
                 model = freeze_to_floor(model, config.train_pooler)
             else:
                 model = methods.apply(model, config)
-        groups = methods.parameter_groups(model, heads, config)
+        groups = methods.optimizer_groups(model, heads, config)
         steps[label] = _Step(model.to(device).train(), torch.optim.AdamW(groups))
     times: dict[str, list[float]] = {label: [] for label in steps}
     for i in range(rounds + warmup):

@@ -51,7 +51,7 @@ class EpochLengthSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class Checkpoints(TrainerCallback):
+class CheckpointSchedule(TrainerCallback):
     """Asks for a checkpoint every few steps and after each epoch's evaluation; marks whole ones.
 
     None is made at an epoch's last step before its evaluation: resuming there would skip that.
@@ -188,7 +188,7 @@ class GlueTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = methods.parameter_groups(self.network, self.heads, self.glue)
+            groups = methods.optimizer_groups(self.network, self.heads, self.glue)
             if self.glue.method == "spectral" and self.glue.rate_rule == "spectrum":
                 self.optimizer = ScaledAdamW(groups, spectral_scales(self.network))
             else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastspec.studies.encoders import model_size
 from fastspec.studies.glue.config import GRADIENT, RANDOM_MODEL
-from fastspec.studies.glue.presets import ATTENTION, MLP, PRESETS, VALUES
+from fastspec.studies.glue.presets import PRESETS
 
 SEEDS = 3
 
@@ -41,11 +41,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class TaskSize:
-    """How long a task is trained in a suite: epochs, rows a step, training rows (None: all)."""
+    """How long a task is trained in a suite: epochs, rows a step, training rows (None: all), and at most
+    how many seeds a row has on it (None: as many as the row says)."""
 
     epochs: int
     batch_size: int = 32
     max_train_rows: int | None = None
+    seeds: int | None = None
 
 
 TASK_SIZES = {
@@ -54,13 +56,25 @@ TASK_SIZES = {
     "rte": TaskSize(epochs=3, batch_size=16),
 }
 OTHER_TASKS = TaskSize(epochs=3, max_train_rows=8000)
+# of suites that have sizes of their own
+SUITE_SIZES = {
+    "base": {
+        "cola": TaskSize(epochs=3),
+        "sst2": TaskSize(epochs=3, max_train_rows=8000),
+        "rte": TaskSize(epochs=3, batch_size=16, seeds=1),
+    }
+}
+
+# as docs/results-glue.csv spells them: `presets` means the same layers of the default model
+ATTENTION = r".*(query|key|value|attention\.output\.dense|[qkvo]_proj)"
+VALUES = r".*(value|attention\.output\.dense|[vo]_proj)"
+MLP = r".*layer\.\d+\.(intermediate|output)\.dense"
 
 DIAG, BAND, DENSE = (1e-2, 3e-2, 5e-2), (2e-3, 5e-3, 1e-2), (1e-3, 3e-3, 1e-2)
 LOW_RANK, FULL = (5e-4, 1e-3, 2e-3), (5e-5, 1e-4, 2e-4)
 
-_COEFFICIENTS, _BAND, _VALUES, _DENSE = (
-    PRESETS[name] for name in ("coefficients", "band", "values", "dense")
-)
+_COEFFICIENTS, _BAND, _DENSE = (PRESETS[name] for name in ("coefficients", "band", "dense"))
+_VALUES = {**PRESETS["values"], "target_modules": VALUES}
 _SPECTRUM = {"rate_rule": "spectrum"}
 _COEFFICIENTS_ROW = Row("coefficients", _COEFFICIENTS, DIAG, SEEDS)
 _BAND_ROW = Row("band", _BAND, BAND, SEEDS)
@@ -86,6 +100,17 @@ HEADLINE = (
     Row("lora-r1", {"method": "lora", "lora_rank": 1}, LOW_RANK, SEEDS),
     Row("lora-r8", {"method": "lora", "lora_rank": 8}, LOW_RANK, SEEDS),
     _FULL_ROW,
+)
+# on a base-size encoder, where runs are long: two rates
+BASE = (
+    Row("head", {"method": "head"}, (3e-3, 1e-2)),
+    Row("coefficients", _COEFFICIENTS, (1e-2, 3e-2), SEEDS),
+    Row("band", _BAND, (5e-3, 1e-2), SEEDS),
+    Row("band 4, values and outputs", PRESETS["values"], (5e-3, 1e-2), SEEDS),
+    Row("dense 32", _DENSE, (1e-3, 3e-3)),
+    Row("lora-r1", {"method": "lora", "lora_rank": 1}, (1e-3, 2e-3), SEEDS),
+    Row("lora-r8", {"method": "lora", "lora_rank": 8}, (5e-4, 1e-3), SEEDS),
+    Row("full", {"method": "full"}, (2e-5, 5e-5), SEEDS),
 )
 SWEEP = (
     Row("band, reference path", {**_BAND, "path": "reference"}, (), SEEDS, like="band"),
@@ -166,6 +191,7 @@ def layers(count: int) -> tuple[Row, ...]:
 
 SUITES: Mapping[str, tuple[Row, ...]] = {
     "small": HEADLINE,
+    "base": BASE,
     "full": (*HEADLINE, *SWEEP),
     "controls": CONTROLS,
     "search": SEARCH,
