@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import assert_close, minilm_path
-from test_convert import IDS, Net
+from tiny_models import IDS, Net
 
 import fastspec
 from fastspec import SpectralConfig, load_adapter, save_adapter, spectralize

@@ -53,7 +53,7 @@ def test_the_blocks_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     from peft import get_peft_model
-    from test_tasks_models import bert
+    from tiny_models import bert
 
     import fastspec.peft
 
