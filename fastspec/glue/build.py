@@ -41,10 +41,10 @@ class Prepared(Built):
 def build(config: GlueConfig, task: Task) -> Built:
     """Load the model with a head for `task` drawn from the seed, and apply the method."""
     name = models.resolve(config.model)
-    from transformers import set_seed
-
-    set_seed(config.seed)
     with models.quiet():
+        from transformers import set_seed
+
+        set_seed(config.seed)
         tokenizer = models.load_tokenizer(name)
         model = models.load_classifier(name, task)
         if config.start == "random":

@@ -85,7 +85,8 @@ def run(
     if config.basis_model == GRADIENT:
         batches = basis.first_batches(prepared.tokenizer, train, config)
         basis.use_gradients(prepared.model, batches, folder)
-    trainer = _trainer(config, prepared, train, folder, progress, callbacks)
+    with models.quiet():
+        trainer = _trainer(config, prepared, train, folder, progress, callbacks)
     from transformers import set_seed
 
     from fastspec.glue.trainer import DivergedError, last_checkpoint
