@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tiny_models import net
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -28,27 +29,8 @@ from fastspec.model.fsdp import shard_factors
 STEPS, ROWS = 6, 8
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 16)
-        blocks = [
-            nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)),
-            nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.Linear(64, 16)),
-        ]
-        self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(x)
-
-
 def adapted() -> nn.Module:
-    torch.manual_seed(0)
-    return fastspec.spectralize(Net(), fastspec.SpectralConfig(rank=4, core="dense"))
+    return fastspec.spectralize(net().train(), fastspec.SpectralConfig(rank=4, core="dense"))
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

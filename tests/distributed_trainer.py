@@ -8,7 +8,8 @@ import sys
 import torch
 import torch.distributed as dist
 from distributed_train import with_gloo
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from tiny_models import NO_DROPOUT, bert
+from transformers import TrainingArguments
 
 import fastspec
 import fastspec.model.checkpoints
@@ -18,18 +19,7 @@ STEPS, ROWS = 4, 8  # rows of a step, over all processes
 
 
 def trainer(folder: str, processes: int) -> fastspec.SpectralTrainer:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,  # processes draw different masks
-        attention_probs_dropout_prob=0.0,
-    )
-    model = spectralize(BertForSequenceClassification(config), SpectralConfig(rank=4))
+    model = spectralize(bert(**NO_DROPOUT["bert"]), SpectralConfig(rank=4))
     groups = parameter_groups(model, lr=3e-2, head_lr=1e-3)
     arguments = TrainingArguments(
         output_dir=folder,

@@ -1,13 +1,19 @@
-"""What the tests share: tolerances by dtype, problems with a known basis, the pretrained encoder."""
+"""What the tests share: tolerances by dtype, problems with a known basis, the pretrained encoder, and what
+a refused call must leave as it was."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastspec.cores import delta_shape
@@ -85,3 +91,56 @@ def minilm(num_labels: int = 2) -> torch.nn.Module:
         minilm_path(), num_labels=num_labels
     )
     return model.eval()
+
+
+def frozen_state(model, ids):
+    """All that a refused call must leave as it was: tensors, modules, hooks, attributes and an output."""
+    tensors = {
+        name: (t, t.requires_grad, t.detach().clone())
+        for named in (model.named_parameters(), model.named_buffers())
+        for name, t in named
+    }
+    hooks = {
+        name: [(kind, *value) for kind, value in sorted(vars(m).items()) if kind.endswith("_hooks")]
+        for name, m in model.named_modules()
+    }
+    attributes = {name: sorted(vars(m)) for name, m in model.named_modules()}
+    with torch.no_grad():
+        y = model(ids)
+    return repr(model), attributes, hooks, tensors, y
+
+
+def assert_unchanged(model, before, ids):
+    text, attributes, hooks, tensors, y = before
+    after = frozen_state(model, ids)
+    assert after[:3] == (text, attributes, hooks)
+    assert after[3].keys() == tensors.keys()
+    for name, (tensor, flag, value) in tensors.items():
+        assert after[3][name][0] is tensor, name
+        assert after[3][name][1] == flag, name
+        assert torch.equal(after[3][name][2], value), name
+    assert torch.equal(after[4], y)
+
+
+@contextmanager
+def little_memory(megabytes=192):
+    """Let no more than this be allocated on top of what is there; a breach is a MemoryError."""
+    with open("/proc/self/statm") as f:
+        now = int(f.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def rewrite(folder, change):
+    """Change the tensors and keep the digest honest, as a faulty writer would."""
+    path, config = folder / "adapter.safetensors", folder / "adapter_config.json"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    meta = json.loads(config.read_text())
+    meta["tensors_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    config.write_text(json.dumps(meta))

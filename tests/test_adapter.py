@@ -7,29 +7,13 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import minilm
-from test_convert import IDS, Net
+from support import minilm, rewrite
+from tiny_models import IDS, net, trained
 
 import fastspec
 from fastspec import SpectralConfig, load_adapter, save_adapter, spectralize
 from fastspec.model.adapter import AdapterError
 from fastspec.model.targets import spectral_layers
-
-
-def plain(seed=0):
-    torch.manual_seed(seed)
-    return Net().eval()
-
-
-def trained(config=None, seed=0):
-    model = spectralize(plain(), config or SpectralConfig(rank=4))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=g))
-    return model
 
 
 @pytest.fixture
@@ -53,13 +37,13 @@ def test_round_trip_into_a_plain_and_an_adapted_model(tmp_path, options):
     model = trained(SpectralConfig(**options))
     y = model(IDS)
     save_adapter(model, tmp_path)
-    loaded = load_adapter(plain(), tmp_path)
+    loaded = load_adapter(net(), tmp_path)
     assert torch.equal(loaded(IDS), y)
     assert loaded.spectral.modules_to_save == model.spectral.modules_to_save
     again = save_adapter(loaded, tmp_path / "again")
     for name in ("adapter.safetensors", "adapter_config.json"):
         assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
-    adapted = spectralize(plain(), SpectralConfig(**options))
+    adapted = spectralize(net(), SpectralConfig(**options))
     delta = next(iter(spectral_layers(adapted)))[1].delta
     assert torch.equal(load_adapter(adapted, tmp_path)(IDS), y)
     assert next(iter(spectral_layers(adapted)))[1].delta is delta, "values are copied in place"
@@ -86,12 +70,12 @@ def refused(model, folder, message, error=AdapterError):
 
 
 def test_other_base_weights_are_refused(saved):
-    refused(plain(seed=1), saved, "other base weights")
-    refused(spectralize(plain(seed=1), SpectralConfig(rank=4)), saved, "other base weights")
-    changed = plain()
+    refused(net(seed=1), saved, "other base weights")
+    refused(spectralize(net(seed=1), SpectralConfig(rank=4)), saved, "other base weights")
+    changed = net()
     changed.embed.weight.data[0, 0] += 1e-3  # not an adapted weight, but base all the same
     refused(changed, saved, "other base weights")
-    bfloat16 = plain().to(torch.bfloat16)
+    bfloat16 = net().to(torch.bfloat16)
     refused(bfloat16, saved, r"head\.weight is torch\.float32.*expects torch\.bfloat16")
     bfloat16.head.float()
     refused(bfloat16, saved, "other base weights")
@@ -99,23 +83,21 @@ def test_other_base_weights_are_refused(saved):
 
 def test_another_rank_or_core_is_refused(saved):
     refused(
-        spectralize(plain(), SpectralConfig(rank=5)),
+        spectralize(net(), SpectralConfig(rank=5)),
         saved,
         "rank 4 in the adapter and 5 in the model",
     )
     refused(
-        spectralize(plain(), SpectralConfig(rank=4, core="dense")),
+        spectralize(net(), SpectralConfig(rank=4, core="dense")),
         saved,
         "core: the adapter has 'diag'",
     )
-    refused(spectralize(plain(), SpectralConfig(rank=4, select="trailing")), saved, "select")
-    refused(
-        spectralize(plain(), SpectralConfig(rank=4, target_modules=["up"])), saved, "and None in"
-    )
+    refused(spectralize(net(), SpectralConfig(rank=4, select="trailing")), saved, "select")
+    refused(spectralize(net(), SpectralConfig(rank=4, target_modules=["up"])), saved, "and None in")
 
 
 def test_another_head_is_refused(saved):
-    model = plain()
+    model = net()
     model.head = torch.nn.Linear(16, 7)
     refused(model, saved, r"head\.weight is \[3, 16\].*expects \[7, 16\]")
 
@@ -124,7 +106,7 @@ def test_another_head_is_refused(saved):
 def test_truncated_tensors_are_refused(saved, keep):
     path = saved / "adapter.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(plain(), saved, "truncated, damaged")
+    refused(net(), saved, "truncated, damaged")
 
 
 def test_every_flipped_byte_is_noticed(saved):
@@ -133,36 +115,23 @@ def test_every_flipped_byte_is_noticed(saved):
     for at in range(0, len(data), 97):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         with pytest.raises(AdapterError):
-            load_adapter(plain(), saved)
+            load_adapter(net(), saved)
 
 
 def test_tensors_of_another_save_are_refused(saved, tmp_path):
     other = save_adapter(trained(seed=1), tmp_path / "b")
     (saved / "adapter.safetensors").write_bytes((other / "adapter.safetensors").read_bytes())
-    refused(plain(), saved, "another save")
-
-
-def rewrite(folder, change):
-    """Change the tensors and keep the digest honest, as a faulty writer would."""
-    import hashlib
-
-    path, config = folder / "adapter.safetensors", folder / "adapter_config.json"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    meta = json.loads(config.read_text())
-    meta["tensors_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    config.write_text(json.dumps(meta))
+    refused(net(), saved, "another save")
 
 
 def test_values_that_are_not_finite_are_refused(saved):
     rewrite(saved, lambda t: t["blocks.0.up.delta"].fill_(float("nan")))
-    refused(plain(), saved, r"blocks\.0\.up\.delta holds NaN")
+    refused(net(), saved, r"blocks\.0\.up\.delta holds NaN")
 
 
 def test_missing_tensors_are_refused(saved):
     rewrite(saved, lambda t: t.pop("blocks.0.up.delta"))
-    refused(plain(), saved, r"lacks blocks\.0\.up\.delta")
+    refused(net(), saved, r"lacks blocks\.0\.up\.delta")
 
 
 @pytest.mark.parametrize(
@@ -184,23 +153,23 @@ def test_a_damaged_config_is_refused(saved, change, message):
     meta = json.loads(path.read_text())
     change(meta)
     path.write_text(json.dumps(meta))
-    refused(plain(), saved, message)
+    refused(net(), saved, message)
 
 
 def test_text_that_is_no_json_is_refused(saved):
     (saved / "adapter_config.json").write_text("{")
-    refused(plain(), saved, "not a usable adapter config")
+    refused(net(), saved, "not a usable adapter config")
 
 
 def test_missing_files(tmp_path, saved):
-    refused(plain(), tmp_path / "nowhere", "no such file", FileNotFoundError)
+    refused(net(), tmp_path / "nowhere", "no such file", FileNotFoundError)
     (saved / "adapter.safetensors").unlink()
-    refused(plain(), saved, "adapter.safetensors: no such file", FileNotFoundError)
+    refused(net(), saved, "adapter.safetensors: no such file", FileNotFoundError)
 
 
 def test_saving_refuses_what_is_not_an_adapter(tmp_path):
     with pytest.raises(ValueError, match="spectralize"):
-        save_adapter(plain(), tmp_path / "a")
+        save_adapter(net(), tmp_path / "a")
     model = trained()
     model.head.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match=r"head\.bias holds NaN"):

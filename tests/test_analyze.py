@@ -2,39 +2,16 @@
 
 import csv
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from matrices import matrix, pair
 from safetensors.torch import save_file
 
-import fastspec
-from fastspec import SpectralConfig
 from fastspec.cli import main
-from fastspec.model.targets import spectral_layers
 from fastspec.studies.analyze import tables
 from fastspec.studies.analyze.alignment import align, clusters, rank_ranges
-from fastspec.studies.analyze.gradients import CumulativeGradients, spectra
-from fastspec.studies.analyze.ranks import allocate, coefficient_energy, patterns
-from fastspec.studies.analyze.stability import RunAlignment, generalisation, holm, within_groups
-from fastspec.studies.analyze.transplant import Matrices, mask, swap
-from fastspec.studies.analyze.weights import Pair, kind_of, layer_of, load_weights, pairs
-
-
-def orthonormal(m, k, seed):
-    g = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(m, k, generator=g, dtype=torch.float64))[0]
-
-
-def matrix(s, m, n, seed=0):
-    """(W, U, V) with the singular values `s`."""
-    s = torch.as_tensor(s, dtype=torch.float64)
-    u, v = orthonormal(m, len(s), seed), orthonormal(n, len(s), seed + 1)
-    return (u * s) @ v.mT, u, v
-
-
-def pair(before, after):
-    return Pair("layer.3.attention.weight", "attention", 3, before, after)
+from fastspec.studies.analyze.weights import kind_of, layer_of, load_weights, pairs
 
 
 def test_moving_coefficients_alone_moves_no_vector():
@@ -223,202 +200,11 @@ def test_the_command_compares_two_files_and_draws(tmp_path, capsys):
     assert "a.safetensors" in capsys.readouterr().err
 
 
-WAYS = ("pretrained", "pretrained spans", "random", "random spans", "zero")
-
-
-class Two(torch.nn.Module):
-    def __init__(self, w):
-        super().__init__()
-        self.attention = torch.nn.Linear(*w.shape[::-1], bias=False)
-        self.attention.weight = torch.nn.Parameter(w.clone(), requires_grad=False)
-
-
-def test_swaps_and_masks_change_what_they_should_and_nothing_afterwards():
-    w, u, v = (t.float() for t in matrix([8.0, 4.0, 2.0, 1.0], 6, 4))
-    other, p, q = (t.float() for t in matrix([3.0, 2.0, 1.0, 0.5], 6, 4, seed=7))
-    model = Two(w)
-    seen = []
-
-    def score(m):
-        seen.append(m.attention.weight.clone())
-        return float(m.attention.weight.norm())
-
-    scored = list(
-        swap(model, score, {"pretrained": {"attention.weight": other}}, shares=[0.5, 1.0])
-    )
-    assert [(s.what, s.share) for s in scored] == [
-        ("own", 0.0),
-        *((what, share) for what in WAYS for share in (0.5, 1.0)),
-    ]
-    s = torch.tensor([8.0, 4.0, 2.0, 1.0])
-    torch.testing.assert_close(seen[0], w)
-    half = (p[:, :2] * s[:2]) @ q[:, :2].mT + (u[:, 2:] * s[2:]) @ v[:, 2:].mT
-    torch.testing.assert_close(seen[1], half, atol=1e-5, rtol=0)
-    torch.testing.assert_close(seen[2], (p * s) @ q.mT, atol=1e-5, rtol=0)
-    # the leading half as far as it lies in the other leading spans
-    part = (u[:, :2] * s[:2]) @ v[:, :2].mT
-    inside = p[:, :2] @ p[:, :2].mT @ part @ q[:, :2] @ q[:, :2].mT
-    torch.testing.assert_close(seen[3], w - part + inside, atol=1e-5, rtol=0)
-    # random vectors are orthonormal: with all of them the singular values stay
-    torch.testing.assert_close(torch.linalg.svdvals(seen[6]), s, atol=1e-5, rtol=0)
-    assert (seen[6] - w).norm() > 1
-    torch.testing.assert_close(seen[9], (u[:, 2:] * s[2:]) @ v[:, 2:].mT, atol=1e-5, rtol=0)
-    assert seen[10].abs().max() < 1e-5
-    assert torch.equal(model.attention.weight, w)
-
-    masked = {(m.what, m.share): m.score for m in mask(model, score, shares=[0.25])}
-    assert masked["leading", 0.25] == pytest.approx(21**0.5, rel=1e-5)
-    assert masked["trailing", 0.25] == pytest.approx(84**0.5, rel=1e-5)
-    assert torch.equal(model.attention.weight, w)
-    with pytest.raises(ValueError, match="no matrix of the kinds mlp"):
-        Matrices(model, ["mlp"])
-
-
-def test_a_swap_uses_the_vectors_of_the_source_it_names():
-    w = matrix([4.0, 2.0, 1.0], 5, 3)[0].float()
-    given = {
-        what: matrix([1.0, 0.5, 0.2], 5, 3, seed)
-        for what, seed in (("pretrained", 3), ("other task", 9))
-    }
-    model, seen = Two(w), []
-
-    def score(m):
-        seen.append(m.attention.weight.clone())
-        return 0.0
-
-    sources = {what: {"attention.weight": x.float()} for what, (x, _, _) in given.items()}
-    scored = [s.what for s in swap(model, score, sources, shares=[1.0])]
-    s = torch.tensor([4.0, 2.0, 1.0])
-    for what, (_, p, q) in given.items():
-        expected = (p.float() * s) @ q.float().mT
-        torch.testing.assert_close(seen[scored.index(what)], expected, atol=1e-5, rtol=0)
-
-
 def test_explained_variance_by_hand():
     w, _, _ = matrix([4.0, 2.0, 1.0], 7, 3)
     (a,) = align([pair(w, w)])
     torch.testing.assert_close(a.explained(), torch.tensor([16.0, 20.0, 21.0]).double() / 21)
     assert a.summary()["W in leading tenth"] == pytest.approx(16 / 21)
-
-
-def test_gradients_are_summed_and_seen_in_the_basis():
-    w, u, v = matrix([4.0, 3.0, 2.0], 5, 3)
-    summed = 6 * torch.outer(u[:, 0], v[:, 0]) + 2 * torch.outer(u[:, 1], v[:, 1])
-    (found,) = spectra({"attention.weight": w}, {"attention.weight": summed}, step=7)
-    torch.testing.assert_close(found.s, torch.tensor([6.0, 2.0, 0.0]).double())
-    torch.testing.assert_close(found.captured, torch.tensor([36 / 40, 1.0, 1.0]).double())
-    assert found.effective_rank() == pytest.approx(64 / 40)
-    assert found.step == 7
-
-    model = Two(w.float())
-    model.attention.weight.requires_grad_(True)
-    recorder = CumulativeGradients(steps=(1,))
-
-    class State:
-        global_step = 0
-
-    recorder.on_train_begin(None, State, None, model=model)
-    for _ in range(2):
-        model.attention.weight.grad = summed.float()
-        recorder.on_pre_optimizer_step(None, State, None, model=model)
-        State.global_step += 1
-    recorder.on_train_end(None, State, None)
-    assert [g.step for g in recorder.spectra] == [1, 2]
-    assert recorder.spectra[1].s[0].item() == pytest.approx(12, rel=1e-5)
-
-
-def alignments(amount, seed):
-    """Two matrices: one moved by `amount` of the same noise every time, one by noise of its own."""
-    w, _, _ = matrix(torch.linspace(8, 1, 20), 30, 20)
-
-    def noise(seed):
-        g = torch.Generator().manual_seed(seed)
-        return torch.randn(30, 20, generator=g, dtype=torch.float64)
-
-    moved = {"query": w + amount * noise(100), "key": w + 0.1 * noise(seed)}
-    return align([Pair(f"layer.0.{n}.weight", "attention", 0, w, x) for n, x in moved.items()])
-
-
-def some_runs(task, base, labels="true", start="pretrained", runs=4):
-    for i in range(runs):
-        fields = (f"r{i}", "full", task, start, labels, 1e-3, i, base - 3 * i)
-        yield RunAlignment(*fields, alignments(0.02 * (i + 1), i))
-
-
-def test_generalisation_finds_the_matrix_that_goes_with_the_score():
-    runs = [*some_runs("rte", 60.0), *some_runs("cola", 20.0)]
-    first, second = generalisation(runs)
-    assert first.matrix == "layer.0.query"
-    assert first.rho > 0.9
-    assert first.p <= first.p_fdr <= first.p_holm < 0.05
-    assert second.p_fdr > 0.05
-    with pytest.raises(ValueError, match="over 4 runs says nothing"):
-        generalisation(runs[:4])
-    assert {"task", "best dev score", "attention: cosine, leading tenth"} <= set(runs[0].summary())
-
-
-@pytest.mark.parametrize("odd", [{"labels": "random"}, {"start": "random"}])
-def test_generalisation_compares_like_with_like(odd):
-    # centred by task alone, the low scores of these equally stable runs would hide the correlation
-    groups = [*some_runs("rte", 60.0), *some_runs("rte", 10.0, **odd)]
-    first, _ = generalisation(groups)
-    assert first.rho == pytest.approx(
-        generalisation(groups[:4] + list(some_runs("cola", 1)))[0].rho
-    )
-    # a run without its like says nothing
-    lonely = next(some_runs("cola", 5.0))
-    assert generalisation([*groups, lonely]) == generalisation(groups)
-    with pytest.raises(ValueError, match=r"over 4 runs .* shares task, labels and start"):
-        generalisation([*groups[:4], lonely])
-    values = torch.tensor([1.0, 3.0, 10.0, 30.0])
-    centred = within_groups([*groups[:2], *groups[4:6]], values)
-    assert centred.tolist() == [-1.0, 1.0, -10.0, 10.0]
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-
-
-class TwoLayers(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
-
-    def forward(self, x, y):
-        return SimpleNamespace(loss=(self.b(torch.tanh(self.a(x))) - y).square().mean())
-
-
-def test_the_energy_of_a_whole_dense_core_is_that_of_the_weight():
-    model = TwoLayers()
-    batches = [dict(zip("xy", torch.randn(2, 5, 8), strict=True)) for _ in range(3)]
-    before = {n: w.clone() for n, w in model.state_dict().items()}
-    energy = coefficient_energy(model, SpectralConfig(rank="full", core="dense"), batches)
-    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
-    for name in ("a", "b"):
-        weight = model.get_submodule(name).weight
-        gradients = [torch.autograd.grad(model(**batch).loss, weight)[0] for batch in batches]
-        assert energy[name] == pytest.approx(sum(g.square().sum().item() for g in gradients), 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("core", "rank", "energy", "expected"),
-    [
-        ("dense", 4, (3.0, 1.0), (4, 2)),  # of 32 numbers 24 and 8
-        ("diag", 4, (3.0, 1.0), (6, 2)),
-        ("band", 4, (3.0, 1.0), (6, 2)),
-        ("diag", 8, (3.0, 1.0), (8, 4)),  # no more than there are
-        ("dense", 4, (1.0, 0.0), (5, 0)),
-    ],
-)
-def test_ranks_go_by_energy(core, rank, energy, expected):
-    model, config = TwoLayers(), SpectralConfig(rank=rank, core=core)
-    ranks = allocate(model, config, dict(zip("ab", energy, strict=True)))
-    assert ranks == dict(zip("ab", expected, strict=True))
-    adapted = fastspec.spectralize(model, SpectralConfig(rank=patterns(ranks), core=core))
-    found = {n: layer.directions.rank for n, layer in spectral_layers(adapted)}
-    assert found == {n: k for n, k in ranks.items() if k}
 
 
 def test_tables():

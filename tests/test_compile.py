@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import assert_close
+from tiny_models import NO_DROPOUT, bert, gpt2, llama
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
@@ -13,52 +14,16 @@ from fastspec.model.targets import spectral_layers
 transformers = pytest.importorskip("transformers")
 
 IDS = torch.arange(24).reshape(2, 12) % 50
-SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2}
-
-
-def bert(layers=2):
-    config = transformers.BertConfig(
-        **SIZES,
-        num_hidden_layers=layers,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return transformers.BertForSequenceClassification(config)
-
-
-def gpt2(layers=2):
-    config = transformers.GPT2Config(
-        vocab_size=50,
-        n_embd=16,
-        n_layer=layers,
-        n_head=2,
-        n_positions=16,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama(layers=2):
-    config = transformers.LlamaConfig(
-        **SIZES,
-        num_hidden_layers=layers,
-        intermediate_size=32,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 MODELS = {"bert": bert, "gpt2": gpt2, "llama": llama}
+LAYERS = {"bert": "num_hidden_layers", "gpt2": "n_layer", "llama": "num_hidden_layers"}
 
 
-def adapted(make, core="diag", **options):
-    torch.manual_seed(0)
-    model = spectralize(make(), SpectralConfig(rank=4, core=core, **options))
+def adapted(name, core="diag", layers=2, **options):
+    """In train mode, without dropout."""
+    model = MODELS[name](**NO_DROPOUT[name], **{LAYERS[name]: layers}).train()
+    spectralize(model, SpectralConfig(rank=4, core=core, **options))
     shift(model, 0.05)
     return model
 
@@ -88,7 +53,7 @@ CORES = {"bert": "diag", "gpt2": "dense", "llama": "band"}
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_and_the_gradients_of_eager(name):
-    model = adapted(MODELS[name], CORES[name])
+    model = adapted(name, CORES[name])
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for _ in range(3):
@@ -101,7 +66,7 @@ def test_one_graph_and_the_gradients_of_eager(name):
 
 
 def test_batches_of_any_size_share_a_graph():
-    model = adapted(bert)
+    model = adapted("bert")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     counts = []
@@ -113,7 +78,7 @@ def test_batches_of_any_size_share_a_graph():
 
 
 def test_switching_tasks_does_not_compile_again(tmp_path):
-    model = adapted(bert)
+    model = adapted("bert")
     save_adapter(model, tmp_path)
     fastspec.add_task(model, "a", current=True)
     fastspec.add_task(model, "b", values(model))
@@ -147,7 +112,7 @@ def test_inductor():
 def test_inductor_of_transformers(name):
     """Compiled for good, once for every task."""
     torch._dynamo.reset()
-    model = adapted(lambda: MODELS[name](1), CORES[name]).eval()
+    model = adapted(name, CORES[name], layers=1).eval()
     fastspec.add_task(model, "a", current=True)
     fastspec.add_task(model, "b", values(model))
     counter = CompileCounterWithBackend("inductor")
@@ -191,11 +156,9 @@ def export(model, *inputs):
 OTHER = torch.arange(30).reshape(5, 6) % 50
 
 
-@pytest.mark.parametrize(
-    ("make", "merged"), [(bert, True), (gpt2, False), (llama, True)], ids=MODELS
-)
-def test_export(make, merged):
-    model = adapted(make).eval()
+@pytest.mark.parametrize(("name", "merged"), [("bert", True), ("gpt2", False), ("llama", True)])
+def test_export(name, merged):
+    model = adapted(name).eval()
     want = Logits(model)(OTHER, torch.ones_like(OTHER))
     if merged:
         fastspec.merge(model)
@@ -206,7 +169,7 @@ def test_export(make, merged):
 
 
 def test_export_with_a_task_input():
-    model = adapted(bert).eval()
+    model = adapted("bert").eval()
     fastspec.add_task(model, "a", current=True)
     bank = fastspec.add_task(model, "b", values(model))
     with torch.no_grad():

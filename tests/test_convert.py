@@ -3,9 +3,11 @@
 import copy
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import save_file
 from support import assert_close, minilm
+from tiny_models import IDS, Net
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -16,40 +18,9 @@ from fastspec.cores import CORES
 from fastspec.model.targets import spectral_layers
 
 
-class Block(nn.Module):
-    def __init__(self, d=16):
-        super().__init__()
-        self.up, self.norm, self.down = (
-            nn.Linear(d, 4 * d),
-            nn.LayerNorm(4 * d),
-            nn.Linear(4 * d, d),
-        )
-
-    def forward(self, x):
-        return x + self.down(self.norm(self.up(x)).relu())
-
-
-class Net(nn.Module):
-    def __init__(self, d=16):
-        super().__init__()
-        self.embed = nn.Embedding(11, d)
-        self.blocks = nn.ModuleList([Block(d), Block(d)])
-        self.head = nn.Linear(d, 3)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
-    return Net()
-
-
-IDS = torch.arange(22).reshape(2, 11) % 11
+    return tiny_models.net()
 
 
 def names(model):
@@ -342,18 +313,7 @@ class TestHuggingFace:
         assert fastspec.trainable_parameters(model)["adapter"] == 37 * 32
 
     def test_gpt2_conv1d_and_tied_output_layer(self):
-        transformers = pytest.importorskip("transformers")
-        config = transformers.GPT2Config(
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            vocab_size=50,
-            n_positions=16,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        torch.manual_seed(0)
-        model = transformers.GPT2LMHeadModel(config).eval()
+        model = tiny_models.gpt2(n_embd=32)
         ids = torch.arange(12).reshape(2, 6)
         y = model(ids).logits
         spectralize(model, SpectralConfig(rank=8))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from glue_support import make_model
-from test_glue_suite import fake  # noqa: F401  a fixture
 
 import fastspec
 from fastspec.model.targets import spectral_layers
@@ -144,7 +143,7 @@ def test_the_base_suite_has_its_own_sizes(tmp_path):
     assert all(size.seeds is None for size in TASK_SIZES.values())
 
 
-def test_a_task_may_have_fewer_seeds(tmp_path, fake):  # noqa: F811
+def test_a_task_may_have_fewer_seeds(tmp_path, fake):
     row = Row("a", {"rank": 4}, (1e-3, 1e-2), seeds=3)
     sizes = {"cola": TaskSize(1), "rte": TaskSize(1, seeds=1)}
     s = Suite(tmp_path, (row,), tasks=("cola", "rte"), sizes=sizes)
@@ -179,7 +178,7 @@ def test_a_model_goes_by_its_own_name(tmp_path, card, name):
     assert public_name(str(tmp_path / "gone")) == "gone"
 
 
-def test_another_folder_of_the_same_model_is_the_same_run(tmp_path, fake):  # noqa: F811
+def test_another_folder_of_the_same_model_is_the_same_run(tmp_path, fake):
     card = "---\nlicense: apache-2.0\n---\n# tiny-encoder\n"
     for name in ("here", "elsewhere"):
         folder = make_model(tmp_path / name / f"model-{name}")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_glue_suite import ROWS, fake  # noqa: F401  a fixture
+from glue_support import ROWS
 
 from fastspec.cli import main
 from fastspec.studies.glue import processes, report
@@ -23,7 +23,7 @@ def quiet(line):
 
 
 @pytest.fixture
-def here(tmp_path, fake):  # noqa: F811
+def here(tmp_path, fake):
     """A suite that is finished, with its record."""
     s = Suite(tmp_path / "here", ROWS, tasks=("rte",), record=tmp_path / "record.csv")
     make(s, jobs=2, threads=1, announce=quiet)

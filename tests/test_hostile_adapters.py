@@ -14,9 +14,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tasks_support import assert_unchanged, frozen_state, little_memory
-from test_adapter import plain, trained
-from test_convert import IDS
+from support import assert_unchanged, frozen_state, little_memory
+from tiny_models import IDS, net, trained
 
 from fastspec import (
     SpectralConfig,
@@ -41,7 +40,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapted():
-    return spectralize(plain(), CONFIG)
+    return spectralize(net(), CONFIG)
 
 
 def split(data):
@@ -82,12 +81,12 @@ by_every_loader = pytest.mark.parametrize("load", LOADERS)
 
 def refused(folder, model=None, load=load_adapter):
     """Load; True if refused. Then the model must be as before, and else its values must be finite."""
-    model = model or plain()
-    before = frozen_state(model)
+    model = model or net()
+    before = frozen_state(model, IDS)
     try:
         load(model, folder)
     except (AdapterError, FileNotFoundError):
-        assert_unchanged(model, before)
+        assert_unchanged(model, before, IDS)
         return True
     tensors = (*model.parameters(), *model.buffers())
     assert all(bool(torch.isfinite(t).all()) for t in tensors)
@@ -250,7 +249,7 @@ def test_every_tensor_in_double_precision(good, tmp_path):
     content, config = good
     wide = save({name: t.double() for name, t in load(content).items()})
     with folder_of(wide, config) as folder, pytest.raises(AdapterError, match=r"float64.*float32"):
-        load_adapter(plain(), folder)
+        load_adapter(net(), folder)
 
 
 def nested(depth):
@@ -293,7 +292,7 @@ BOMBS = {
 @by_every_loader
 def test_bombs_in_the_config(good, adapted, make, load):
     config = make(good)
-    for model in (plain(), adapted):
+    for model in (net(), adapted):
         began = time.process_time()
         with folder_of(good[0], config) as folder, little_memory():
             assert refused(folder, model, load)

@@ -56,7 +56,9 @@ def imports(file: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{file}: a relative import hides the room it names"
+            assert node.level == 0, f"{file}: a relative import hides the room it names"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue

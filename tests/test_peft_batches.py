@@ -3,8 +3,9 @@
 import pytest
 import torch
 from peft import get_peft_model
-from peft_support import CORES, IDS, bert, gpt2, layers, mlp, mlp_config, output, shift, t5
+from peft_support import CORES, IDS, layers, mlp_config, output, shift
 from support import assert_close
+from tiny_models import bert, gpt2, mlp, t5
 
 from fastspec.peft import SpectralConfig
 from fastspec.peft import layer as peft_layer

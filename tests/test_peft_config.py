@@ -7,14 +7,8 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import get_peft_model
-from peft_support import (
-    adapted,
-    bert,
-    layers,
-    mlp,
-    mlp_config,
-    output,
-)
+from peft_support import adapted, layers, mlp_config, output
+from tiny_models import bert, mlp
 from torch import nn
 
 import fastspec

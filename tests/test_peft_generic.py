@@ -9,18 +9,9 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft_support import (
-    CASES,
-    IDS,
-    PREFIX,
-    adapted,
-    layers,
-    mlp,
-    mlp_config,
-    output,
-    shift,
-)
+from peft_support import CASES, IDS, PREFIX, adapted, layers, mlp_config, output, shift
 from support import assert_close
+from tiny_models import mlp
 
 
 def two_adapters():

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_support import CASES, CORES, PREFIX, adapted, bert, layers, mlp, output, shift
+from peft_support import CASES, CORES, PREFIX, adapted, layers, output, shift
 from safetensors.torch import load, save
-from support import assert_close
-from tasks_support import little_memory
+from support import assert_close, little_memory
+from tiny_models import bert, mlp
 
 from fastspec.model.adapter import AdapterError
 from fastspec.peft import SpectralConfig, load_adapter

@@ -10,17 +10,9 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import replicate_layers
-from peft_support import (
-    PREFIX,
-    adapted,
-    bert,
-    layers,
-    mlp,
-    mlp_config,
-    output,
-    shift,
-)
+from peft_support import PREFIX, adapted, layers, mlp_config, output, shift
 from support import assert_close
+from tiny_models import bert, mlp
 
 from fastspec.peft import SpectralConfig
 

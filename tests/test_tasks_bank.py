@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from support import assert_close
-from tasks_support import IDS, NAMES, plain, random_values, with_tasks
+from tasks_support import IDS, NAMES, random_values, with_tasks
+from tiny_models import net
 from torch import nn
 
 import fastspec
@@ -42,7 +43,7 @@ class TestSwitching:
         model = with_tasks()
         fastspec.set_task(model, "b")
         fastspec.set_task(model, None)
-        assert torch.equal(model(IDS), plain()(IDS))
+        assert torch.equal(model(IDS), net()(IDS))
         assert model.task_bank.active is None
 
     def test_a_new_task_starts_as_the_pretrained_model(self):
@@ -50,10 +51,10 @@ class TestSwitching:
         fastspec.set_task(model, "a")
         fastspec.add_task(model, "fresh")
         fastspec.set_task(model, "fresh")
-        assert torch.equal(model(IDS), plain()(IDS))
+        assert torch.equal(model(IDS), net()(IDS))
 
     def test_values_of_no_task_are_not_lost(self):
-        model = spectralize(plain(), SpectralConfig(rank=4))
+        model = spectralize(net(), SpectralConfig(rank=4))
         with torch.no_grad():
             model.blocks[0].up.delta.add_(1.0)
         learnt = model(IDS)
@@ -72,7 +73,7 @@ class TestSwitching:
             fastspec.set_task(model, "a")
             learnt = model(IDS)
             fastspec.set_task(model, None)
-            assert torch.equal(model(IDS), plain()(IDS))
+            assert torch.equal(model(IDS), net()(IDS))
             fastspec.set_task(model, "a")
             assert torch.equal(model(IDS), learnt)
             with pytest.raises(ValueError, match=r"can't be mixed.*set_task"):
@@ -85,7 +86,7 @@ class TestLife:
     def test_list_replace_remove(self):
         model = with_tasks()
         assert fastspec.list_tasks(model) == ["a", "b", "c"]
-        assert fastspec.list_tasks(plain()) == []
+        assert fastspec.list_tasks(net()) == []
         y = model(IDS, tasks=NAMES)
         bank = model.task_bank
         fastspec.replace_task(model, "a", random_values(bank, 9))
@@ -109,10 +110,10 @@ class TestLife:
         assert torch.equal(model(IDS), replaced)
         fastspec.remove_task(model, "b")
         assert model.task_bank.active is None
-        assert torch.equal(model(IDS), plain()(IDS))
+        assert torch.equal(model(IDS), net()(IDS))
 
     def test_tables_double_and_keep_their_values(self):
-        model = spectralize(plain(), SpectralConfig(rank=4))
+        model = spectralize(net(), SpectralConfig(rank=4))
         bank = fastspec.task_bank(model, capacity=2)
         outputs = []
         for i in range(9):
@@ -123,7 +124,7 @@ class TestLife:
             assert torch.equal(model(IDS[:1], tasks=[f"t{i}"]), y)
 
     def test_below_the_capacity_nothing_is_allocated(self):
-        model = spectralize(plain(), SpectralConfig(rank=4))
+        model = spectralize(net(), SpectralConfig(rank=4))
         bank = fastspec.task_bank(model, capacity=4)
         places = [slot.table.data_ptr() for slot in bank.slots]
         for i in range(4):
@@ -137,7 +138,7 @@ class TestLife:
         assert bank.capacity == 128
 
     def test_the_state_dict_and_the_parameters_stay_the_models_own(self):
-        model, other = with_tasks(), spectralize(plain(), SpectralConfig(rank=4))
+        model, other = with_tasks(), spectralize(net(), SpectralConfig(rank=4))
         assert model.state_dict().keys() == other.state_dict().keys()
         assert dict(model.named_parameters()).keys() == dict(other.named_parameters()).keys()
         assert model.load_state_dict(other.state_dict()) == ([], [])
@@ -158,7 +159,7 @@ class TestLife:
         assert_close(clone(IDS), model(IDS, tasks=["c"] * 5), torch.bfloat16)
 
     def test_tasks_added_in_inference_mode_can_be_changed_outside(self):
-        model = spectralize(plain(), SpectralConfig(rank=4))
+        model = spectralize(net(), SpectralConfig(rank=4))
         with torch.inference_mode():
             fastspec.add_task(model, "a", random_values(fastspec.task_bank(model), 0))
             y = model(IDS, tasks=["a"] * 5)
@@ -195,10 +196,10 @@ class TestValues:
 
     def test_a_bank_needs_room(self):
         with pytest.raises(ValueError, match="capacity must be at least 1"):
-            TaskBank(spectralize(plain(), SpectralConfig(rank=4)), capacity=0)
+            TaskBank(spectralize(net(), SpectralConfig(rank=4)), capacity=0)
 
     def test_trained_norms_make_no_pretrained_ones(self):
-        model = spectralize(plain(), SpectralConfig(rank=4, train_layernorm=True))
+        model = spectralize(net(), SpectralConfig(rank=4, train_layernorm=True))
         nn.init.ones_(model.blocks[0].up.delta)
         with pytest.raises(ValueError, match="not known any more"):
             fastspec.add_task(model, "a")

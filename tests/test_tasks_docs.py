@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tasks_support import random_values
-from test_tasks_models import bert
+from tiny_models import bert
 
 import fastspec
 from fastspec import SpectralConfig, spectralize

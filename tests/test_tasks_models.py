@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import assert_close, minilm
 from tasks_support import random_values
+from tiny_models import bert, gpt2, roberta
 from torch import nn
 
 import fastspec
@@ -15,39 +16,15 @@ from fastspec.cli import main
 transformers = pytest.importorskip("transformers")
 
 IDS = torch.arange(48).reshape(4, 12) * 5 % 50
-SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LABELS = {"rte": 2, "mnli": 3, "stsb": 1}
 NAMES = ["mnli", None, "stsb", "rte"]
-
-
-def bert(cls=transformers.BertForSequenceClassification):
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**SIZES, intermediate_size=32, max_position_embeddings=16)
-    return cls(config).eval()
-
-
-def roberta():
-    """Its head is two layers."""
-    torch.manual_seed(0)
-    config = transformers.RobertaConfig(
-        **SIZES, intermediate_size=32, max_position_embeddings=16, pad_token_id=0
-    )
-    return transformers.RobertaForSequenceClassification(config).eval()
-
-
-def gpt2(cls=transformers.GPT2LMHeadModel):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, pad_token_id=0
-    )
-    return cls(config).eval()
 
 
 MODELS = {
     "bert": bert,
     "roberta": roberta,
-    "gpt2, head without bias": lambda: gpt2(transformers.GPT2ForSequenceClassification),
-    "a label for every token": lambda: bert(transformers.BertForTokenClassification),
+    "gpt2, head without bias": lambda: gpt2(task="ForSequenceClassification"),
+    "a label for every token": lambda: bert(task="ForTokenClassification"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -87,17 +88,24 @@ def model_size(name: str, field: str) -> int | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No notices from transformers below errors, no bars but our own."""
-    from transformers.utils import logging
+    """No bars but our own, and of transformers and what it imports on the way no notices below errors."""
+    # of torchao's binaries for other Pythons, and of how it registers its classes with torch
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    from transformers.utils import logging as notices
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    before = notices.get_verbosity()
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
+        notices.set_verbosity(before)
+        notices.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Labelled(Protocol):

@@ -41,10 +41,10 @@ class Prepared(Built):
 def build(config: GlueConfig, task: Task) -> Built:
     """Load the model with a head for `task` drawn from the seed, and apply the method."""
     name = encoders.resolve(config.model)
-    from transformers import set_seed
-
-    set_seed(config.seed)
     with encoders.quiet():
+        from transformers import set_seed
+
+        set_seed(config.seed)
         tokenizer = encoders.load_tokenizer(name)
         model = encoders.load_classifier(name, task)
         if config.start == "random":

@@ -85,7 +85,8 @@ def run(
     if config.basis_model == GRADIENT:
         batches = donor_basis.first_batches(prepared.tokenizer, train, config)
         donor_basis.use_gradients(prepared.model, batches, folder)
-    trainer = _trainer(config, prepared, train, folder, progress, callbacks)
+    with encoders.quiet():
+        trainer = _trainer(config, prepared, train, folder, progress, callbacks)
     from transformers import set_seed
 
     from fastspec.studies.glue.trainer import DivergedError, last_checkpoint

@@ -102,7 +102,7 @@ def _synchronise() -> None:
 
 
 class Progress(TrainerCallback):
-    """One bar for the steps, with the running loss, and a line for every epoch's scores."""
+    """A line for every epoch's scores and, on a terminal, a bar for the steps with the running loss."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -111,7 +111,11 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step"
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            disable=None,  # where stderr is no terminal
         )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -128,7 +132,11 @@ class Progress(TrainerCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if self.prediction_bar is None:
             self.prediction_bar = tqdm(
-                total=len(eval_dataloader), desc="scoring", unit="batch", leave=False
+                total=len(eval_dataloader),
+                desc="scoring",
+                unit="batch",
+                leave=False,
+                disable=None,
             )
         self.prediction_bar.update()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import relative_error
+from tiny_models import bert
 
 import fastspec
 from fastspec import SpectralConfig, load_adapter, parameter_groups, spectralize
@@ -15,20 +16,6 @@ transformers = pytest.importorskip("transformers")
 from fastspec.model.checkpoints import SpectralTrainer, checkpoint_adapters  # noqa: E402
 
 RATES = {"lr": 3e-2, "head_lr": 1e-3}
-
-
-def bert():
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        num_labels=3,
-    )  # dropout stays on: a resumed run must draw the same masks
-    return transformers.BertForSequenceClassification(config)
 
 
 def rows(n=48):
@@ -51,7 +38,7 @@ class KillAt(transformers.TrainerCallback):
 
 
 def trainer(folder, model=None, callbacks=(), **options):
-    model = model or spectralize(bert(), SpectralConfig(rank=4, core="dense"))
+    model = model or spectralize(bert(num_labels=3), SpectralConfig(rank=4, core="dense"))
     given = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4} | options
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -192,7 +179,7 @@ def test_a_checkpoint_is_an_adapter_and_the_optimiser_of_it(tmp_path):
     assert (folder / "adapter.safetensors").stat().st_size < 4 * numbers + 4096
     ids = torch.arange(16).reshape(2, 8)
     want = run.model.eval()(ids).logits
-    assert torch.equal(load_adapter(bert(), folder).eval()(ids).logits, want)
+    assert torch.equal(load_adapter(bert(num_labels=3), folder).eval()(ids).logits, want)
 
 
 def test_load_best_model_at_end(tmp_path):
@@ -210,8 +197,8 @@ def test_load_best_model_at_end(tmp_path):
     run.compute_metrics = lambda _: {"worst": run.state.global_step}
     run.train()
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")
-    best = load_adapter(bert(), tmp_path / "checkpoint-2")
-    last = load_adapter(bert(), tmp_path / "checkpoint-12")
+    best = load_adapter(bert(num_labels=3), tmp_path / "checkpoint-2")
+    last = load_adapter(bert(num_labels=3), tmp_path / "checkpoint-12")
     got, want, other = trained(run.model), trained(best), trained(last)
     assert all(torch.equal(got[n], want[n]) for n in want)
     assert any(not torch.equal(got[n], other[n]) for n in want)
@@ -220,7 +207,7 @@ def test_load_best_model_at_end(tmp_path):
 def test_resuming_on_other_base_weights_is_refused(tmp_path):
     trainer(tmp_path, max_steps=4).train()
     torch.manual_seed(1)
-    other = transformers.BertForSequenceClassification(bert().config)
+    other = transformers.BertForSequenceClassification(bert(num_labels=3).config)
     run = trainer(tmp_path, model=spectralize(other, SpectralConfig(rank=4, core="dense")))
     with pytest.raises(fastspec.model.adapter.AdapterError, match="other base weights"):
         run.train(resume_from_checkpoint=True)
@@ -229,7 +216,7 @@ def test_resuming_on_other_base_weights_is_refused(tmp_path):
 def test_a_plain_model_is_refused_before_training(tmp_path):
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=r"spectralize\(model, config\) before the Trainer"):
-        SpectralTrainer(bert(), arguments)
+        SpectralTrainer(bert(num_labels=3), arguments)
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
@@ -241,7 +228,7 @@ def test_engines_that_write_checkpoints_of_their_own_are_refused(tmp_path, monke
 
     setup = SpectralTrainer.create_accelerator_and_postprocess
     monkeypatch.setattr(SpectralTrainer, "create_accelerator_and_postprocess", switched_on)
-    model = spectralize(bert(), SpectralConfig(rank=4))
+    model = spectralize(bert(num_labels=3), SpectralConfig(rank=4))
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=f"does not write {engine} checkpoints: use plain DDP"):
         SpectralTrainer(model, arguments)
@@ -261,7 +248,7 @@ class TestAccelerate:
         accelerator = Accelerator(cpu=True)
         checkpoint_adapters(accelerator)
         torch.manual_seed(3)
-        model = spectralize(bert(), SpectralConfig(rank=4))
+        model = spectralize(bert(num_labels=3), SpectralConfig(rank=4))
         optimizer = torch.optim.AdamW(parameter_groups(model, **RATES), fused=True)
         plain = torch.nn.Linear(2, 2)
         return accelerator, *accelerator.prepare(plain, model, optimizer)
@@ -289,7 +276,7 @@ class TestAccelerate:
 
 class TestParameterGroups:
     def test_two_by_default(self):
-        model = spectralize(bert(), SpectralConfig(rank=4))
+        model = spectralize(bert(num_labels=3), SpectralConfig(rank=4))
         coefficients, head = parameter_groups(model, **RATES)
         assert (coefficients["name"], coefficients["lr"]) == ("coefficients", 3e-2)
         assert (head["name"], head["lr"]) == ("head", 1e-3)
@@ -299,7 +286,7 @@ class TestParameterGroups:
 
     def test_kinds_rates_and_decay(self):
         config = SpectralConfig(rank=4, core="dense", train_bias=True, train_layernorm=True)
-        model = spectralize(bert(), config)
+        model = spectralize(bert(num_labels=3), config)
         groups = parameter_groups(
             model, 3e-2, head_lr=1e-3, bias_lr=2e-3, coefficient_decay=0.1, weight_decay=0.01
         )
@@ -321,7 +308,7 @@ class TestParameterGroups:
                 assert names[id(p)].startswith("classifier.") == (g["name"] == "head")
 
     def test_fused_steps_equal_plain_ones(self):
-        models = [spectralize(bert(), SpectralConfig(rank=4)).eval() for _ in range(2)]
+        models = [spectralize(bert(num_labels=3), SpectralConfig(rank=4)).eval() for _ in range(2)]
         for model, fused in zip(models, (True, False), strict=True):
             groups = parameter_groups(model, **RATES)
             optimizer = torch.optim.AdamW(groups, fused=fused, foreach=False)
@@ -334,13 +321,13 @@ class TestParameterGroups:
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="no adapter"):
-            parameter_groups(bert(), 1e-2)
-        model = spectralize(bert(), SpectralConfig(rank=4)).requires_grad_(False)
+            parameter_groups(bert(num_labels=3), 1e-2)
+        model = spectralize(bert(num_labels=3), SpectralConfig(rank=4)).requires_grad_(False)
         with pytest.raises(ValueError, match="nothing to optimise"):
             parameter_groups(model, 1e-2)
 
     def test_models_of_other_methods_name_their_heads(self):
-        groups = parameter_groups(bert(), 1e-4, heads=["classifier"], weight_decay=0.01)
+        groups = parameter_groups(bert(num_labels=3), 1e-4, heads=["classifier"], weight_decay=0.01)
         assert {g["name"] for g in groups} == {"extra", "head"}
 
 
@@ -354,7 +341,7 @@ def test_the_documented_code(tmp_path, monkeypatch):
     )
     code = code.replace("rank=32", "rank=4")
     monkeypatch.chdir(tmp_path)
-    names = {"model": bert(), "train_rows": rows(), "dev_rows": rows(16)}
+    names = {"model": bert(num_labels=3), "train_rows": rows(), "dev_rows": rows(16)}
     exec(code, names)
-    loaded = load_adapter(bert(), tmp_path / "runs/rte/best")
+    loaded = load_adapter(bert(num_labels=3), tmp_path / "runs/rte/best")
     assert all(torch.equal(trained(loaded)[n], p) for n, p in trained(names["model"]).items())
