@@ -62,6 +62,7 @@ def rows(library: Path) -> list[tuple[str, str, int, int, int]]:
 
 
 def main() -> None:
+    _extension.load("cuda")
     reason = _extension.cuda_unavailable_reason()
     if reason is not None:
         sys.exit(f"the CUDA part is not there: {reason}")

@@ -39,6 +39,7 @@ def backends() -> Backends:
     "triton", "cuda", and the optional libraries "transformers", "datasets", "accelerate" and "peft".
     """
     out = Backends(aten=Backend(True, f"torch {torch.__version__}"))
+    _extension.load("cuda")
     out["extension"] = _compiled(_extension.unavailable_reason(), "compiled csrc/ loaded")
     out["extension_cuda"] = _compiled(_extension.cuda_unavailable_reason(), "CUDA kernels loaded")
     out["triton"] = _module("triton", "needed for GPU kernels: pip install triton")

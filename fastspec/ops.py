@@ -37,7 +37,7 @@ torch.library.impl(
 
 
 # Where it loads, csrc/spectral_linear.cpp serves the CPU from here on, autograd included.
-_extension.unavailable_reason()
+_extension.load()
 
 
 operators.register("spectral_linear", aten.spectral_linear)

@@ -13,6 +13,7 @@ import torch
 
 from fastspec import _extension
 
+_extension.load()
 pytestmark = pytest.mark.skipif(
     _extension.unavailable_reason() is not None, reason=str(_extension.unavailable_reason())
 )

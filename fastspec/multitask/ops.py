@@ -103,7 +103,7 @@ torch.library.impl("fastspec::task_linear", "CompositeExplicitAutograd", _task_l
 torch.library.impl(
     "fastspec::task_linear_backward", "CompositeExplicitAutograd", _task_linear_backward
 )
-_extension.unavailable_reason()  # loads csrc/ where it is built
+_extension.load()
 operators.register("task_linear", _task_linear)
 operators.register("task_linear_backward", _task_linear_backward)
 
