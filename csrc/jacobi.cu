@@ -9,8 +9,11 @@
 
 #include <algorithm>
 
+#include "built_for.h"
 #include "jacobi.h"
 #include "stacks.h"
+
+FASTSPEC_BUILT_FOR("any")
 
 namespace fastspec {
 namespace {

@@ -14,11 +14,14 @@
 #include <thread>
 #include <vector>
 
+#include "built_for.h"
 #include "dense.h"
 #include "jacobi.h"
 #include "krylov.h"
 #include "stacks.h"
 #include "triplets.h"
+
+FASTSPEC_BUILT_FOR(PY_VERSION)
 
 namespace fastspec {
 namespace {

@@ -6,7 +6,9 @@ it builds nothing, touches no GPU and writes no file.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -90,3 +92,20 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _find_kernels() -> None:
+    """In a checkout that was not installed, name the folder `kernels/` beside this one as it is installed."""
+    here = Path(__file__).parent
+    beside = here.parent / "kernels" / "__init__.py"
+    if (here / "kernels").exists() or not (beside.parent / "dispatch.py").exists():
+        return
+    spec = importlib.util.spec_from_file_location("fastspec.kernels", beside)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["fastspec.kernels"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    globals()["kernels"] = module
+
+
+_find_kernels()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +21,9 @@ from fastspec import _build
 from fastspec.files import cache_dir, write_atomically
 
 _FOLDER = Path(__file__).parent
+_BUILT_FOR = re.compile(
+    rb"fastspec built for torch (\d+\.\d+\.\d+)[^,]*, Python (?:(\d+\.\d+)|any)"
+)
 _known: dict[str, str | None] = {}  # part to why it can't be used; None: it is loaded
 
 
@@ -40,14 +45,15 @@ def load(part: str = "_C", *, build: bool = True) -> str | None:
 
 
 def unavailable_reason(part: str = "_C") -> str | None:
-    """Why a part is not in use, or None where it is loaded. Loads and builds nothing."""
-    return _known.get(part, "it was not asked for yet")
+    """Why a part can't be used, or None where nothing speaks against it yet. Loads and builds nothing."""
+    return _known[part] if part in _known else _load(part, build=False, load=False)
 
 
 _NOT_BUILT = "not built yet: `fastspec build` does so, or the first use"
 
 
-def _load(part: str, build: bool) -> str | None:
+def _load(part: str, build: bool, load: bool = True) -> str | None:
+    """Why a part can't be loaded, by trying; with `load=False` only what can be told before."""
     if os.environ.get("FASTSPEC_NO_EXT") == "1":
         return "switched off by FASTSPEC_NO_EXT=1"
     if part == "_C_cuda" and torch.version.cuda is None:
@@ -55,10 +61,12 @@ def _load(part: str, build: bool) -> str | None:
     reasons = []
     installed = _FOLDER / f"{part}.so"
     if installed.exists():
-        reason = _try(installed)
+        reason = _try(installed, load)
         if reason is None:
             return None
         reasons.append(reason)
+    else:
+        reasons += _notes(part)
     try:
         folder = build_folder(part)
         library, failure = folder / f"{part}.so", folder / f"{part}.failed"
@@ -66,14 +74,14 @@ def _load(part: str, build: bool) -> str | None:
             if failure.exists():
                 raise _build.CannotBuildError(failure.read_text())
             if not build:
-                return "; ".join([*reasons, *_notes(part)]) or _NOT_BUILT
+                return "; ".join([*reasons, _NOT_BUILT])
             _build_once(part, folder)
-        reason = _try(library)
+        reason = _try(library, load)
         if reason is None:
             return None
         reasons.append(reason)
     except (OSError, _build.CannotBuildError) as e:
-        reasons += [*_notes(part), str(e)]
+        reasons.append(str(e))
     return "; ".join(reasons)
 
 
@@ -147,11 +155,18 @@ def _notes(part: str) -> list[str]:
     return [line.partition(": ")[2] for line in lines if line.startswith(f"{part}: ")]
 
 
-def _try(library: Path) -> str | None:
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as e:
-        return f"{library.name} does not load (built for another torch?): {e}"
+def _try(library: Path, load: bool) -> str | None:
+    """Why a library does not serve here: it says what it was built for, and loading may fail."""
+    if built := _BUILT_FOR.search(library.read_bytes()):
+        here = torch.__version__.partition("+")[0], platform.python_version()
+        for name, wanted, running in zip(("torch", "Python"), built.groups(), here, strict=True):
+            if wanted and re.match(rf"{re.escape(wanted.decode())}(?!\d)", running) is None:
+                return f"{library.name} was built for {name} {wanted.decode()}, this is {running}"
+    if load:
+        try:
+            torch.ops.load_library(str(library))
+        except (OSError, RuntimeError) as e:
+            return f"{library.name} does not load (built for another torch?): {e}"
     return None
 
 

@@ -26,6 +26,8 @@ from typing import Literal
 
 import torch
 
+from fastspec.precision import allows_tf32
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -113,7 +115,7 @@ def kind(dtype: torch.dtype) -> Kind:
     """The arithmetic of a dtype's products: float32 takes TF32 only where PyTorch's own may."""
     if dtype.itemsize == 2:
         return "16bit"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+    return "tf32" if allows_tf32() else "fp32"
 
 
 def generation(capability: int) -> str:

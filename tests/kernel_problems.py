@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastspec.ops import reference
+from fastspec.precision import allows_tf32
 
 CORES = ("diag", "task", "band", "dense")
 
@@ -16,7 +17,7 @@ CORES = ("diag", "task", "band", "dense")
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """PyTorch's permission to use TF32, which the kernels obey."""
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = allows_tf32()
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
         yield

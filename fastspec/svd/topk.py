@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastspec import _extension
+from fastspec.precision import full_float32
 from fastspec.svd import krylov, triplets
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -355,15 +356,10 @@ def _warn_unconverged(
 @contextlib.contextmanager
 def _full_precision(devices: set[str]) -> Iterator[None]:
     """No autocast, TF32 or bf16 products: they would stall the iteration at 1e-3."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with contextlib.ExitStack() as stack:
-            for device in devices:
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with full_float32(), contextlib.ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextlib.contextmanager
