@@ -44,8 +44,8 @@ def to(t: dict, device: torch.device) -> dict:
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_kernels_are_right_on_this_card(size, core, dtype, device):
-    """Also the same bits twice, and the descriptor variant where this card and these sizes have it."""
-    from fastspec.kernels import dispatch, hopper, spectral_linear
+    """Also the same bits twice, and the TMA variant where this card and these sizes have it."""
+    from fastspec.kernels import dispatch, spectral_linear, tma
     from fastspec.kernels.sigma_grad import sigma_grad
 
     t = problem(*size, core, dtype)
@@ -54,9 +54,9 @@ def test_kernels_are_right_on_this_card(size, core, dtype, device):
     name = "diag" if core == "task" else core
     factors = (t["u"], t["vh"], t["delta"], name, t["task"])
     implementations = [spectral_linear]
-    fits = hopper.fits(t["x"], t["g"], t["w"], t["u"], t["vh"])
-    if fits and dispatch._descriptors_serve(size[2], size[3], t["x"], t["w"]):
-        implementations.append(hopper)
+    fits = tma.fits(t["x"], t["g"], t["w"], t["u"], t["vh"])
+    if fits and dispatch._tma_serves(size[2], size[3], t["x"], t["w"]):
+        implementations.append(tma)
     for module in implementations:
 
         def run(module=module):
@@ -112,7 +112,7 @@ def test_merge_is_right_on_this_card(dtype, device):
 
 def candidates(t: dict, capability: int) -> dict:
     """Name -> (forward, backward from g and p), each of them one pass over the layer."""
-    from fastspec.kernels import hopper, spectral_linear
+    from fastspec.kernels import spectral_linear, tma
     from fastspec.kernels.sigma_grad import sigma_grad
     from fastspec.ops import aten
 
@@ -144,8 +144,8 @@ def candidates(t: dict, capability: int) -> dict:
     found = {"aten": planned("factored"), "triton": launched(spectral_linear)}
     if x.dtype == torch.float32:
         found["merged"] = (planned("merged")[0], merged_backward)
-    elif capability >= 90 and hopper.fits(x, g, w, u, vh):
-        found["descriptors"] = launched(hopper)
+    elif capability >= 90 and tma.fits(x, g, w, u, vh):
+        found["tma"] = launched(tma)
     return found
 
 

@@ -28,7 +28,7 @@ from fastspec import __version__
 from fastspec.files import cache_dir, write_json
 from fastspec.kernels import tiles
 
-NAMES = ("triton", "descriptors", "merged", "aten")
+NAMES = ("triton", "tma", "merged", "aten")
 
 
 class Choices:
@@ -90,7 +90,7 @@ def measure(call: Callable[[], object], device: torch.device) -> float:
 def rule(candidates: Collection[str], dtype: torch.dtype, k: int) -> str:
     """The choice without timing: fused where the projection rides along for free, else ATen's plan."""
     fused = k <= tiles.FUSED_RANK[tiles.kind(dtype)]
-    return next((n for n in ("descriptors", "triton") if fused and n in candidates), "aten")
+    return next((n for n in ("tma", "triton") if fused and n in candidates), "aten")
 
 
 def forced_candidate() -> str | None:
@@ -122,11 +122,11 @@ class Call:
     def trace(self) -> Any:
         """The result by calls that torch.compile sees, or None where the operator has to stay whole.
 
-        So it has where values decide, and where the descriptors were the fastest or are forced: PyTorch
-        does not trace them through `wrap_triton`, and the operator takes them at run time.
+        So it has where values decide, and where TMA was the fastest or is forced: PyTorch does not trace
+        its descriptors through `wrap_triton`, and the operator takes them at run time.
         """
         fastest = choices(self.operand.device).known.get(self.kind)
-        if not self.traceable or "descriptors" in (forced_candidate(), fastest):
+        if not self.traceable or "tma" in (forced_candidate(), fastest):
             return None
         return self.candidates[self.choose(may_time=False)]()
 

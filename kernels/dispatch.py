@@ -1,9 +1,9 @@
 """The operators on a GPU: what can serve each call, for `choice` to choose from.
 
-    triton       the fused tile program                        (spectral_linear.py)
-    descriptors  the same with the bulk copy engine, sm_90 on  (hopper.py)
-    merged       W_eff in scratch, cuBLAS, and `sigma_grad`     (float32: 16 bits would round it)
-    aten         the plan's own ATen calls                     (always possible)
+    triton  the fused tile program                          (spectral_linear.py)
+    tma     the same with tiles fetched by TMA, sm_90 on    (tma.py)
+    merged  W_eff in scratch, cuBLAS, and `sigma_grad`      (float32: 16 bits would round it)
+    aten    the plan's own ATen calls                       (always possible)
 
 Every function takes its operator's arguments, and as `aten` that operator on ATen calls. With `trace`
 the calls are such as torch.compile sees, and the result is None where there are none (`Call.trace`).
@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastspec.kernels import MAX_RANK, hopper, tiles
+from fastspec.kernels import MAX_RANK, tiles, tma
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.choice import Call, describe
 from fastspec.kernels.sigma_grad import sigma_grad
@@ -188,8 +188,8 @@ def _fused_forward(
     if not _kernels_serve(delta, k, x2, weight, u, vh):
         return {}
     found = {"triton": launched(plain)}
-    if _descriptors_serve(out, k, x2, weight, u, vh):
-        found["descriptors"] = launched(hopper)
+    if _tma_serves(out, k, x2, weight, u, vh):
+        found["tma"] = launched(tma)
     return found
 
 
@@ -219,15 +219,15 @@ def _fused_backward(
         launch = plain.spectral_linear_bwd
         return returned(*launch(*operands, needs_dx=needs_dx, needs_delta=needs_delta))
 
-    def descriptors() -> Result:
-        return returned(*hopper.spectral_linear_bwd(*operands, needs_delta=needs_delta))
+    def by_tma() -> Result:
+        return returned(*tma.spectral_linear_bwd(*operands, needs_delta=needs_delta))
 
     has_p = p is not None or not needs_delta
     if not (has_p and _kernels_serve(delta, k, g2, weight, u, vh)):
         return {}
     found: Candidates = {"triton": triton}
-    if needs_dx and _descriptors_serve(d, k, g2, weight, u, vh):
-        found["descriptors"] = descriptors
+    if needs_dx and _tma_serves(d, k, g2, weight, u, vh):
+        found["tma"] = by_tma
     return found
 
 
@@ -248,13 +248,13 @@ def _kernels_serve(delta: Tensor, k: int, *operands: Tensor) -> bool:
     )
 
 
-def _descriptors_serve(columns: int, k: int, a: Tensor, *operands: Tensor) -> bool:
-    """Whether the copy engine can fetch the operands and store a result of this many columns."""
+def _tma_serves(columns: int, k: int, a: Tensor, *operands: Tensor) -> bool:
+    """Whether TMA can fetch the operands and store a result of this many columns."""
     return (
         tiles.capability(a.device) >= 90
         and not torch.compiler.is_compiling()  # traced tensors have no address to look at
         and plain.fuses(a, k)
-        and hopper.fits(a, *operands)
+        and tma.fits(a, *operands)
         and columns * a.element_size() % 16 == 0
     )
 

@@ -30,7 +30,7 @@ def launch(kernel: Any, grid: Sequence[int], *operands: Any, **options: Any) -> 
     """Start a `triton.jit` kernel on `grid`.
 
     `wrap_triton` would serve eagerly too, but keeps what it was given in a table for ever: one entry a
-    launch, and with descriptors the tensors.
+    launch, and with TMA descriptors the tensors.
     """
     started = wrap_triton(kernel) if tracing() else kernel
     started[tuple(grid)](*operands, **options)

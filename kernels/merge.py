@@ -18,7 +18,8 @@ from fastspec.cores import core_matrix
 from fastspec.kernels import tiles
 from fastspec.kernels.launch import launch
 from fastspec.kernels.sigma_grad import dot_precision
-from fastspec.kernels.spectral_linear import turned, turns
+from fastspec.kernels.spectral_linear import transposed
+from fastspec.kernels.tile_program import through_registers
 
 # ----------------------------------------------------------------------------------------- kernels
 
@@ -34,9 +35,10 @@ def merge_kernel(
     OUT, IN, K,
     stride_wo, stride_wi, stride_uo, stride_uk, stride_vk, stride_vi, stride_oo, stride_oi,
     DTYPE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, TURN: tl.constexpr,
+    PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
+    """out = W + U diag(delta) Vh (SCALED), or W + U Vh with a core that U holds already; for each layer."""
     layer = tl.program_id(2)
     address: tl.constexpr = tl.pointer_type(DTYPE)
     w_ptr = tl.load(w_table + layer).to(address)
@@ -53,18 +55,18 @@ def merge_kernel(
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = (rows < OUT)[:, None]
     col_ok = (cols < IN)[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)  # U C Vh
     for r in range(0, K, BLOCK_R):
         ranks = (r + tl.arange(0, BLOCK_R)).to(tl.int64)
         rank_ok = ranks < K
         u_ptrs = u_ptr + rows[:, None] * stride_uo + ranks[None, :] * stride_uk
         vh_ptrs = vh_ptr + ranks[:, None] * stride_vk + cols[None, :] * stride_vi
-        u = tl.load(u_ptrs, mask=row_ok & rank_ok[None, :], other=0.0)
-        vh = tl.load(vh_ptrs, mask=rank_ok[:, None] & col_ok, other=0.0)
+        u = tl.load(u_ptrs, mask=row_ok & rank_ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        vh = tl.load(vh_ptrs, mask=rank_ok[:, None] & col_ok, other=0.0)  # [BLOCK_R, BLOCK_N]
         if SCALED:
             delta = tl.load(delta_ptr + ranks, mask=rank_ok, other=0.0)
             u = (u.to(tl.float32) * delta[None, :]).to(DTYPE)
-        acc = tl.dot(u, turned(vh, TURN), acc, input_precision=PRECISION)
+        acc = tl.dot(u, through_registers(vh, TRANSPOSED), acc, input_precision=PRECISION)
     w_ptrs = w_ptr + rows[:, None] * stride_wo + cols[None, :] * stride_wi
     w = tl.load(w_ptrs, mask=row_ok & col_ok, other=0.0)
     merged = (w.to(tl.float32) + acc).to(DTYPE)
@@ -80,6 +82,7 @@ ELEMENT = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+ADDRESS_TABLES = ("w_table", "u_table", "vh_table", "delta_table", "out_table")
 # memory-bound: tiles wide enough for long rows; on scalar units shallow steps (tiles.py, rule 3)
 TILES: dict[tiles.Kind, tiles.Tile] = {
     "16bit": tiles.Tile(64, 128, 32, 8, 2),
@@ -137,11 +140,15 @@ def merge(
         with torch.cuda.device_of(w):
             launch(
                 merge_kernel, grid,
-                *addresses.to(w.device), out, d, k,
-                *w.stride(), *u.stride(), *vh.stride(), *outs[0].stride(),
+                **dict(zip(ADDRESS_TABLES, addresses.to(w.device), strict=True)),
+                OUT=out, IN=d, K=k,
+                stride_wo=w.stride(0), stride_wi=w.stride(1),
+                stride_uo=u.stride(0), stride_uk=u.stride(1),
+                stride_vk=vh.stride(0), stride_vi=vh.stride(1),
+                stride_oo=outs[0].stride(0), stride_oi=outs[0].stride(1),
                 DTYPE=ELEMENT[w.dtype], SCALED=core == "diag",
                 ALIGNED=not (addresses % 16).any().item(),
-                PRECISION=dot_precision(w.dtype), TURN=turns(w.dtype, vh.stride(0)),
+                PRECISION=dot_precision(w.dtype), TRANSPOSED=transposed(w.dtype, vh.stride(0)),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_k, **tile.options,
             )  # fmt: skip
     return outs

@@ -29,14 +29,19 @@ def reduce_gradient(
     q,                # [BLOCK_M, BLOCK_R] float32, the projection of the incoming gradient
     p_ptr,            # [N, K] contiguous, saved by the forward
     grad_ptr,         # float32; diag [slots, K], dense [slots, K, K], task [N, K]
-    slot, row0, row_ok, rank0, rank_ok, K,
+    slot,             # where this tile's share goes
+    row0,             # the tile's first row
+    row_ok,           # [BLOCK_M]
+    rank0,            # the tile's first direction
+    rank_ok,          # [BLOCK_R]
+    K,
     CORE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """This row tile's share of the coefficient gradient, stored in its own slot."""
+    """sum_n q[n, i] p[n, i]  (diag), q[n, i] p[n, i]  (task) or q^T p  (dense) over this tile's rows n."""
     ranks = rank0 + tl.arange(0, q.shape[1])
     cell = row0 * K + tl.arange(0, q.shape[0])[:, None] * K + ranks[None, :]
     ok = row_ok[:, None] & rank_ok[None, :]
-    p = tl.load(p_ptr + cell, mask=ok, other=0.0)
+    p = tl.load(p_ptr + cell, mask=ok, other=0.0)  # [BLOCK_M, BLOCK_R]
     if CORE == "diag":
         share = tl.sum(q * p.to(tl.float32), axis=0)
         tl.store(grad_ptr + slot * K + ranks, share, mask=rank_ok)
@@ -60,6 +65,7 @@ def project_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
+    """q = A V over one part of the depth: stored, or reduced with p to that part's share of d delta."""
     row_tile = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row0 = row_tile * BLOCK_M
@@ -77,8 +83,8 @@ def project_kernel(
     q = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for d in range(start, stop, BLOCK_D):
         d_ok = tl.arange(0, BLOCK_D) < stop - d
-        a = tl.load(a_ptrs, mask=row_ok[:, None] & d_ok[None, :], other=0.0)
-        v = tl.load(v_ptrs, mask=d_ok[:, None] & rank_ok[None, :], other=0.0)
+        a = tl.load(a_ptrs, mask=row_ok[:, None] & d_ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_D]
+        v = tl.load(v_ptrs, mask=d_ok[:, None] & rank_ok[None, :], other=0.0)  # [BLOCK_D, BLOCK_R]
         q = tl.dot(a, v, q, input_precision=PRECISION)
         a_ptrs += step * stride_ad
         v_ptrs += step * stride_vd
@@ -87,7 +93,10 @@ def project_kernel(
         tl.store(out_ptr + rows[:, None] * K + ranks[None, :], q.to(a_ptr.dtype.element_ty), mask=ok)
     else:
         slot = row_tile * tl.num_programs(1) + part
-        reduce_gradient(q, p_ptr, out_ptr, slot, row0, row_ok, rank0, rank_ok, K, CORE, PRECISION)
+        reduce_gradient(
+            q, p_ptr, out_ptr, slot=slot, row0=row0, row_ok=row_ok, rank0=rank0, rank_ok=rank_ok,
+            K=K, CORE=CORE, PRECISION=PRECISION,
+        )
 
 
 @triton.jit
@@ -99,6 +108,7 @@ def sum_by_task_kernel(
     K,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
+    """grad[t, i] = sum of shares[n, i] over the rows n of task t, BLOCK_M of them at a time."""
     task = tl.program_id(0).to(tl.int64)
     ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank_ok = ranks < K
@@ -110,7 +120,8 @@ def sum_by_task_kernel(
         row_ok = places < last
         rows = tl.load(order_ptr + places, mask=row_ok, other=0)
         ok = row_ok[:, None] & rank_ok[None, :]
-        share = tl.load(shares_ptr + rows[:, None] * K + ranks[None, :], mask=ok, other=0.0)
+        cell = rows[:, None] * K + ranks[None, :]
+        share = tl.load(shares_ptr + cell, mask=ok, other=0.0)  # [BLOCK_M, BLOCK_R]
         total += tl.sum(share, axis=0)
     tl.store(grad_ptr + task * K + ranks, total, mask=rank_ok)
 # fmt: on
@@ -224,11 +235,11 @@ def sum_by_task(shares: Tensor, task: Tensor, n_tasks: int) -> Tensor:
     launch(
         sum_by_task_kernel,
         grid,
-        shares,
-        order,
-        bounds,
-        grad,
-        k,
+        shares_ptr=shares,
+        order_ptr=order,
+        bounds_ptr=bounds,
+        grad_ptr=grad,
+        K=k,
         BLOCK_M=64,
         BLOCK_R=block_r,
         num_warps=4,
@@ -255,7 +266,8 @@ def _launch(
     grid = (tiles.cdiv(n, tile.block_m), parts, tiles.cdiv(k, tile.block_n))
     launch(
         project_kernel, grid,
-        a, v, p, out, n, d, k, steps, *a.stride(), *v.stride(),
+        a_ptr=a, v_ptr=v, p_ptr=p, out_ptr=out, N=n, D=d, K=k, steps=steps,
+        stride_an=a.stride(0), stride_ad=a.stride(1), stride_vd=v.stride(0), stride_vk=v.stride(1),
         CORE=core, PRECISION=dot_precision(a.dtype),
         BLOCK_M=tile.block_m, BLOCK_R=tile.block_n, BLOCK_D=tile.block_k,
         **tile.options,

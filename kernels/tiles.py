@@ -137,21 +137,19 @@ def fit_stages(tile: Tile, itemsize: int, block_r: int, limit: int) -> Tile:
     return tile
 
 
-def choose_tile(
-    capability: int, kind: Kind, n_rows: int, block_r: int, descriptors: bool = False
-) -> Tile:
+def choose_tile(capability: int, kind: Kind, n_rows: int, block_r: int, tma: bool = False) -> Tile:
     """The tile for `n_rows` rows beside a projection of `block_r` columns (0: none) on this architecture.
 
-    With descriptors the copy engine keeps the addresses, and the registers they leave are enough for
-    the widest rank beside a full output tile.
+    With TMA the hardware keeps the addresses, and the registers they leave are enough for the widest rank
+    beside a full output tile.
     """
-    return _choose_tile(capability, kind, bool(n_rows <= FEW_ROWS), block_r, descriptors)
+    return _choose_tile(capability, kind, bool(n_rows <= FEW_ROWS), block_r, tma)
 
 
 @functools.cache
-def _choose_tile(capability: int, kind: Kind, few: bool, block_r: int, descriptors: bool) -> Tile:
+def _choose_tile(capability: int, kind: Kind, few: bool, block_r: int, tma: bool) -> Tile:
     tile = TABLE[generation(capability), kind, few]
-    if not descriptors and tile.block_n + block_r > COLUMNS:
+    if not tma and tile.block_n + block_r > COLUMNS:
         tile = dataclasses.replace(tile, block_n=tile.block_n // 2)
     return fit_stages(tile, _itemsize(kind), block_r, chip(capability).block_shared)
 

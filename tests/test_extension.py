@@ -133,5 +133,9 @@ def test_a_checkout_that_was_not_installed(library, tmp_path):
     package, kernels, extension = run.stdout.splitlines()
     assert package == str(tmp_path / "fastspec" / "__init__.py")
     assert kernels == str(tmp_path / "kernels" / "tiles.py")
-    wanted = {None: "(csrc) are not there", "damaged": "does not load", "another torch": "built for torch 2.5"}
+    wanted = {
+        None: "(csrc) are not there",
+        "damaged": "does not load",
+        "another torch": "built for torch 2.5",
+    }
     assert wanted[library] in extension

@@ -7,8 +7,9 @@ import threading
 import pytest
 import torch
 
-from fastspec import svd, topk_svd
+from fastspec import topk_svd
 from fastspec.precision import allows_tf32, full_float32
+from fastspec.svd import topk as svd
 
 NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 NAMES = ("fp32_precision", "cuda.matmul.fp32_precision", "mkldnn.matmul.fp32_precision")

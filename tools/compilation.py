@@ -44,7 +44,7 @@ class Compiled:
     shared: int  # bytes a block
     warps: int
     instruction: str  # the newest of `INSTRUCTIONS` in the code, or "none"
-    bulk_loads: int  # tiles fetched by the copy engine (cp.async.bulk.tensor)
+    bulk_loads: int  # tiles fetched by TMA (cp.async.bulk.tensor)
     wide_loads: int  # 16-byte loads and asynchronous copies in the code
     narrow_copies: int  # asynchronous copies of less than 16 bytes
 

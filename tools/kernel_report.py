@@ -17,7 +17,7 @@ import torch
 import triton
 from compilation import TYPE_NAMES, Compiled, compile_kernel
 
-from fastspec.kernels import hopper, merge, sigma_grad, spectral_linear, tiles
+from fastspec.kernels import merge, sigma_grad, tile_program, tiles, tma
 
 CAPABILITIES = (80, 90, 100)
 KINDS: dict[tiles.Kind, tuple[torch.dtype, ...]] = {
@@ -53,28 +53,28 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     fused = tiles.FUSED_RANK[kind]
     ranks = [r for r in (32, 64) if r <= fused]
     plain = [(core, r, MANY) for r in ranks for core in ("diag", "task", "dense")]
-    plain += [("diag", ranks[0], FEW)] if ranks else [("given", 64, FEW)]
-    plain.append(("given", 64, MANY))
+    plain += [("diag", ranks[0], FEW)] if ranks else [("precomputed", 64, FEW)]
+    plain.append(("precomputed", 64, MANY))
     for core, rank, rows in plain:
         # what `plan` does: a rank in chunks goes by the step of the depth
-        tile = tiles.choose_tile(capability, kind, rows, 0 if core == "given" else rank)
-        block_r = tile.block_k if core == "given" else rank
-        label = f"{core}, " + ("rank in chunks" if core == "given" else f"rank tile {rank}")
+        tile = tiles.choose_tile(capability, kind, rows, 0 if core == "precomputed" else rank)
+        block_r = tile.block_k if core == "precomputed" else rank
+        label = f"{core}, " + ("rank in chunks" if core == "precomputed" else f"rank tile {rank}")
         label += "" if rows == MANY else ", few rows"
         own: dict[str, dict[str, Any]] = {
-            "fwd": {"BIAS": True, "TURN": False, "stride_xi": 1},
-            "bwd": {"GRAD": core != "given", "TURN": kind == "tf32", "stride_go": 1},
+            "fwd": {"BIAS": True, "TRANSPOSED": False, "stride_xi": 1},
+            "bwd": {"GRAD": core != "precomputed", "TRANSPOSED": kind == "tf32", "stride_go": 1},
         }
         for direction, constants in own.items():
             constants |= {"stride_wi": 1, "stride_uk": 1, "stride_vi": 1, **tile.blocks(block_r)}
             constants |= {"CORE": core, "PRECISION": precision, "WIDE": False}
-            kernel = getattr(spectral_linear, f"spectral_linear_{direction}_kernel")
+            kernel = getattr(tile_program, f"spectral_linear_{direction}_kernel")
             yield Variant(f"{direction}: {label}", kernel, constants, tile)
     if capability >= 90:
         for rank in ranks:
             for core in ("diag", "task", "dense"):
-                tile = tiles.choose_tile(capability, kind, MANY, rank, descriptors=True)
-                yield from _descriptor_variants(core, rank, tile, precision)
+                tile = tiles.choose_tile(capability, kind, MANY, rank, tma=True)
+                yield from _tma_variants(core, rank, tile, precision)
     tile = tiles.project_tile(capability, kind, 64)
     for core in ("store", "diag", "task", *(["dense"] if fused >= 64 else [])):
         constants = {"stride_ad": 1, "stride_vk": 1, "CORE": core, "PRECISION": precision}
@@ -90,24 +90,22 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     yield Variant("sigma_grad: rows by task", kernel, constants, rows_tile, loads_tiles=False)
     constants = {"stride_wi": 1, "stride_uk": 1, "stride_vi": 1, "stride_oi": 1}
     constants |= {"DTYPE": merge.ELEMENT[dtype], "SCALED": True, "ALIGNED": True}
-    constants |= {"PRECISION": precision, "TURN": kind == "tf32"}
+    constants |= {"PRECISION": precision, "TRANSPOSED": kind == "tf32"}
     tile = merge.TILES[kind]
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tile.block_k}
     yield Variant("merge", merge.merge_kernel, constants, tile)
 
 
-def _descriptor_variants(
-    core: str, rank: int, tile: tiles.Tile, precision: str
-) -> Iterator[Variant]:
+def _tma_variants(core: str, rank: int, tile: tiles.Tile, precision: str) -> Iterator[Variant]:
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     constants: dict[str, Any] = {"CORE": core, "PRECISION": precision, **tile.blocks(rank)}
-    label = f"descriptors, {core}, rank tile {rank}"
+    label = f"tma, {core}, rank tile {rank}"
     forward = {"x_desc": (m, k), "w_desc": (n, k), "u_desc": (n, rank), "vh_desc": (rank, k)}
-    kernel = hopper.spectral_linear_fwd_descriptor_kernel
+    kernel = tma.spectral_linear_fwd_tma_kernel
     blocks = {**forward, "y_desc": (m, n)}
     yield Variant(f"fwd: {label}", kernel, {**constants, "BIAS": True}, tile, blocks)
     backward = {"g_desc": (m, k), "w_desc": (k, n), "u_desc": (k, rank), "vh_desc": (rank, n)}
-    kernel = hopper.spectral_linear_bwd_descriptor_kernel
+    kernel = tma.spectral_linear_bwd_tma_kernel
     blocks = {**backward, "dx_desc": (m, n)}
     yield Variant(f"bwd: {label}", kernel, {**constants, "GRAD": True}, tile, blocks)
 
@@ -182,7 +180,7 @@ timed on a GPU**.
 
 - *spills*: bytes of local memory a thread, from the cubin. *occupancy*: theoretical, from registers,
   shared memory and warps.
-- *bulk / 16 B / narrow*: tile fetches by the copy engine, 16-byte loads or asynchronous copies, and
+- *bulk / 16 B / narrow*: tile fetches by TMA, 16-byte loads or asynchronous copies, and
   asynchronous copies of less, as counted in the PTX (places in the code, not executions).
 - Arithmetic: *16bit* is bf16 and fp16 with float32 accumulation; *tf32* is float32 where
   `torch.backends.cuda.matmul.allow_tf32` is set; *fp32* is float32 otherwise, on the scalar units.

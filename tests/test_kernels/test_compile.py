@@ -26,7 +26,7 @@ def cases():
         for variant in report.variants(capability, kind):
             for dtype in report.KINDS[kind]:
                 quick = kind == "fp32" or (dtype == torch.bfloat16 and SMOKE.search(variant.name))
-                quick = quick and not re.search("descriptors, (task|dense)", variant.name)
+                quick = quick and not re.search("tma, (task|dense)", variant.name)
                 name = f"sm_{capability}-{kind}-{TYPE_NAMES[dtype]}-{variant.name}"
                 marks = [] if quick else [pytest.mark.slow]
                 yield pytest.param(capability, kind, dtype, variant, id=name, marks=marks)
@@ -55,7 +55,7 @@ def test_variant(capability, kind, dtype, variant):
     if main_loop or variant.name == "project":
         wanted = expected_instruction(capability, kind, variant.tile.block_m)
         assert made.instruction in wanted
-    if "descriptors" in variant.name:
+    if "tma" in variant.name:
         assert made.bulk_loads >= 4  # A, B, V and C
     else:
         assert made.wide_loads >= 3  # A, B and V

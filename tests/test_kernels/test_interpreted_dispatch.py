@@ -96,11 +96,11 @@ def test_a_cache_that_cannot_be_written_warns(timed, own_cache):
 def test_environment_forces(timed, monkeypatch):
     monkeypatch.setenv("FASTSPEC_BACKEND", "aten")
     assert choose(aten=3.0, triton=1.0) == "aten"
-    monkeypatch.setenv("FASTSPEC_BACKEND", "descriptors")
-    with pytest.warns(UserWarning, match="FASTSPEC_BACKEND=descriptors cannot serve: kind"):
+    monkeypatch.setenv("FASTSPEC_BACKEND", "tma")
+    with pytest.warns(UserWarning, match="FASTSPEC_BACKEND=tma cannot serve: kind"):
         assert choose(aten=3.0, triton=5.0) == "triton"
     monkeypatch.setenv("FASTSPEC_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="must be one of triton, descriptors, merged, aten, got"):
+    with pytest.raises(ValueError, match="must be one of triton, tma, merged, aten, got"):
         choose(aten=3.0, triton=1.0)
     assert not timed
 
@@ -109,7 +109,7 @@ def test_deterministic_mode_does_not_time(timed, own_cache):
     torch.use_deterministic_algorithms(True)
     try:
         assert choose(aten=3.0, triton=5.0) == "triton"
-        assert choose(aten=3.0, triton=5.0, descriptors=9.0) == "descriptors"
+        assert choose(aten=3.0, triton=5.0, tma=9.0) == "tma"
         assert choose(aten=3.0, triton=1.0, k=200) == "aten"
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Projection, coefficient gradient, merge and the descriptor variant under the interpreter."""
+"""Projection, coefficient gradient, merge and the TMA variant under the interpreter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from kernel_problems import CORES, exact, problem, tf32
 from kernel_sanitizer import sanitized
 from support import assert_close, relative_error
 
-from fastspec.kernels import hopper, tiles
 from fastspec.kernels import merge as merging
+from fastspec.kernels import tiles, tma
 from fastspec.kernels.merge import merge
 from fastspec.kernels.sigma_grad import dot_precision, project, sigma_grad
 from fastspec.kernels.tiles import Tile
@@ -94,14 +94,14 @@ def test_merge_wants_equal_layers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("size", [(1, 8, 8, 8), (45, 72, 104, 24), (70, 136, 40, 32)], ids=str)
-def test_descriptors(size, core, dtype):
+def test_tma(size, core, dtype):
     t = problem(*size, core, dtype)
     name, tile = "diag" if core == "task" else core, Tile(32, 32, 32, 4, 2)
     with tf32(True), sanitized():
         factors = (t["u"], t["vh"], t["delta"], name, t["task"])
-        y, p = hopper.spectral_linear_fwd(t["x"], t["w"], t["bias"], *factors, tile=tile)
-        dx, grad = hopper.spectral_linear_bwd(t["g"], p, t["w"], *factors, tile=tile)
-        again, none = hopper.spectral_linear_bwd(
+        y, p = tma.spectral_linear_fwd(t["x"], t["w"], t["bias"], *factors, tile=tile)
+        dx, grad = tma.spectral_linear_bwd(t["g"], p, t["w"], *factors, tile=tile)
+        again, none = tma.spectral_linear_bwd(
             t["g"], p, t["w"], *factors, needs_delta=False, tile=tile
         )
     for got, want in zip((y, p, dx, grad), exact(t, core), strict=True):
@@ -110,16 +110,16 @@ def test_descriptors(size, core, dtype):
     assert none is None
 
 
-def test_descriptors_refuse_what_the_copy_engine_cannot_address():
+def test_tma_refuses_what_it_cannot_address():
     t = problem(8, 16, 16, 8, "diag")
-    assert hopper.fits(t["x"], t["w"])
-    assert not hopper.fits(t["x"].mT)
-    assert not hopper.fits(t["x"][:, 1:])
-    assert not hopper.fits(t["x"][:0])
+    assert tma.fits(t["x"], t["w"])
+    assert not tma.fits(t["x"].mT)
+    assert not tma.fits(t["x"][:, 1:])
+    assert not tma.fits(t["x"][:0])
     with pytest.raises(ValueError, match=r"k must be at most .* got 8 in torch\.float32"):
-        hopper.spectral_linear_fwd(t["x"], t["w"], None, t["u"], t["vh"], t["delta"])
+        tma.spectral_linear_fwd(t["x"], t["w"], None, t["u"], t["vh"], t["delta"])
     with pytest.raises(ValueError, match="rows on 16 bytes"):
-        hopper.spectral_linear_fwd(t["x"], t["w"].mT, None, t["u"], t["vh"], t["delta"])
+        tma.spectral_linear_fwd(t["x"], t["w"].mT, None, t["u"], t["vh"], t["delta"])
 
 
 def test_tf32_only_where_pytorch_allows_it():

@@ -13,7 +13,7 @@ from kernel_sanitizer import sanitized
 from support import TOLERANCE, assert_close, relative_error
 
 from fastspec.kernels import spectral_linear as kernels
-from fastspec.kernels import tiles
+from fastspec.kernels import tile_program, tiles
 from fastspec.kernels.tiles import Tile
 
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)  # Python names it since 3.11
@@ -228,7 +228,7 @@ def broken(kernel, old: str, new: str):
     """The kernel with a piece of its source replaced, interpreted like the original."""
     source = inspect.getsource(kernel.fn)
     assert old in source
-    scope = dict(vars(kernels))
+    scope = dict(vars(tile_program))
     # the interpreter reads a kernel's source from its file; a registered pseudo-file serves as well
     name = f"<broken {kernel.__name__}>"
     code = source.replace(old, new)
@@ -270,9 +270,11 @@ def test_a_32_bit_base_is_caught(monkeypatch):
 
 def test_a_dropped_scale_is_caught(monkeypatch):
     """Without its coefficients the correction is wrong by far more than the tolerance."""
-    monkeypatch.setattr(kernels, "scale", broken(kernels.scale, "proj * delta[None, :]", "proj"))
+    monkeypatch.setattr(
+        tile_program, "apply_core", broken(tile_program.apply_core, "proj * delta[None, :]", "proj")
+    )
     attribute = "spectral_linear_fwd_kernel"
-    kernel = broken(getattr(kernels, attribute), "scaled = scale", "scaled = scale")
+    kernel = broken(getattr(kernels, attribute), "scaled = apply_core", "scaled = apply_core")
     monkeypatch.setattr(kernels, attribute, kernel)
     t = problem(45, 70, 50, 20, "diag", torch.float16)
     y, want = run(t, "diag")[0], exact(t, "diag")[0]

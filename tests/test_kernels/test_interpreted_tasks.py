@@ -22,9 +22,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "_choices", {})
 
 
-@pytest.mark.parametrize(
-    ("name", "k"), [("triton", 8), ("triton", 72), ("descriptors", 8), ("aten", 8)]
-)
+@pytest.mark.parametrize(("name", "k"), [("triton", 8), ("triton", 72), ("tma", 8), ("aten", 8)])
 def test_every_candidate_computes_the_same(name, k, monkeypatch):
     """Unadapted rows among them, every candidate, and a rank that goes in chunks."""
     monkeypatch.setenv("FASTSPEC_BACKEND", name)

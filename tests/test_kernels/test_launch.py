@@ -17,12 +17,12 @@ from fastspec.kernels import choice, dispatch, sigma_grad, tiles
 from fastspec.kernels.merge import merge
 
 CALLS = 1000
-SIZES = (16, 32, 48, 8)  # n, in, out, k: every address on 16 bytes, so that descriptors serve
+SIZES = (16, 32, 48, 8)  # n, in, out, k: every address on 16 bytes, so that TMA serves
 ROUTES = [
-    *(f"layer {name} {dtype}" for name in ("triton", "descriptors") for dtype in ("bf16", "fp32")),
+    *(f"layer {name} {dtype}" for name in ("triton", "tma") for dtype in ("bf16", "fp32")),
     "layer merged fp32",
     "layer aten bf16",
-    *(f"tasks {name} bf16" for name in ("triton", "descriptors", "aten")),
+    *(f"tasks {name} bf16" for name in ("triton", "tma", "aten")),
     *(f"{part} bf16" for part in ("project", "sigma_grad", "merge")),
 ]
 

@@ -163,9 +163,9 @@ def test_the_choice_is_that_of_the_cache():
     assert "fastspec" not in backend.targets()
 
 
-def test_descriptors_stay_inside_the_operator(monkeypatch):
+def test_tma_descriptors_stay_inside_the_operator(monkeypatch):
     """PyTorch does not trace them; the operator, left whole, takes them when it runs."""
-    monkeypatch.setenv("FASTSPEC_BACKEND", "descriptors")
+    monkeypatch.setenv("FASTSPEC_BACKEND", "tma")
     backend = Backend()
     with FakeTensorMode():
         backend.compile(spectral_linear)(**operands()).sum().backward()

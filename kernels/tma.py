@@ -1,9 +1,9 @@
-"""The tile program with tensor descriptors, for chips whose copy engine fetches whole tiles (sm_90 on).
+"""The tile program with TMA, the Tensor Memory Accelerator of sm_90 on, which fetches whole tiles.
 
 Same mathematics, names and outputs as `spectral_linear`; what differs is that A, B, V and C arrive by
-the bulk tensor copy engine: one thread issues a tile, addresses and masks take no registers, and rows
-or columns outside the tensor read as zero. The engine asks for row-major tensors whose rows start on
-16 bytes; `fits` says whether the operands are such, and the plain kernels take the rest.
+TMA: one thread issues a tile, addresses and masks take no registers, and rows or columns outside the
+tensor read as zero. TMA asks for row-major tensors whose rows start on 16 bytes; `fits` says whether the
+operands are such, and the plain kernels take the rest.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from fastspec.kernels.sigma_grad import (
     rank_tile,
     reduce_gradient,
 )
-from fastspec.kernels.spectral_linear import absent, fuses, kernel_core, plan, scale
+from fastspec.kernels.spectral_linear import absent, fuses, kernel_core, plan
+from fastspec.kernels.tile_program import apply_core
 
 # ----------------------------------------------------------------------------------------- kernels
 
 
 # fmt: off
 @triton.jit
-def spectral_linear_fwd_descriptor_kernel(
+def spectral_linear_fwd_tma_kernel(
     x_desc,           # [N, IN] in tiles [BLOCK_M, BLOCK_K]
     w_desc,           # [OUT, IN] in tiles [BLOCK_N, BLOCK_K]
     u_desc,           # [OUT, K] in tiles [BLOCK_N, BLOCK_R]
@@ -41,6 +42,7 @@ def spectral_linear_fwd_descriptor_kernel(
     CORE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
+    """y = x W^T + b + core(p) U^T  with  p = x Vh^T, which is stored."""
     dtype: tl.constexpr = p_ptr.dtype.element_ty
     split = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M
@@ -63,8 +65,9 @@ def spectral_linear_fwd_descriptor_kernel(
                 cell = tl.arange(0, BLOCK_M)[:, None] * K + tl.arange(0, BLOCK_R)[None, :]
                 p_ok = row_ok[:, None] & rank_ok[None, :]
                 tl.store(p_ptr + row0 * K + cell, p.to(dtype), mask=p_ok)
-            scaled = scale(
-                p, delta_ptr, task_ptr, row0, row_ok, rank_ok, K, TASKS, CORE, True, PRECISION, dtype
+            scaled = apply_core(
+                p, delta_ptr, task_ptr, row0=row0, row_ok=row_ok, rank_ok=rank_ok, K=K, TASKS=TASKS,
+                CORE=CORE, FORWARD=True, PRECISION=PRECISION, DTYPE=dtype,
             )
         else:
             for d in range(0, IN, BLOCK_K):
@@ -78,7 +81,7 @@ def spectral_linear_fwd_descriptor_kernel(
 
 
 @triton.jit
-def spectral_linear_bwd_descriptor_kernel(
+def spectral_linear_bwd_tma_kernel(
     g_desc,           # [N, OUT] in tiles [BLOCK_M, BLOCK_K]
     w_desc,           # [OUT, IN] in tiles [BLOCK_K, BLOCK_N]
     u_desc,           # [OUT, K] in tiles [BLOCK_K, BLOCK_R]
@@ -89,6 +92,7 @@ def spectral_linear_bwd_descriptor_kernel(
     CORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
+    """dx = g W + core(q) Vh  with  q = g U, and from q and p the row tile's share of d delta."""
     dtype: tl.constexpr = p_ptr.dtype.element_ty
     slot = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -109,9 +113,13 @@ def spectral_linear_bwd_descriptor_kernel(
                 acc = tl.dot(g, w_desc.load([d, col]), acc, input_precision=PRECISION)
                 q = tl.dot(g, u_desc.load([d, 0]), q, input_precision=PRECISION)
             if GRAD and split == 0:
-                reduce_gradient(q, p_ptr, grad_ptr, slot, row0, row_ok, 0, rank_ok, K, CORE, PRECISION)
-            scaled = scale(
-                q, delta_ptr, task_ptr, row0, row_ok, rank_ok, K, TASKS, CORE, False, PRECISION, dtype
+                reduce_gradient(
+                    q, p_ptr, grad_ptr, slot=slot, row0=row0, row_ok=row_ok, rank0=0, rank_ok=rank_ok,
+                    K=K, CORE=CORE, PRECISION=PRECISION,
+                )
+            scaled = apply_core(
+                q, delta_ptr, task_ptr, row0=row0, row_ok=row_ok, rank_ok=rank_ok, K=K, TASKS=TASKS,
+                CORE=CORE, FORWARD=False, PRECISION=PRECISION, DTYPE=dtype,
             )
         else:
             for d in range(0, OUT, BLOCK_K):
@@ -126,7 +134,7 @@ def spectral_linear_bwd_descriptor_kernel(
 
 
 def fits(*operands: Tensor) -> bool:
-    """Whether the copy engine can address these matrices.
+    """Whether TMA can address these matrices.
 
     Row-major, at least one element, rows and base on 16 bytes.
     """
@@ -160,10 +168,11 @@ def spectral_linear_fwd(
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     _check(x, w, u, vh, y)
     launch(
-        spectral_linear_fwd_descriptor_kernel, grid,
-        *_descriptors((x, m, s), (w, c, s), (u, c, block_r), (vh, block_r, s), (y, m, c)),
-        absent(bias, x), table, absent(task, x), p,
-        n, d, out, k, len(table), tiles_each,
+        spectral_linear_fwd_tma_kernel, grid,
+        x_desc=_descriptor(x, m, s), w_desc=_descriptor(w, c, s), u_desc=_descriptor(u, c, block_r),
+        vh_desc=_descriptor(vh, block_r, s), y_desc=_descriptor(y, m, c),
+        bias_ptr=absent(bias, x), delta_ptr=table, task_ptr=absent(task, x), p_ptr=p,
+        N=n, IN=d, OUT=out, K=k, TASKS=len(table), tiles_each=tiles_each,
         CORE=name, BIAS=bias is not None, PRECISION=dot_precision(x.dtype),
         **tile.blocks(block_r), **tile.options,
     )  # fmt: skip
@@ -192,10 +201,11 @@ def spectral_linear_bwd(
     shares = gradient_slots(name, grid[0], n, k, g.device) if needs_delta else table
     _check(g, w, u, vh, dx)
     launch(
-        spectral_linear_bwd_descriptor_kernel, grid,
-        *_descriptors((g, m, s), (w, s, c), (u, s, block_r), (vh, block_r, c), (dx, m, c)),
-        p, table, absent(task, g), shares,
-        n, d, out, k, len(table), tiles_each,
+        spectral_linear_bwd_tma_kernel, grid,
+        g_desc=_descriptor(g, m, s), w_desc=_descriptor(w, s, c), u_desc=_descriptor(u, s, block_r),
+        vh_desc=_descriptor(vh, block_r, c), dx_desc=_descriptor(dx, m, c),
+        p_ptr=p, delta_ptr=table, task_ptr=absent(task, g), grad_ptr=shares,
+        N=n, IN=d, OUT=out, K=k, TASKS=len(table), tiles_each=tiles_each,
         CORE=name, GRAD=needs_delta, PRECISION=dot_precision(g.dtype),
         **tile.blocks(block_r), **tile.options,
     )  # fmt: skip
@@ -207,13 +217,13 @@ def spectral_linear_bwd(
 
 def _tile(a: Tensor, k: int) -> tiles.Tile:
     kind, capability = tiles.kind(a.dtype), tiles.capability(a.device)
-    return tiles.choose_tile(capability, kind, a.shape[0], rank_tile(k), descriptors=True)
+    return tiles.choose_tile(capability, kind, a.shape[0], rank_tile(k), tma=True)
 
 
 def _check(*operands: Tensor) -> None:
     if not fits(*operands):
         raise ValueError(
-            "the copy engine needs row-major operands with rows on 16 bytes, "
+            "TMA needs row-major operands with rows on 16 bytes, "
             f"got {[(tuple(t.shape), t.stride()) for t in operands]}; use the plain kernels"
         )
     if not fuses(operands[0], operands[2].shape[1]):
@@ -223,5 +233,6 @@ def _check(*operands: Tensor) -> None:
         )
 
 
-def _descriptors(*operands: tuple[Tensor, int, int]) -> list[TensorDescriptor]:
-    return [TensorDescriptor.from_tensor(t, [rows, cols]) for t, rows, cols in operands]
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """What TMA needs to know of a matrix to fetch or store it in tiles [rows, columns]."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
