@@ -199,7 +199,8 @@ def test_the_command_reads_and_writes_the_record(here, capsys, monkeypatch):
         here.record, [dataclasses.replace(read_csv(here.record)[0], command="fastspec glue")]
     )
     words = ["glue", "--suite", "small", "--tasks", "rte", "--record", str(here.record)]
-    assert main([*words, "--output", str(here.output.with_name("there")), "--jobs", "2"]) == 0
+    words += ["--output", str(here.output.with_name("there")), "--jobs", "2", "--threads", "2"]
+    assert main(words) == 0
     out = capsys.readouterr().out
     assert "another command for their run: 1 (the first: rte a, rate 0.001, seed 0)" in out
     assert report.markdown(here) in out
