@@ -111,7 +111,7 @@ def test_a_checkout_that_was_not_installed(library, tmp_path):
     if library:
         content = stamp("2.5.1", HERE[1]) if library == "another torch" else b"not a library"
         (tmp_path / "fastspec" / "_C.so").write_bytes(content)
-    modules = ["launch", "tiles", "choice", "dispatch", "hopper", "merge"]
+    modules = ["launch", "tiles", "choice", "dispatch", "tma", "merge"]
     if importlib.util.find_spec("triton") is None:
         modules = ["launch", "tiles"]
     code = (
