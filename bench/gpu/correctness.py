@@ -103,7 +103,7 @@ def operators(core: str, dtype: torch.dtype, how: str) -> tuple[dict[str, float]
         return fastspec.spectral_linear(x, *factors, core=core)
 
     if how == "compiled":
-        backend = pick("inductor", "aot_eager")
+        backend = pick("inductor", "eager")
         call = torch.compile(call, fullgraph=True, backend=backend)  # type: ignore[assignment]
 
     def step() -> tuple:
@@ -206,7 +206,7 @@ def checks() -> list[Check]:
 
 def _checks() -> Iterator[Check]:
     # what takes longest first: compilations of Inductor
-    for core in CORES:
+    for core in pick(CORES, CORES[:2]):
         for dtype in pick((BF16, FP32), (FP32,)):
             yield Check(
                 f"operator {core} {dtype} compiled",

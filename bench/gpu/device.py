@@ -123,6 +123,9 @@ class _NothingThatWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        if name in self.REFUSED:
+        by_mask = name in ("index", "index_put_") and any(
+            t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
+        )
+        if name in self.REFUSED or by_mask:
             raise RuntimeError(f"{name} can't be captured in a CUDA graph")
         return func(*args, **(kwargs or {}))

@@ -17,7 +17,9 @@ import harness
 import torch
 import torch.nn.functional as F
 from kernel_problems import problem
+from support import relative_error
 
+from fastspec.kernels.merge import merge
 from gpu import device, record, workers
 from gpu.calls import NAMES, errors, forced, pair, tf32, tolerance
 from gpu.device import DEVICE, pick
@@ -222,6 +224,29 @@ def measure(layer: Layer, names: list[str], rows: Record) -> None:
         device.free()
 
 
+def merging(count: int, rows: Record) -> None:
+    """One launch for a stack of layers, over an `addmm` for each."""
+    size, dtype = pick((1, 768, 768, 32), (1, 16, 16, 4)), pick(BF16, FP32)
+    stack = [problem(*size, "diag", dtype, seed, DEVICE) for seed in range(count)]
+    operands = [[t[name] for t in stack] for name in ("w", "u", "vh", "delta")]
+
+    def one_by_one() -> list:
+        return [
+            torch.addmm(w, (u * d).to(dtype), vh) for w, u, vh, d in zip(*operands, strict=True)
+        ]
+
+    for got, want in zip(merge(*operands), one_by_one(), strict=True):
+        if not relative_error(got, want) <= tolerance(dtype):
+            raise AssertionError(f"merging is off by {relative_error(got, want):.1e}")
+    # it copies a table of addresses to the device, which a graph does not take
+    one_launch = {"one launch": lambda: merge(*operands)}
+    timing = harness.pairwise(one_by_one, one_launch, ROUNDS, clock=device.wall)
+    ratio = timing.ratios["one launch"].median
+    rows.add(
+        f"merging {count} layers", addmm_ms=timing.floor_ms, noise=timing.noise, one_launch=ratio
+    )
+
+
 def main() -> int:
     rows = Record("layers")
     right = checked(rows)
@@ -230,6 +255,9 @@ def main() -> int:
         if names and rows.enough(3, str(layer)):
             with rows.row(str(layer)), tf32(layer.dtype == FP32):
                 measure(layer, names, rows)
+    for count in pick((1, 24), (2,)):
+        with rows.row(f"merging {count} layers"):
+            merging(count, rows)
     return rows.status()
 
 

@@ -86,7 +86,7 @@ BASE = Workload(
     "BERT-base", *pick((32, 128), (2, 8)), ENCODER, lambda: bert(*pick((768, 12, 12), (32, 2, 4)))
 )
 LARGE = Workload("8B-like", *pick((4, 2048), (2, 8)), BLOCKS, llama)
-WORKLOADS = (MINILM, BASE, LARGE)
+WORKLOADS = pick((MINILM, BASE, LARGE), (MINILM, LARGE))
 
 
 def base_of(load: Workload, dtype: torch.dtype = BF16) -> nn.Module:
@@ -222,7 +222,7 @@ class TrainingStep:
 
     def compile(self) -> None:
         """Compile block by block: all blocks are of one kind, which is compiled once."""
-        backend = "aot_eager" if REHEARSING else "inductor"
+        backend = pick("inductor", "eager")
         for module in self.model.modules():
             if type(module).__name__ in ("BertLayer", "LlamaDecoderLayer"):
                 module.compile(backend=backend)

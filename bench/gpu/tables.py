@@ -150,9 +150,9 @@ def failures(steps: Mapping[str, Any]) -> str:
 
 def section(data: Mapping[str, Any]) -> Iterator[str]:
     steps = data["steps"]
-    yield f"## {data['machine'].get('cuda') or 'Rehearsal'}"
+    yield f"### {data['machine'].get('cuda') or 'Rehearsal'}"
     yield machine_line(data["machine"])
-    yield "### Bars\n\n" + bar_table(steps)
+    yield "#### Bars\n\n" + bar_table(steps)
     parts = {
         "versions": ("Ceilings", ceilings),
         "layers": ("Single layers, forward and backward, over the frozen layer", layers),
@@ -166,12 +166,12 @@ def section(data: Mapping[str, Any]) -> Iterator[str]:
     }
     for step, (title, make) in parts.items():
         if steps.get(step):
-            yield f"### {title}\n\n{make(steps[step])}"
+            yield f"#### {title}\n\n{make(steps[step])}"
         if step == "steps" and steps.get(step):
             yield memory(steps[step])
     checked = {name: len(steps[name]) for name in ("correctness", "sanitizer") if name in steps}
     counts = ", ".join(f"{name}: {count} checks" for name, count in checked.items())
-    yield f"### Failures\n\n{counts}\n\n{failures(steps)}"
+    yield f"#### Failures\n\n{counts}\n\n{failures(steps)}"
 
 
 def page(files: Sequence[Path]) -> str:
