@@ -7,12 +7,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rounds-scale", type=float, default=1.0, help="multiply every count of rounds"
     )
-    parser.addoption(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cpu",
-        help="cuda: the suite of test_gpu.py too",
-    )
 
 
 @pytest.fixture

@@ -61,11 +61,15 @@ def pairwise(
     rounds: int,
     warmup: int = 2,
     seldom: Sequence[str] = (),
+    clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> Timing:
-    """Time `candidates` against `floor`; on a GPU the callables must synchronise.
+    """Time `candidates` against `floor`.
 
     Those named in `seldom` take part in every third round alone: far from the others, they need fewer.
+    `clock` runs a step and returns its seconds; the default is wall time, for which the callables must
+    synchronise on a GPU.
     """
+    clock = clock or _seconds
     steps = {FLOOR: floor, **candidates}
     for _ in range(warmup):
         for step in steps.values():
@@ -74,14 +78,14 @@ def pairwise(
     gc.collect()
     gc.disable()
     try:
-        before = _seconds(floor)
+        before = clock(floor)
         floors = [before]
         for i in range(rounds):
             for name, step in steps.items():
                 if name in seldom and i % SELDOM:
                     continue
-                own = _seconds(step)
-                after = _seconds(floor)
+                own = clock(step)
+                after = clock(floor)
                 ratios[name].append(2 * own / (before + after))
                 floors.append(after)
                 before = after

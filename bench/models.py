@@ -50,13 +50,15 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def decaying(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+def decaying(
+    rows: int, cols: int, seed: int = 0, device: str | torch.device = "cpu"
+) -> torch.Tensor:
     """A random matrix [rows, cols] with singular values (1 + i/30)^-0.7, scaled to a norm of 1."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     short = min(rows, cols)
-    u = torch.linalg.qr(torch.randn(rows, short, generator=g))[0]
-    v = torch.linalg.qr(torch.randn(cols, short, generator=g))[0]
-    return (u * (1 + torch.arange(short) / 30) ** -0.7) @ v.mT
+    u = torch.linalg.qr(torch.randn(rows, short, generator=g, device=device))[0]
+    v = torch.linalg.qr(torch.randn(cols, short, generator=g, device=device))[0]
+    return (u * (1 + torch.arange(short, device=device) / 30) ** -0.7) @ v.mT
 
 
 Prepare = Callable[[nn.Module], nn.Module]

@@ -17,15 +17,15 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 SVD, LOWRANK = "torch.linalg.svd", "svd_lowrank niter=4"
 
 
-def slow_decay(count: int, m: int, n: int) -> list[Tensor]:
+def slow_decay(count: int, m: int, n: int, device: str | torch.device = "cpu") -> list[Tensor]:
     """A stack of matrices with s_i = (1 + i / 30)^-0.7, which is how spectra of transformers fall."""
-    first = models.decaying(m, n)
+    first = models.decaying(m, n, device=device)
     # the others have its vectors in another order, times signs: as hard, and no two QR factorisations each
     g = torch.Generator().manual_seed(0)
     stack = [first]
     for _ in range(count - 1):
         rows, signs = torch.randperm(m, generator=g), torch.randint(0, 2, (n,), generator=g)
-        stack.append(first[rows] * (2 * signs - 1))
+        stack.append(first[rows.to(device)] * (2 * signs - 1).to(device))
     return [torch.stack(stack)]
 
 

@@ -25,14 +25,19 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def problem(n: int, d: int, out: int, k: int, core: str, dtype=torch.float32, seed=0) -> dict:
+def problem(
+    n: int, d: int, out: int, k: int, core: str, dtype=torch.float32, seed=0, device="cpu"
+) -> dict:
     """Random operands (any basis will do here), named as in the launchers."""
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+        return torch.randn(*shape, generator=gen, dtype=torch.float64, device=device)
 
     shape = {"diag": (k,), "task": (5, k), "band": (3, k), "dense": (k, k)}[core]
+    task = None
+    if core == "task":
+        task = torch.randint(0, 5, (n,), generator=gen, device=device)
     return {
         "x": normal(n, d).to(dtype),
         "g": normal(n, out).to(dtype),
@@ -41,7 +46,7 @@ def problem(n: int, d: int, out: int, k: int, core: str, dtype=torch.float32, se
         "u": (normal(out, k) / out**0.5).to(dtype),
         "vh": (normal(k, d) / d**0.5).to(dtype),
         "delta": normal(*shape).float(),
-        "task": torch.randint(0, 5, (n,), generator=gen) if core == "task" else None,
+        "task": task,
     }
 
 

@@ -1,0 +1,95 @@
+"""One layer's forward and backward by every candidate of the dispatcher, and their answers' errors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from kernel_problems import exact, tf32
+from support import TOLERANCE, relative_error
+from torch import Tensor
+
+import fastspec
+from fastspec.kernels import choice, dispatch
+from fastspec.ops import aten
+from gpu.device import REHEARSING
+
+CHOSEN = "chosen"  # what the dispatcher takes by itself
+NAMES = (CHOSEN, *choice.NAMES)
+TF32_TOLERANCE = 2e-3
+Pair = tuple[Callable[[], tuple], Callable[[Tensor], tuple]]
+
+fastspec.spectral_linear  # noqa: B018  (registers the operators)
+
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Only this candidate; ValueError where it can't serve a call inside."""
+    before = os.environ.pop("FASTSPEC_BACKEND", None)
+    if name != CHOSEN:
+        os.environ["FASTSPEC_BACKEND"] = name
+    elif REHEARSING:
+        os.environ["FASTSPEC_BACKEND"] = "aten"  # there are no events to time by
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="FASTSPEC_BACKEND=.* cannot serve")
+            try:
+                yield
+            except UserWarning as error:
+                raise ValueError(str(error)) from None
+    finally:
+        os.environ.pop("FASTSPEC_BACKEND", None)
+        if before is not None:
+            os.environ["FASTSPEC_BACKEND"] = before
+
+
+def pair(t: dict, core: str) -> Pair:
+    """(forward, backward) of the operators on operands of `kernel_problems.problem`."""
+    s = torch.ones(t["u"].shape[1], device=t["u"].device)
+    plan = (core, "factored", "two_sided")  # "merged" is a candidate beside it
+    factors = (t["w"], t["u"], s, t["vh"], t["delta"])
+    first, second = operators()
+    return (
+        lambda: first(t["x"], t["w"], t["bias"], *factors[1:], *plan),
+        lambda p: second(t["g"], None, p, *factors, *plan, True, True),
+    )
+
+
+def operators() -> tuple[Callable, Callable]:
+    """Forward and backward as the card has them; a rehearsal goes to the dispatcher past the CPU's own."""
+    if REHEARSING:
+        return (
+            functools.partial(dispatch.spectral_linear, aten=aten.spectral_linear),
+            functools.partial(
+                dispatch.spectral_linear_backward, aten=aten.spectral_linear_backward
+            ),
+        )
+    found = torch.ops.fastspec
+    return found.spectral_linear.default, found.spectral_linear_backward.default
+
+
+def errors(t: dict, core: str, name: str) -> dict[str, float]:
+    """Relative errors of y, p, dx and d delta against float64.
+
+    Raises:
+        ValueError: the candidate can't serve this layer.
+    """
+    with forced(name):
+        forward, backward = pair(t, core)
+        y, p = forward()
+        dx, grad = backward(p)
+    want = exact(t, core)
+    results = zip(("y", "p", "dx", "d delta"), (y, p, dx, grad), want, strict=True)
+    return {name: relative_error(got, exact) for name, got, exact in results}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    tf32_allowed = torch.backends.cuda.matmul.allow_tf32
+    return TF32_TOLERANCE if dtype == torch.float32 and tf32_allowed else TOLERANCE[dtype]
+
+
+__all__ = ["CHOSEN", "NAMES", "Pair", "errors", "forced", "pair", "tf32", "tolerance"]

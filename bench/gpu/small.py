@@ -1,0 +1,90 @@
+"""A program for the sanitizer and the profiler: every kernel of the package, a few launches.
+
+python -m gpu.small tiny     problems that a checker which slows kernels a hundredfold can take
+python -m gpu.small large    kernels worth a profile, between marks for it
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from kernel_problems import problem
+from support import relative_error
+
+from fastspec.kernels import dispatch, spectral_linear, tma
+from fastspec.kernels.merge import merge
+from fastspec.kernels.sigma_grad import sigma_grad
+from gpu.device import DEVICE, REHEARSING, pick, synchronise
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# substrings of the kernels' names
+KERNELS = ("spectral_linear", "project_kernel", "sum_by_task", "merge_kernel", "jacobi_eigh")
+
+
+def launch(n: int, d: int, out: int, k: int, core: str, dtype: torch.dtype) -> None:
+    t = problem(n, d, out, k, core, dtype, device=DEVICE)
+    name = "diag" if core == "task" else core
+    factors = (t["u"], t["vh"], t["delta"], name, t["task"])
+    modules = [spectral_linear]
+    if tma.fits(t["x"], t["g"], t["w"], t["u"], t["vh"]) and dispatch._tma_serves(
+        out, k, t["x"], t["w"]
+    ):
+        modules.append(tma)
+    for module in modules:
+        _, p = module.spectral_linear_fwd(t["x"], t["w"], t["bias"], *factors)
+        module.spectral_linear_bwd(t["g"], p, t["w"], *factors)
+    count = len(t["delta"]) if core == "task" else None
+    sigma_grad(t["g"], t["u"], p, name, task=t["task"], n_tasks=count)
+
+
+def merge_some(count: int, d: int, out: int, k: int) -> None:
+    layers = [
+        problem(1, d, out, k, "diag", pick(BF16, FP32), seed, DEVICE) for seed in range(count)
+    ]
+    merge(*[[t[name] for t in layers] for name in ("w", "u", "vh", "delta")])
+
+
+def jacobi(order: int, dtype: torch.dtype, count: int = 2) -> None:
+    g = torch.Generator(DEVICE).manual_seed(0)
+    a = torch.randn(count, order, order, generator=g, device=DEVICE, dtype=dtype)
+    a = a + a.mT
+    values, _ = torch.ops.fastspec.jacobi_eigh(a)
+    error = relative_error(values, torch.linalg.eigvalsh(a.double()))
+    print(f"jacobi_eigh {order} {dtype}: {error:.1e}")
+
+
+def tiny() -> None:
+    for dtype in pick((BF16, FP32), (FP32,)):
+        for core in ("diag", "dense", "task"):
+            launch(*pick((70, 136, 200, 32), (5, 24, 16, 8)), core, dtype)
+        launch(*pick((3, 40, 72, 13), (3, 8, 16, 5)), "band", dtype)
+    merge_some(2, *pick((136, 72, 32), (16, 8, 4)))
+    import fastspec
+
+    fastspec.topk_svd  # noqa: B018  (registers jacobi_eigh, where it is compiled)
+    if hasattr(torch.ops.fastspec, "jacobi_eigh"):
+        for order in pick((7, 64, 100, 130, 200), (5,)):
+            jacobi(order, FP32)
+        jacobi(pick(100, 5), torch.float64)
+    else:
+        print("no jacobi_eigh: csrc/ is not compiled")
+    synchronise()
+
+
+def large() -> None:
+    """The launches twice, to compile and warm up; only the second time the profiler looks."""
+    size = pick((4096, 768, 3072, 32), (5, 24, 16, 8))
+    for marked in (False, True):
+        synchronise()
+        if marked and not REHEARSING:
+            torch.cuda.profiler.start()
+        launch(*size, "diag", pick(BF16, FP32))
+        merge_some(*pick((12, 768, 768, 32), (2, 16, 8, 4)))
+        synchronise()
+        if marked and not REHEARSING:
+            torch.cuda.profiler.stop()
+
+
+if __name__ == "__main__":
+    {"tiny": tiny, "large": large}[sys.argv[1]]()
