@@ -274,7 +274,7 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
     const bool keeps_x = wanted && gradient == "dense";
     const bool keeps_p = wanted && (gradient == "two_sided" || gradient == "short");
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({p});
+    ctx->saved_data["x_sizes"] = x.sizes();
     ctx->save_for_backward(
         {keeps_x ? x : Tensor(), keeps_p ? p : Tensor(), weight, u, s, vh, delta});
     ctx->saved_data["core"] = std::string(core);
@@ -285,24 +285,30 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto op =
-        operator_handle<decltype(spectral_linear_backward)>("fastspec::spectral_linear_backward");
+    using Backward = decltype(spectral_linear_backward);
+    static const auto fast = operator_handle<Backward>("fastspec::spectral_linear_backward");
+    static const auto differentiable = operator_handle<Backward>("fastspec::spectral_linear_double");
     variable_list out(10);  // one for every argument of forward
     const Tensor& g = grads[0];
-    if (!g.defined()) return out;
+    const Tensor& dp = grads[1];  // of a second backward
+    if (!g.defined() && !dp.defined()) return out;
     const auto bias = ctx->saved_data.find("bias");
     const bool has_bias = bias != ctx->saved_data.end();
     // edges are counted over the tensors that were given: x, weight, bias, u, s, vh, delta
     const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(2),
                needs_delta = ctx->needs_input_grad(5 + has_bias);
     const auto saved = ctx->get_saved_variables();
+    if (needs_dx && dp.defined())
+      out[0] = through_projection(dp, saved[5], ctx->saved_data["x_sizes"].toIntVector());
+    if (!g.defined()) return out;
     if (needs_dx || needs_delta) {
       const auto given = [](const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; };
+      const auto& op = at::GradMode::is_enabled() ? differentiable : fast;
       auto [dx, ddelta] = op.call(
           g, given(saved[0]), given(saved[1]), saved[2], saved[3], saved[4], saved[5], saved[6],
           ctx->saved_data["core"].toStringRef(), ctx->saved_data["forward"].toStringRef(),
           ctx->saved_data["gradient"].toStringRef(), needs_dx, needs_delta);
-      if (needs_dx) out[0] = dx;
+      if (needs_dx) out[0] = out[0].defined() ? at::add(out[0], dx) : dx;
       if (needs_delta) out[6] = ddelta;
     }
     if (needs_bias)

@@ -143,7 +143,7 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
       bool short_side, bool saves_p) {
     auto [y, p] = call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({p});
+    ctx->saved_data["x_sizes"] = x.sizes();
     ctx->save_for_backward({saves_p ? p : Tensor(), weight, u, s, vh, table, task});
     ctx->saved_data["core"] = std::string(core);
     ctx->saved_data["short"] = short_side;
@@ -152,23 +152,29 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto op =
-        operator_handle<decltype(task_linear_backward)>("fastspec::task_linear_backward");
+    using Backward = decltype(task_linear_backward);
+    static const auto fast = operator_handle<Backward>("fastspec::task_linear_backward");
+    static const auto differentiable = operator_handle<Backward>("fastspec::task_linear_double");
     variable_list out(11);  // one for every argument of forward
     const Tensor& g = grads[0];
-    if (!g.defined()) return out;
+    const Tensor& dp = grads[1];  // of a second backward
+    if (!g.defined() && !dp.defined()) return out;
     const auto bias = ctx->saved_data.find("bias");
     const bool has_bias = bias != ctx->saved_data.end();
     // edges are counted over the tensors that were given: x, weight, bias, u, s, vh, table, task
     const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(2),
                needs_table = ctx->needs_input_grad(5 + has_bias);
     const auto saved = ctx->get_saved_variables();
+    if (needs_dx && dp.defined())
+      out[0] = through_projection(dp, saved[4], ctx->saved_data["x_sizes"].toIntVector());
+    if (!g.defined()) return out;
     if (needs_dx || needs_table) {
       const auto p = saved[0].defined() ? OptTensor(saved[0]) : std::nullopt;
+      const auto& op = at::GradMode::is_enabled() ? differentiable : fast;
       auto [dx, dtable] = op.call(
           g, p, saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
           ctx->saved_data["core"].toStringRef(), ctx->saved_data["short"].toBool(), needs_dx, needs_table);
-      if (needs_dx) out[0] = dx;
+      if (needs_dx) out[0] = out[0].defined() ? at::add(out[0], dx) : dx;
       if (needs_table) out[6] = dtable;
     }
     if (needs_bias)

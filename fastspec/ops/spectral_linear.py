@@ -23,12 +23,16 @@ torch.library.define(
     f"(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_PLAN}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.define(
-    "fastspec::spectral_linear_backward",
-    f"(Tensor g, Tensor? x, Tensor? p, Tensor weight, {_FACTORS}, {_PLAN}, bool needs_dx,"
-    " bool needs_delta) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _name in (
+    "spectral_linear_backward",
+    "spectral_linear_double",
+):  # the latter for a second backward
+    torch.library.define(
+        f"fastspec::{_name}",
+        f"(Tensor g, Tensor? x, Tensor? p, Tensor weight, {_FACTORS}, {_PLAN}, bool needs_dx,"
+        " bool needs_delta) -> (Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 torch.library.impl("fastspec::spectral_linear", "CompositeExplicitAutograd", aten.spectral_linear)
 torch.library.impl(
@@ -45,6 +49,7 @@ cuda.register("spectral_linear_backward", aten.spectral_linear_backward)
 
 _spectral_linear = torch.ops.fastspec.spectral_linear.default
 _spectral_linear_backward = torch.ops.fastspec.spectral_linear_backward.default
+_spectral_linear_double = torch.ops.fastspec.spectral_linear_double.default
 
 
 def spectral_linear(
@@ -79,12 +84,47 @@ def _(g, x, p, weight, u, s, vh, delta, core, forward, gradient, needs_dx, needs
     return dx, delta.new_empty(delta.shape if needs_delta else (0,))
 
 
+@torch.library.impl("fastspec::spectral_linear_double", "CompositeImplicitAutograd")
+def _differentiable_backward(
+    g: Tensor,  # [..., out]
+    x: Tensor | None,  # [..., in]
+    p: Tensor | None,  # [N, k], with the graph that leads to x
+    weight: Tensor,
+    u: Tensor,
+    s: Tensor,
+    vh: Tensor,
+    delta: Tensor,
+    core: str,
+    forward: str,
+    gradient: str,
+    needs_dx: bool,
+    needs_delta: bool,
+) -> tuple[Tensor, Tensor]:
+    """The backward by formulas that autograd follows, for a backward that is differentiated itself."""
+    dtype = g.dtype
+    g2 = g.reshape(-1, g.shape[-1])
+    u, vh = u.to(dtype), vh.to(dtype)
+    q = g2 @ u
+    dx, ddelta = g.new_empty(0), delta.new_empty(0)
+    if needs_dx:
+        # a resident weight holds U C Vh already, as a constant: its derivative alone is added
+        shift = delta - delta.detach() if forward == "resident" else delta
+        dx2 = g2 @ weight.to(dtype) + aten.apply_core(q, shift, core) @ vh
+        dx = dx2.view(*g.shape[:-1], vh.shape[1])
+    if needs_delta:
+        if p is None:
+            assert x is not None
+            p = x.reshape(-1, x.shape[-1]) @ vh.mT
+        ddelta = aten.reduce_core(q, p, delta, core)
+    return dx, ddelta
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, u, s, vh, delta, core, forward, gradient = inputs
     ctx.plan = (core, forward, gradient)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
+    ctx.x_shape = x.shape
     keeps_x = gradient == "dense" and ctx.needs_input_grad[6]
     keeps_p = gradient in ("two_sided", "short") and ctx.needs_input_grad[6]
     ctx.save_for_backward(
@@ -92,17 +132,22 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     )
 
 
-def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, g: Tensor | None, dp: Tensor | None) -> tuple[Tensor | None, ...]:
     needs_dx, _, needs_bias, _, _, _, needs_delta, *_rest = ctx.needs_input_grad
     dx = dbias = ddelta = None
     if g is not None:
         x, p, weight, u, s, vh, delta = ctx.saved_tensors
         if needs_dx or needs_delta:
-            dx, ddelta = _spectral_linear_backward(
+            differentiated = torch.is_grad_enabled()
+            backward = _spectral_linear_double if differentiated else _spectral_linear_backward
+            dx, ddelta = backward(
                 g, x, p, weight, u, s, vh, delta, *ctx.plan, needs_dx, needs_delta
             )
         if needs_bias:
             dbias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
+    if needs_dx and dp is not None:  # in a second backward, through p = x Vh^T
+        through_p = (dp @ ctx.saved_tensors[5].to(dp.dtype)).view(ctx.x_shape)
+        dx = through_p if dx is None else dx + through_p
     return (
         dx if needs_dx else None,
         None,

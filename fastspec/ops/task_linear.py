@@ -31,12 +31,13 @@ torch.library.define(
     f"(Tensor x, Tensor weight, Tensor? bias, {_OPERANDS}, bool short, bool saves_p) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-torch.library.define(
-    "fastspec::task_linear_backward",
-    f"(Tensor g, Tensor? p, Tensor weight, {_OPERANDS}, bool short, bool needs_dx, bool needs_table)"
-    " -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _name in ("task_linear_backward", "task_linear_double"):  # the latter for a second backward
+    torch.library.define(
+        f"fastspec::{_name}",
+        f"(Tensor g, Tensor? p, Tensor weight, {_OPERANDS}, bool short, bool needs_dx, bool needs_table)"
+        " -> (Tensor, Tensor)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
 
 def _task_linear(
@@ -98,6 +99,36 @@ def _task_linear_backward(
         return dx, table.new_empty(0)
     assert p is not None
     return dx, _reduce_cores(q, p, table, task, core)
+
+
+@torch.library.impl("fastspec::task_linear_double", "CompositeImplicitAutograd")
+def _differentiable_backward(
+    g: Tensor,  # [B, ..., out]
+    p: Tensor | None,  # [N, k], with the graph that leads to x
+    weight: Tensor,
+    u: Tensor,
+    s: Tensor,
+    vh: Tensor,
+    table: Tensor,
+    task: Tensor,
+    core: str,
+    short: bool,
+    needs_dx: bool,
+    needs_table: bool,
+) -> tuple[Tensor, Tensor]:
+    """The backward by formulas that autograd follows, for a backward that is differentiated itself."""
+    dtype = g.dtype
+    g2 = g.reshape(-1, g.shape[-1])
+    u, vh = u.to(dtype), vh.to(dtype)
+    q = g2 @ u
+    dx, dtable = g.new_empty(0), table.new_empty(0)
+    if needs_dx:
+        dx2 = g2 @ weight.to(dtype) + _apply_cores(q, table, task, core) @ vh
+        dx = dx2.view(*g.shape[:-1], vh.shape[1])
+    if needs_table:
+        assert p is not None
+        dtable = _reduce_cores(q, p, table, task, core)
+    return dx, dtable
 
 
 torch.library.impl("fastspec::task_linear", "CompositeExplicitAutograd", _task_linear)
@@ -182,6 +213,7 @@ def _(g, p, weight, u, s, vh, table, task, core, short, needs_dx, needs_table):
 
 _forward_op = torch.ops.fastspec.task_linear.default
 _backward_op = torch.ops.fastspec.task_linear_backward.default
+_double_op = torch.ops.fastspec.task_linear_double.default
 
 
 def task_linear(
@@ -202,22 +234,26 @@ def task_linear(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, weight, bias, u, s, vh, table, task, core, short, saves_p = inputs
+    x, weight, bias, u, s, vh, table, task, core, short, saves_p = inputs
     ctx.how = (core, short)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
+    ctx.x_shape = x.shape
     ctx.save_for_backward(output[1] if saves_p else None, weight, u, s, vh, table, task)
 
 
-def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, g: Tensor | None, dp: Tensor | None) -> tuple[Tensor | None, ...]:
     needs_dx, _, needs_bias, _, _, _, needs_table, *_rest = ctx.needs_input_grad
     dx = dbias = dtable = None
     if g is not None:
         if needs_dx or needs_table:
-            dx, dtable = _backward_op(g, *ctx.saved_tensors, *ctx.how, needs_dx, needs_table)
+            backward = _double_op if torch.is_grad_enabled() else _backward_op
+            dx, dtable = backward(g, *ctx.saved_tensors, *ctx.how, needs_dx, needs_table)
         if needs_bias:
             dbias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
+    if needs_dx and dp is not None:  # in a second backward, through p = x Vh^T
+        through_p = (dp @ ctx.saved_tensors[4].to(dp.dtype)).view(ctx.x_shape)
+        dx = through_p if dx is None else dx + through_p
     return (
         dx if needs_dx else None,
         None,
