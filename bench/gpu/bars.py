@@ -56,7 +56,7 @@ def bars(steps: Mapping[str, Rows]) -> Iterator[Bar]:
     for name, limits in LAYERS.items():
         row = layers.get(f"{name} k=32 diag bf16 step", {})
         yield Bar(f"layer step over the frozen layer, {name}", at(row, "chosen", "ratio"), *limits)
-    whole = steps.get("steps", {})
+    whole = {**steps.get("steps", {}), **steps.get("compiled", {})}
     for name, limits in STEPS.items():
         yield Bar(
             f"step over the frozen floor, {name}, graphed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from gpu.record import Record
 PACKED = Path("build/gpu/ext")
 PACKAGE = Path("fastspec")
 PARTS = ("_C.so", "_C_cuda.so")
+STAMP = "sources.sha256"
 QUESTION = "from fastspec import _extension; print(_extension.cuda_unavailable_reason() or '')"
 
 
@@ -25,9 +27,18 @@ def reason() -> str:
     return done.stdout.strip() if done.returncode == 0 else done.stderr[-500:]
 
 
+def fingerprint() -> str:
+    """Of the sources of the compiled parts: what was packed of others does not serve."""
+    digest = hashlib.sha256()
+    for path in sorted(Path("csrc").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def carried() -> bool:
-    """Copy what was packed; whether it loads."""
-    if not all((PACKED / part).exists() for part in PARTS):
+    """Copy what was packed of these sources; whether it loads."""
+    stamp = PACKED / STAMP
+    if not stamp.exists() or stamp.read_text() != fingerprint():
         return False
     for part in PARTS:
         shutil.copy2(PACKED / part, PACKAGE / part)

@@ -14,12 +14,11 @@ from support import TOLERANCE, relative_error
 from torch import Tensor
 
 import fastspec
-from fastspec.kernels import choice, dispatch
+from fastspec.kernels import dispatch
 from fastspec.ops import aten
 from gpu.device import REHEARSING
 
 CHOSEN = "chosen"  # what the dispatcher takes by itself
-NAMES = (CHOSEN, *choice.NAMES)
 TF32_TOLERANCE = 2e-3
 Pair = tuple[Callable[[], tuple], Callable[[Tensor], tuple]]
 
@@ -92,4 +91,4 @@ def tolerance(dtype: torch.dtype) -> float:
     return TF32_TOLERANCE if dtype == torch.float32 and tf32_allowed else TOLERANCE[dtype]
 
 
-__all__ = ["CHOSEN", "NAMES", "Pair", "errors", "forced", "pair", "tf32", "tolerance"]
+__all__ = ["CHOSEN", "Pair", "errors", "forced", "pair", "tf32", "tolerance"]

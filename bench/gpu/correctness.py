@@ -41,6 +41,7 @@ SIZES = pick(
 KINDS = pick([(BF16, False), (FP16, False), (FP32, False), (FP32, True)], [(FP32, False)])
 CALLS = pick(200, 20)  # over which memory must stay flat
 FLAT_AFTER = 10
+PATIENCE = pick(60, 600)  # seconds for one check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +260,7 @@ def main() -> int:
             rows.add(name, worst=worst, limit=result["limit"], seconds=result["seconds"])
 
     ends = time.time() + record.left()
-    workers.run("gpu.correctness", range(len(everything)), PROCESSES, 60, answered, ends)
+    workers.run("gpu.correctness", range(len(everything)), PROCESSES, PATIENCE, answered, ends)
     return rows.status()
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 REHEARSING = os.environ.get("FASTSPEC_GPU_REHEARSE") == "1"
 DEVICE = torch.device("cpu" if REHEARSING else "cuda")
 GRAPH_WARMUP = 3
-AHEAD = 500_000  # cycles, about 0.3 ms: long enough for the host to enqueue what is timed
+AHEAD = 1_000_000  # cycles, about 0.5 ms: long enough for the host to enqueue what is timed
 
 Step = Callable[[], object]
 

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from kernel_problems import problem
 from support import relative_error
 
+from fastspec.kernels import choice
 from fastspec.kernels.merge import merge
 from gpu import device, record, workers
-from gpu.calls import NAMES, errors, forced, pair, tf32, tolerance
+from gpu.calls import CHOSEN, errors, forced, pair, tf32, tolerance
 from gpu.device import DEVICE, pick
 from gpu.record import Record
 
@@ -29,6 +30,7 @@ from gpu.record import Record
 BF16, FP32 = pick(torch.bfloat16, torch.float16), torch.float32
 PROCESSES = pick(12, 2)
 ROUNDS = pick(9, 1)
+PATIENCE = pick(60, 600)  # seconds for the answers of one layer
 MOST_SETS = pick(32, 2)
 CHECKS = 0.45  # share of the time for the answers
 
@@ -80,7 +82,7 @@ def check(index: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tf32(layer.dtype == FP32):
         t = problem(layer.n, layer.d, layer.out, layer.k, layer.core, layer.dtype, device=DEVICE)
-        for name in NAMES:
+        for name in choice.NAMES:
             try:
                 found[name] = max(errors(t, layer.core, name).values())
             except ValueError as error:
@@ -106,11 +108,12 @@ def checked(rows: Record) -> dict[int, list[str]]:
         if wrong:
             rows.fail(name, f"over {result['limit']}: {wrong}")
         else:
+            right[index].insert(0, CHOSEN)  # one of these, whichever it is
             rows.add(name, **result)
 
     seconds = record.left()
     ends = time.time() + CHECKS * seconds
-    workers.run("gpu.layers", range(len(grid())), PROCESSES, 60, answered, ends)
+    workers.run("gpu.layers", range(len(grid())), PROCESSES, PATIENCE, answered, ends)
     return right
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastspec.studies.encoders import default_model
+from gpu.build import STAMP, fingerprint
 
 PACKAGES = ("eigentune",)
 WEIGHTS = "model.safetensors"
@@ -47,6 +48,7 @@ def pack_package(name: str, into: Path) -> None:
 
 
 def main(into: Path) -> None:
+    (into / "ext" / STAMP).write_text(fingerprint())
     pack_model(into / "minilm")
     for name in PACKAGES:
         pack_package(name, into / "site")

@@ -24,7 +24,7 @@ cp $into/source/fastspec/_C.so $into/source/fastspec/_C_cuda.so $into/ext
 strip --strip-unneeded $into/ext/*.so
 rm -rf $into/source
 
-"$PYTHON" bench/gpu/pack.py $into
+PYTHONPATH=.:bench "$PYTHON" -m gpu.pack $into
 for task in RTE CoLA; do
   mkdir -p $into/glue/$task
   cp "${FASTSPEC_GLUE_DIR:?the folder of GLUE files}/$task"/{train,dev}.tsv $into/glue/$task

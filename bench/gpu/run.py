@@ -44,7 +44,8 @@ PHASES: tuple[tuple[Step, ...], ...] = (
     (Step("build", 90),),
     (Step("correctness", 100), Step("sanitizer", 100), Step("glue", 100)),
     (Step("layers", 110),),
-    (Step("steps", 120),),
+    (Step("steps", 90),),
+    (Step("compiled", 80),),
     (Step("svd", 60),),
     (Step("tasks", 40),),
     (Step("profile", 50),),
@@ -68,13 +69,16 @@ class Log:
             print(text, file=self.file, flush=True)
 
 
-def run_step(step: Step, ends: float, log: Log) -> str:
+def run_step(step: Step, ends: float, log: Log, alone: bool = True) -> str:
     """What became of a step: "ok", "failed (status)", "over time"; ends it at `ends`."""
     seconds = min(step.seconds * (PATIENCE if rehearsing() else 1), ends - time.time())
     if seconds < 2 * GRACE:
         return "skipped: no time left"
     started = time.time()
     environment = {**os.environ, "FASTSPEC_GPU_UNTIL": str(started + seconds - GRACE)}
+    if not alone:  # candidates timed beside others must not be what later steps choose
+        environment["FASTSPEC_CACHE"] += f"-{step.name}"
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     process = subprocess.Popen(
         step.argv,
         stdout=subprocess.PIPE,
@@ -131,25 +135,23 @@ def main(names: Sequence[str], phases: Sequence[Sequence[Step]] = PHASES) -> int
     ends = time.time() + LIMIT * (PATIENCE if rehearsing() else 1)
     outcome: dict[str, str] = {}
 
-    def run(step: Step) -> None:
+    def run(step: Step, alone: bool) -> None:
         if step.needs in outcome and not outcome[step.needs].startswith("ok"):
             outcome[step.name] = f"skipped: {step.needs} failed"
         else:
-            outcome[step.name] = run_step(step, ends, log)
+            outcome[step.name] = run_step(step, ends, log, alone)
         log.line(f"== {step.name}: {outcome[step.name]}")
 
     if rehearsing() and len(phases) > 2:
         phases = [*phases[:2], [step for phase in phases[2:] for step in phase]]  # no time counts
     for phase in phases:
-        threads = [
-            threading.Thread(target=run, args=[step])
-            for step in phase
-            if not names or step.name in names
-        ]
+        chosen = [step for step in phase if not names or step.name in names]
+        threads = [threading.Thread(target=run, args=[step, len(chosen) == 1]) for step in chosen]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+    record.keep_choices(Path(os.environ["FASTSPEC_CACHE"]))
     log.line(summary(outcome))
     return 0 if all(result.startswith("ok") for result in outcome.values()) else 1
 

@@ -1,9 +1,9 @@
-"""Whole training steps: eager, in a CUDA graph and compiled, ours and others over the frozen floor."""
+"""Whole training steps, eager and in a CUDA graph: ours and others over the frozen floor; peak memory."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import harness
 import torch
@@ -15,9 +15,7 @@ from gpu.networks import CANDIDATES, FLOOR, OURS, TrainingStep, Workload
 from gpu.record import Record
 
 ROUNDS = pick(9, 1)
-EAGER_STEPS = 3  # between two synchronisations
-RECOMPILATIONS = 64  # all blocks of all candidates share one function; the default is 8
-OTHERS = ("PEFT LoRA r8", "EigenTune")  # compiled where time is left
+TIMES = 3  # steps between two marks of the clock
 TWICE = 2.0  # our error over that of the plain formulas in the same dtype
 
 
@@ -43,7 +41,7 @@ def check(load: Workload, base: torch.nn.Module, rows: Record) -> None:
     own, theirs = error(ours), error(plain)
     del ours, plain, exact
     device.free()
-    rows.add(f"{load} gradients", error=own, error_of_plain_formulas=theirs)
+    rows.add(f"{load} gradients", off=own, plain_formulas_off=theirs)
     if not own <= TWICE * theirs + 1e-6:
         raise AssertionError(f"gradients are off by {own:.2e}, plain formulas by {theirs:.2e}")
 
@@ -57,23 +55,30 @@ def losses(steps: Mapping[str, TrainingStep]) -> dict[str, float]:
     return found
 
 
-def report(rows: Record, name: str, timing: harness.Timing, times: int = 1) -> None:
-    ratios = {n: r.median for n, r in timing.ratios.items() if n != harness.FLOOR}
-    spread = {n: [r.low, r.high] for n, r in timing.ratios.items() if n != harness.FLOOR}
-    floor_ms = timing.floor_ms / times
-    rows.add(name, floor_ms=floor_ms, noise=timing.noise, ratios=ratios, spread=spread)
+def compare(
+    name: str, steps: Mapping[str, device.Step], rows: Record, clock: Callable[[device.Step], float]
+) -> None:
+    """Steps over the floor's, some in a row: as in training, the host may run ahead."""
+
+    def times(step: device.Step) -> device.Step:
+        return lambda: [step() for _ in range(TIMES)]
+
+    others = {n: times(step) for n, step in steps.items() if n != FLOOR}
+    timing = harness.pairwise(times(steps[FLOOR]), others, ROUNDS, clock=clock)
+    rows.add(
+        name,
+        floor_ms=timing.floor_ms / TIMES,
+        noise=timing.noise,
+        ratios={n: timing.ratios[n].median for n in others},
+        low={n: timing.ratios[n].low for n in others},
+        high={n: timing.ratios[n].high for n in others},
+    )
 
 
-def eager(load: Workload, steps: dict[str, TrainingStep], rows: Record) -> None:
-    def times(step: TrainingStep) -> device.Step:
-        return lambda: [step() for _ in range(EAGER_STEPS)]
-
-    others = {name: times(step) for name, step in steps.items() if name != FLOOR}
-    timing = harness.pairwise(times(steps[FLOOR]), others, ROUNDS, clock=device.wall)
-    report(rows, f"{load} eager", timing, EAGER_STEPS)
-
-
-def graphed(load: Workload, steps: dict[str, TrainingStep], rows: Record) -> None:
+def in_graphs(
+    load: Workload, steps: Mapping[str, TrainingStep], rows: Record
+) -> dict[str, device.Step]:
+    """A graph of each whole step whose replay has the step's loss."""
     before = losses(steps)
     graphs: dict[str, device.Step] = {}
     for name, step in steps.items():
@@ -83,32 +88,7 @@ def graphed(load: Workload, steps: dict[str, TrainingStep], rows: Record) -> Non
             if not abs(loss - before[name]) <= 0.02 * abs(before[name]) + 0.02:
                 raise AssertionError(f"a replay's loss is {loss}, the step's {before[name]}")
             graphs[name] = graph
-    floor = graphs.pop(FLOOR)
-    timing = harness.pairwise(floor, graphs, ROUNDS, clock=device.on_device)
-    report(rows, f"{load} graphed", timing)
-
-
-def compiled(load: Workload, base: torch.nn.Module, names: tuple[str, ...], rows: Record) -> None:
-    """The floor and some candidates, block by block; timed eager and, the host apart, in graphs."""
-    steps: dict[str, TrainingStep] = {}
-    for name in (FLOOR, *names):
-        what = f"{load} compiling {name}"
-        if not rows.enough(pick(15, 1), what):
-            return
-        with rows.row(what):
-            step = networks.make(networks.floor if name == FLOOR else CANDIDATES[name], base, load)
-            step.compile()
-            rows.add(what, seconds=device.wall(step))
-            steps[name] = step
-    losses(steps)
-    graphs = {name: device.graphed(step) for name, step in steps.items()}
-    for how, clock, which in (
-        ("compiled", device.wall, steps),
-        ("compiled graphed", device.on_device, graphs),
-    ):
-        others = {name: step for name, step in which.items() if name != FLOOR}
-        timing = harness.pairwise(which[FLOOR], others, ROUNDS, clock=clock)
-        report(rows, f"{load} {how}{'' if OURS in names else ', others'}", timing)
+    return graphs
 
 
 def memory(load: Workload, steps: dict[str, TrainingStep], rows: Record) -> None:
@@ -134,25 +114,18 @@ def measure(load: Workload, rows: Record) -> None:
         with rows.row(f"{load} {name}"):
             steps[name] = networks.make(prepare, base, load)
     losses(steps)
-    eager(load, steps, rows)
+    compare(f"{load} eager", steps, rows, device.wall)
     memory(load, steps, rows)
-    graphed(load, steps, rows)
+    compare(f"{load} graphed", in_graphs(load, steps, rows), rows, device.on_device)
 
 
 def main() -> int:
     rows = Record("steps")
-    torch._dynamo.config.recompile_limit = RECOMPILATIONS
     for load in networks.WORKLOADS:
         if rows.enough(pick(8, 0), str(load)):
             with rows.row(str(load)):
                 measure(load, rows)
         device.free()
-    # compilation is slow: ours first, the others in what time is left
-    for names in pick(((OURS,), OTHERS), ((OURS, *OTHERS),)):
-        for load in networks.WORKLOADS:
-            with rows.row(f"{load} compiled {names[0]}"):
-                compiled(load, networks.base_of(load), names, rows)
-            device.free()
     return rows.status()
 
 

@@ -157,6 +157,7 @@ def section(data: Mapping[str, Any]) -> Iterator[str]:
         "versions": ("Ceilings", ceilings),
         "layers": ("Single layers, forward and backward, over the frozen layer", layers),
         "steps": ("Training steps over the frozen floor's", lambda rows: ratios(rows, "floor_ms")),
+        "compiled": ("Training steps, compiled", lambda rows: ratios(rows, "floor_ms")),
         "tasks": (
             "Many tasks over the unadapted forward",
             lambda rows: ratios(rows, "unadapted_ms"),
