@@ -15,6 +15,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 from fastspec.kernels import choice, dispatch, sigma_grad, tiles
 from fastspec.kernels.merge import merge
+from fastspec.ops import aten, task_linear
 
 CALLS = 1000
 SIZES = (16, 32, 48, 8)  # n, in, out, k: every address on 16 bytes, so that TMA serves
@@ -45,15 +46,21 @@ def launches(tmp_path, monkeypatch):
 
 def layer(t: dict) -> None:
     """Forward, and backward by both wants."""
-    factors = (t["w"], t["u"], t["s"], t["vh"], t["delta"], "diag", "factored", "two_sided")
-    _, p = dispatch.spectral_linear(t["x"], t["bias"], *factors)
-    dispatch.spectral_linear_backward(t["g"], None, p, *factors, True, True)
+    shared = {"weight": t["w"]} | {name: t[name] for name in ("u", "s", "vh", "delta")}
+    shared |= {"core": "diag", "forward": "factored", "gradient": "two_sided"}
+    forward = {**shared, "x": t["x"], "bias": t["bias"]}
+    _, p = dispatch.spectral_linear(**forward, aten=aten.spectral_linear)
+    backward = {**shared, "g": t["g"], "x": None, "p": p, "needs_dx": True, "needs_delta": True}
+    dispatch.spectral_linear_backward(**backward, aten=aten.spectral_linear_backward)
 
 
 def tasks(t: dict) -> None:
-    factors = (t["w"], t["u"], t["s"], t["vh"], t["table"], t["task"], "diag", False)
-    _, p = dispatch.task_linear(t["x"], t["bias"], *factors, True)
-    dispatch.task_linear_backward(t["g"], p, *factors, True, True)
+    shared = {"weight": t["w"]} | {name: t[name] for name in ("u", "s", "vh", "table", "task")}
+    shared |= {"core": "diag", "short": False}
+    forward = {**shared, "x": t["x"], "bias": t["bias"], "saves_p": True}
+    _, p = dispatch.task_linear(**forward, aten=task_linear._task_linear)
+    backward = {**shared, "g": t["g"], "p": p, "needs_dx": True, "needs_table": True}
+    dispatch.task_linear_backward(**backward, aten=task_linear._task_linear_backward)
 
 
 CALLED = {
