@@ -12,7 +12,7 @@ from fastspec.ops import aten, reference
 from fastspec.ops import spectral_linear as spectral_operator
 from fastspec.ops import task_linear as task_operator
 from fastspec.ops.operands import Sizes, cast, check_sizes, sizes_of
-from fastspec.ops.plan import LayerCall, Plan, is_wide, make_plan, why_not
+from fastspec.ops.plan import WIDE, LayerCall, Plan, make_plan, why_not
 
 DYNAMIC_ROWS = 2048  # rows assumed by a compiled or exported graph that takes any number
 
@@ -159,7 +159,7 @@ def task_linear(
         return reference.task_linear(x, weight, bias, u, vh, table, task, core)
     x, bias = cast(x, weight, bias)
     # the identity needs y and dx in full precision, and its look at S would make a GPU wait
-    short = singular_basis and x.is_cpu and x.dtype == weight.dtype and is_wide(x.dtype)
+    short = singular_basis and x.is_cpu and x.dtype == weight.dtype and x.dtype in WIDE
     saves_p = table.requires_grad and torch.is_grad_enabled()
     return task_operator.task_linear(x, weight, bias, u, s, vh, table, task, core, short, saves_p)
 

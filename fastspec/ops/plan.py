@@ -8,7 +8,6 @@ plan computes the same numbers up to rounding.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +18,7 @@ Forward = Literal["merged", "saved", "resident", "factored", "spectral"]
 Gradient = Literal["none", "two_sided", "short", "dense"]
 FORWARDS: tuple[Forward, ...] = get_args(Forward)
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+WIDE = (torch.float32, torch.float64)  # in 16 bits y, dx and a merged weight are rounded too far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,25 +78,6 @@ class LayerCall:
     singular_basis: bool = True
     resident: bool = False
 
-    @property
-    def short_side(self) -> int:
-        return min(self.in_features, self.out_features)
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether products keep 32 bits or more; in 16 bits y, dx and a merged weight are rounded."""
-        return is_wide(self.dtype)
-
-
-def is_wide(dtype: torch.dtype) -> bool:
-    """Whether the singular identities (F3) hold to rounding in products of this dtype."""
-    return dtype in (torch.float32, torch.float64)
-
-
-PLANS = tuple(
-    Plan(forward, gradient) for forward, gradient in itertools.product(FORWARDS, GRADIENTS)
-)
-
 
 def why_not(plan: Plan, call: LayerCall) -> str | None:
     """Why `plan` may not compute `call`, and what to do; None where it may. All rules stand here.
@@ -115,53 +96,58 @@ def why_not(plan: Plan, call: LayerCall) -> str | None:
             "forward='saved' saves a matrix as large as the weight: only beside gradient='dense', "
             f"which saves x, got gradient={gradient!r}"
         )
-    identity = call.singular_basis and call.is_wide
+    if gradient != "short" and forward != "spectral":
+        return None
+    identity = call.singular_basis and call.dtype in WIDE
     if gradient == "short" and not (identity and call.core != "band"):
         return (
             "gradient='short' needs singular_basis=True, a diag or dense core, and float32 or float64, "
             f"got singular_basis={call.singular_basis}, core={call.core!r}, {call.dtype}: "
             "take 'two_sided'"
         )
+    if forward != "spectral":
+        return None
+    if gradient not in ("none", "two_sided"):
+        return "forward='spectral' has p and q at hand: gradient must be 'two_sided'"
     # the first step has to be the pretrained model's bit for bit: a GPU would wait for a look at delta
-    complete = identity and call.k == call.short_side and call.device == "cpu"
-    if forward == "spectral" and not complete:
+    short_side = min(call.in_features, call.out_features)
+    if not (identity and call.k == short_side and call.device == "cpu"):
         return (
             "forward='spectral' needs a complete singular basis in float32 or float64 on a CPU, got "
-            f"singular_basis={call.singular_basis}, k={call.k} of {call.short_side}, {call.dtype}, "
+            f"singular_basis={call.singular_basis}, k={call.k} of {short_side}, {call.dtype}, "
             f"{call.device}: take 'merged'"
         )
-    if forward == "spectral" and gradient not in ("none", "two_sided"):
-        return "forward='spectral' has p and q at hand: gradient must be 'two_sided'"
     return None
 
 
 def legal_plans(call: LayerCall) -> list[Plan]:
     """Every plan that may compute `call`."""
-    return [plan for plan in PLANS if why_not(plan, call) is None]
+    plans = (Plan(forward, gradient) for forward in FORWARDS for gradient in GRADIENTS)
+    return [plan for plan in plans if why_not(plan, call) is None]
 
 
 def weighed_plans(call: LayerCall) -> list[Plan]:
     """The legal plans that are worth weighing: among them is the best one, and there is always one."""
-    return [plan for plan in legal_plans(call) if _is_worth_weighing(plan, call)]
-
-
-def _is_worth_weighing(plan: Plan, call: LayerCall) -> bool:
-    forward, gradient = plan.forward, plan.gradient
-    if gradient != "none" and not call.needs_delta:
-        return False
-    if forward in ("merged", "saved") and not call.is_wide:
-        return False  # it would round the coefficients away: the correction is added instead
-    if gradient == "dense" and call.device == "cuda" and call.k <= MAX_RANK:
-        return False  # the projection rides along in the kernels, and x is not saved
-    if gradient == "short":
-        # its look at the values of sigma would make a GPU wait; on a square it saves nothing
-        saves = call.in_features != call.out_features and (
-            call.needs_dx or call.out_features < call.in_features
-        )
-        return call.device == "cpu" and saves
-    if forward == "saved":  # beside a saved x, a weight of less than half its size is no burden
-        return call.needs_dx and call.n >= 2 * call.out_features
-    return True
+    is_wide = call.dtype in WIDE
+    gradients: list[Gradient] = ["two_sided", "dense"] if call.needs_delta else ["none"]
+    if call.needs_delta and call.device == "cuda" and call.k <= MAX_RANK:
+        gradients = ["two_sided"]  # the projection rides along in the kernels, and x is not saved
+    # a GPU would wait for its look at the values of sigma; on a square it saves nothing
+    saves = call.in_features > call.out_features or (
+        call.in_features < call.out_features and call.needs_dx
+    )
+    if call.needs_delta and saves and call.device == "cpu":
+        gradients.append("short")
+    # In 16 bits a merged weight rounds the coefficients away: the correction is added instead.
+    forwards: list[Forward] = ["merged", "factored"] if is_wide else ["factored"]
+    if call.resident:
+        forwards = ["resident"]
+    plans = [Plan(forward, gradient) for forward in forwards for gradient in gradients]
+    # Beside a saved x, a weight of less than half its size is no burden.
+    if is_wide and call.needs_dx and "dense" in gradients and call.n >= 2 * call.out_features:
+        plans.append(Plan("saved", "dense"))
+    plans.append(Plan("spectral", gradients[0]))
+    return [plan for plan in plans if why_not(plan, call) is None]
 
 
 @dataclasses.dataclass(frozen=True)
