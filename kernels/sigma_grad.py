@@ -120,8 +120,8 @@ def sum_by_task_kernel(
         row_ok = places < last
         rows = tl.load(order_ptr + places, mask=row_ok, other=0)
         ok = row_ok[:, None] & rank_ok[None, :]
-        cell = rows[:, None] * K + ranks[None, :]
-        share = tl.load(shares_ptr + cell, mask=ok, other=0.0)  # [BLOCK_M, BLOCK_R]
+        row_ptrs = shares_ptr + rows[:, None] * K
+        share = tl.load(row_ptrs + ranks[None, :], mask=ok, other=0.0)  # [BLOCK_M, BLOCK_R]
         total += tl.sum(share, axis=0)
     tl.store(grad_ptr + task * K + ranks, total, mask=rank_ok)
 # fmt: on
