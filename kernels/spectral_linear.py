@@ -300,7 +300,7 @@ def spectral_linear_fwd(
         given, name = _apply_core(p, delta, name, task, forward=True), "given"
     if n == 0:
         return y, p
-    block_r, tile, grid, tiles_each = plan(x, n, out, k, tile)
+    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile)
     wrap_triton(spectral_linear_fwd_kernel)[grid](
         x, w, absent(bias, x), u, vh, delta, absent(task, x), given, y, p,
         n, d, out, k, len(delta), tiles_each,
@@ -342,7 +342,7 @@ def spectral_linear_bwd(
     if not needs_dx:
         return None, grad
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
-    block_r, tile, grid, tiles_each = plan(g, n, d, k, tile)
+    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile)
     in_kernel = needs_delta and fused
     shares = gradient_slots(name, grid[0], n, k, g.device) if in_kernel else dx
     given = g
@@ -399,7 +399,7 @@ def _apply_core(
     return (proj * delta).to(proj.dtype)
 
 
-def plan(
+def launch_grid(
     a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None
 ) -> tuple[int, tiles.Tile, tuple[int, int], int]:
     """The rank tile, the tile, the grid and the output tiles that each program walks."""

@@ -56,7 +56,7 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     plain += [("diag", ranks[0], FEW)] if ranks else [("given", 64, FEW)]
     plain.append(("given", 64, MANY))
     for core, rank, rows in plain:
-        # what `plan` does: a rank in chunks goes by the step of the depth
+        # what `launch_grid` does: a rank in chunks goes by the step of the depth
         tile = tiles.choose_tile(capability, kind, rows, 0 if core == "given" else rank)
         block_r = tile.block_k if core == "given" else rank
         label = f"{core}, " + ("rank in chunks" if core == "given" else f"rank tile {rank}")
