@@ -1,9 +1,9 @@
 """Fit the constants of the cost model (`fastspec.ops.plan.Costs`) to this machine, and say their worth.
 
-Every legal plan of every problem is timed, forward and backward, over the plain frozen layer (forward and
-dx). What counts is the regret, the chosen plan's time over the best plan's: the fitted constants are those
-of least regret, in the geometric mean. Fitted to one half of the problems and tried on the other, they say
-whether the fit is worth anything beyond the noise; otherwise the constants in use stay.
+Every plan worth weighing is timed on every problem, forward and backward, over the plain frozen layer
+(forward and dx). What counts is the regret, the chosen plan's time over the best plan's: the fitted
+constants are those of least regret, in the geometric mean. Fitted to one half of the problems and tried on
+the other, they say whether the fit is worth anything beyond the noise; otherwise the constants in use stay.
 
     python bench/calibrate.py            # machine otherwise idle; some minutes
 """

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -13,8 +14,9 @@
 
 namespace fastspec {
 
-// A direction with |sigma_i| below this share of the largest leaves the short side (as in aten.py).
-constexpr double SIGMA_FLOOR = 1e-2;
+// A direction with |sigma_i| below this share of the largest leaves the short side (F3). fastspec/ops/aten.py
+// holds it and sets it by fastspec::set_sigma_floor when csrc/ is loaded; until then none is taken.
+inline double sigma_floor = std::numeric_limits<double>::infinity();
 
 // Below this many rows laying out the basis costs more than the thin products save.
 constexpr int64_t THIN_ROWS = 128;

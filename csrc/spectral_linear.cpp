@@ -138,13 +138,13 @@ std::optional<Unscaled> unscaled(const Tensor& basis, const Layer& layer, bool l
   if (layer.core == Core::Diag) {
     const Tensor sigma = at::add(layer.s, layer.delta);
     const auto [low, high] = at::aminmax(sigma.abs());
-    if (!(low.item<double>() > SIGMA_FLOOR * high.item<double>())) return std::nullopt;
+    if (!(low.item<double>() > sigma_floor * high.item<double>())) return std::nullopt;
     return Unscaled{basis, at::reciprocal(sigma).to(dtype)};
   }
   const Tensor m = at::add(at::diag(layer.s), layer.delta);
   const auto [inverse, info] = at::linalg_inv_ex(m);
   const auto norm = [](const Tensor& a) { return a.abs().sum(0).max().item<double>(); };
-  if (info.item<int>() != 0 || !(norm(m) * norm(inverse) * SIGMA_FLOOR < 1)) return std::nullopt;
+  if (info.item<int>() != 0 || !(norm(m) * norm(inverse) * sigma_floor < 1)) return std::nullopt;
   const Tensor solve = inverse.to(dtype);
   return Unscaled{at::mm(basis, left ? solve.t() : solve), {}};
 }
@@ -332,6 +332,10 @@ std::tuple<Tensor, Tensor> spectral_linear_autograd(
 }  // namespace fastspec
 
 // The schemas stand in fastspec/ops/spectral_linear.py, for they are there without this file too.
+TORCH_LIBRARY_FRAGMENT(fastspec, m) {
+  m.def("set_sigma_floor(float share) -> ()", [](double share) { fastspec::sigma_floor = share; });
+}
+
 TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
   m.impl("spectral_linear", &fastspec::spectral_linear);
   m.impl("spectral_linear_backward", &fastspec::spectral_linear_backward);

@@ -65,7 +65,7 @@ def spectral_linear_fwd(
         name = "precomputed"
     if n == 0:
         return y, p
-    block_r, tile, grid, tiles_each = plan(x, n, out, k, tile)
+    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile)
     launch(
         spectral_linear_fwd_kernel, grid,
         x_ptr=x, w_ptr=w, bias_ptr=absent(bias, x), u_ptr=u, vh_ptr=vh, delta_ptr=delta,
@@ -109,7 +109,7 @@ def spectral_linear_bwd(
     if not needs_dx:
         return None, grad
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
-    block_r, tile, grid, tiles_each = plan(g, n, d, k, tile)
+    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile)
     in_kernel = needs_delta and fused
     shares = gradient_slots(name, grid[0], n, k, g.device) if in_kernel else dx
     precomputed = g
@@ -168,7 +168,7 @@ def _apply_core(
     return (proj * delta).to(proj.dtype)
 
 
-def plan(
+def launch_grid(
     a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None
 ) -> tuple[int, tiles.Tile, tuple[int, int], int]:
     """The rank tile, the tile, the grid and the output tiles that each program walks."""

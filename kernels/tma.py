@@ -23,7 +23,7 @@ from fastspec.kernels.sigma_grad import (
     rank_tile,
     reduce_gradient,
 )
-from fastspec.kernels.spectral_linear import absent, fuses, kernel_core, plan
+from fastspec.kernels.spectral_linear import absent, fuses, kernel_core, launch_grid
 from fastspec.kernels.tile_program import apply_core
 
 # ----------------------------------------------------------------------------------------- kernels
@@ -164,7 +164,7 @@ def spectral_linear_fwd(
     (n, d), (out, k) = x.shape, u.shape
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     p = torch.empty(n, k, dtype=x.dtype, device=x.device)
-    block_r, tile, grid, tiles_each = plan(x, n, out, k, tile or _tile(x, k))
+    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile or _tile(x, k))
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     _check(x, w, u, vh, y)
     launch(
@@ -196,7 +196,7 @@ def spectral_linear_bwd(
     name, table = kernel_core(g, u, delta, core, task)
     (n, out), (k, d) = g.shape, vh.shape
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
-    block_r, tile, grid, tiles_each = plan(g, n, d, k, tile or _tile(g, k))
+    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile or _tile(g, k))
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     shares = gradient_slots(name, grid[0], n, k, g.device) if needs_delta else table
     _check(g, w, u, vh, dx)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ops_support import check, exact, layer_call, run
-from support import assert_close, relative_error, singular_problem
+from support import TOLERANCE, assert_close, relative_error, singular_problem
 
 from fastspec import _extension
 from fastspec.cores import CORES
@@ -110,12 +110,13 @@ def test_the_short_side_is_really_taken_and_left(core, sizes):
         else torch.linalg.qr(torch.randn(64, 6))[0].mT
     )
     assert relative_error(run(p, core, Plan("merged", "short"))[2], exact(p, core)[2]) > 1e-2
-    sigma = torch.ones(6)
-    sigma[3] = 0.9 * aten.SIGMA_FLOOR
-    p["delta"] = sigma - p["s"]
-    if core == "dense":
-        p["delta"] = torch.diag(p["delta"])
-    assert_close(run(p, core, Plan("merged", "short"))[2], exact(p, core)[2])
+    for share, taken in ((1.1, True), (0.9, False)):
+        sigma = torch.ones(6)
+        sigma[3] = share * aten.SIGMA_FLOOR
+        shift = sigma - p["s"]
+        q = dict(p, delta=torch.diag(shift) if core == "dense" else shift)
+        error = relative_error(run(q, core, Plan("merged", "short"))[2], exact(q, core)[2])
+        assert (error > TOLERANCE[torch.float32]) == taken
 
 
 @pytest.mark.parametrize("core", CORES)

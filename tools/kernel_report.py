@@ -56,7 +56,7 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     plain += [("diag", ranks[0], FEW)] if ranks else [("precomputed", 64, FEW)]
     plain.append(("precomputed", 64, MANY))
     for core, rank, rows in plain:
-        # what `plan` does: a rank in chunks goes by the step of the depth
+        # what `launch_grid` does: a rank in chunks goes by the step of the depth
         tile = tiles.choose_tile(capability, kind, rows, 0 if core == "precomputed" else rank)
         block_r = tile.block_k if core == "precomputed" else rank
         label = f"{core}, " + ("rank in chunks" if core == "precomputed" else f"rank tile {rank}")

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastspec import _extension
-from fastspec.ops import aten, cuda
+from fastspec.ops import aten, compiled, cuda
 
 _FACTORS = "Tensor u, Tensor s, Tensor vh, Tensor delta"
 _PLAN = "str core, str forward, str gradient"
@@ -39,11 +38,7 @@ torch.library.impl(
     "fastspec::spectral_linear_backward", "CompositeExplicitAutograd", aten.spectral_linear_backward
 )
 
-
-# Where it loads, csrc/spectral_linear.cpp serves the CPU from here on, autograd included.
-_extension.load()
-
-
+compiled.load()  # csrc/spectral_linear.cpp
 cuda.register("spectral_linear", aten.spectral_linear)
 cuda.register("spectral_linear_backward", aten.spectral_linear_backward)
 

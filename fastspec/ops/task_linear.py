@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastspec import _extension
 from fastspec.cores import diagonals
-from fastspec.ops import cuda
+from fastspec.ops import compiled, cuda
 from fastspec.ops.aten import SIGMA_FLOOR
 
 _OPERANDS = "Tensor u, Tensor s, Tensor vh, Tensor table, Tensor task, str core"
@@ -135,7 +134,7 @@ torch.library.impl("fastspec::task_linear", "CompositeExplicitAutograd", _task_l
 torch.library.impl(
     "fastspec::task_linear_backward", "CompositeExplicitAutograd", _task_linear_backward
 )
-_extension.load()  # csrc/ serves the CPU where it is built
+compiled.load()  # csrc/task_linear.cpp
 cuda.register("task_linear", _task_linear)
 cuda.register("task_linear_backward", _task_linear_backward)
 
