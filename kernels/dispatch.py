@@ -22,6 +22,7 @@ from fastspec import aten
 from fastspec.kernels import hopper, tiles
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.choice import Call, describe
+from fastspec.kernels.launch import tracing
 from fastspec.kernels.sigma_grad import MAX_RANK, sigma_grad
 from fastspec.multitask import ops as task_ops
 
@@ -251,8 +252,9 @@ def _kernels_serve(delta: Tensor, k: int, *operands: Tensor) -> bool:
 def _descriptors_serve(columns: int, k: int, a: Tensor, *operands: Tensor) -> bool:
     """Whether the copy engine can fetch the operands and store a result of this many columns."""
     return (
-        tiles.capability(a.device) >= 90
-        and not torch.compiler.is_compiling()  # traced tensors have no address to look at
+        hopper.AVAILABLE
+        and tiles.capability(a.device) >= 90
+        and not tracing()  # traced tensors have no address to look at
         and plain.fuses(a, k)
         and hopper.fits(a, *operands)
         and columns * a.element_size() % 16 == 0

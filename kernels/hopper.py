@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastspec.kernels import tiles
 from fastspec.kernels.launch import launch
@@ -24,6 +23,12 @@ from fastspec.kernels.sigma_grad import (
     reduce_gradient,
 )
 from fastspec.kernels.spectral_linear import absent, fuses, kernel_core, plan, scale
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton below 3.4
+    TensorDescriptor = None
+AVAILABLE = TensorDescriptor is not None
 
 # ----------------------------------------------------------------------------------------- kernels
 

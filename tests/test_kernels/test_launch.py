@@ -95,7 +95,7 @@ def test_nothing_is_kept(route, launches, monkeypatch):
         call()
     assert len(launches) == (1 + CALLS) * each
     assert len(kernel_side_table.constant_args) == entries
-    assert tensors_alive() == before
+    assert tensors_alive() <= before  # an earlier test's may go meanwhile
 
 
 def test_a_call_reads_no_file_again(monkeypatch):
