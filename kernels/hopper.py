@@ -19,7 +19,6 @@ from fastspec.kernels.sigma_grad import (
     dot_precision,
     finish_gradient,
     gradient_slots,
-    rank_tile,
     reduce_gradient,
 )
 from fastspec.kernels.spectral_linear import absent, fuses, kernel_core, plan, scale
@@ -161,7 +160,7 @@ def spectral_linear_fwd(
     (n, d), (out, k) = x.shape, u.shape
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     p = torch.empty(n, k, dtype=x.dtype, device=x.device)
-    block_r, tile, grid, tiles_each = plan(x, n, out, k, tile or _tile(x, k))
+    block_r, tile, grid, tiles_each = plan(x, n, out, k, tile, descriptors=True)
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     _check(x, w, u, vh, y)
     launch(
@@ -192,7 +191,7 @@ def spectral_linear_bwd(
     name, table = kernel_core(g, u, delta, core, task)
     (n, out), (k, d) = g.shape, vh.shape
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
-    block_r, tile, grid, tiles_each = plan(g, n, d, k, tile or _tile(g, k))
+    block_r, tile, grid, tiles_each = plan(g, n, d, k, tile, descriptors=True)
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     shares = gradient_slots(name, grid[0], n, k, g.device) if needs_delta else table
     _check(g, w, u, vh, dx)
@@ -208,11 +207,6 @@ def spectral_linear_bwd(
         return dx, None
     n_tasks = len(delta) if task is not None else None
     return dx, finish_gradient(shares, core, task, n_tasks, delta.shape[0] // 2)
-
-
-def _tile(a: Tensor, k: int) -> tiles.Tile:
-    kind, capability = tiles.kind(a.dtype), tiles.capability(a.device)
-    return tiles.choose_tile(capability, kind, a.shape[0], rank_tile(k), descriptors=True)
 
 
 def _check(*operands: Tensor) -> None:
