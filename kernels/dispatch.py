@@ -57,8 +57,8 @@ def spectral_linear(
         candidates |= fused
         if fused and x.dtype == torch.float32 and forward != "merged":
             candidates["merged"] = planned("merged")
-    kind = describe("fwd", core, x, weight, u.shape[1], saves_p, bias is not None)
-    call = Call(kind, candidates, x, u.shape[1], traceable=gradient != "short")
+    kind = describe("fwd", core, (_matrix(x), weight, u, vh), saves_p, bias is not None)
+    call = Call(kind, candidates, x, *_rank_and_width(weight, u), traceable=gradient != "short")
     return call.trace() if trace else call.run()
 
 
@@ -102,8 +102,8 @@ def spectral_linear_backward(
         candidates |= fused
         if fused and needs_dx and g.dtype == torch.float32:
             candidates["merged"] = merged
-    kind = describe("bwd", core, g, weight, u.shape[1], needs_dx, needs_delta)
-    call = Call(kind, candidates, g, u.shape[1], traceable=gradient != "short")
+    kind = describe("bwd", core, (_matrix(g), weight, u, vh), needs_dx, needs_delta)
+    call = Call(kind, candidates, g, *_rank_and_width(weight, u), traceable=gradient != "short")
     return call.trace() if trace else call.run()
 
 
@@ -128,8 +128,8 @@ def task_linear(
     if core == "diag":
         rows = _task_of_rows(task, x)
         candidates |= _fused_forward(x, bias, weight, u, vh, table, core, rows, saves_p)
-    kind = describe("task fwd", core, x, weight, u.shape[1], saves_p, bias is not None)
-    call = Call(kind, candidates, x, u.shape[1], traceable=not short)
+    kind = describe("task fwd", core, (_matrix(x), weight, u, vh), saves_p, bias is not None)
+    call = Call(kind, candidates, x, *_rank_and_width(weight, u), traceable=not short)
     return call.trace() if trace else call.run()
 
 
@@ -156,8 +156,8 @@ def task_linear_backward(
         rows = _task_of_rows(task, g)
         factors = (weight, u, vh, table, core, rows)
         candidates |= _fused_backward(g, p, *factors, needs_dx, needs_table)
-    kind = describe("task bwd", core, g, weight, u.shape[1], needs_dx, needs_table)
-    call = Call(kind, candidates, g, u.shape[1], traceable=not short)
+    kind = describe("task bwd", core, (_matrix(g), weight, u, vh), needs_dx, needs_table)
+    call = Call(kind, candidates, g, *_rank_and_width(weight, u), traceable=not short)
     return call.trace() if trace else call.run()
 
 
@@ -176,8 +176,8 @@ def _fused_forward(
     saves_p: bool,
 ) -> Candidates:
     """The tile programs that can take this forward."""
-    (out, d), k = weight.shape, u.shape[1]
-    x2 = x.reshape(-1, d)
+    out, k = u.shape
+    x2 = _matrix(x)
 
     def launched(module: ModuleType) -> Callable[[], Result]:
         def call() -> Result:
@@ -207,8 +207,8 @@ def _fused_backward(
     needs_delta: bool,
 ) -> Candidates:
     """The tile programs that can take this backward."""
-    (out, d), k = weight.shape, u.shape[1]
-    g2 = g.reshape(-1, out)
+    d, k = weight.shape[1], u.shape[1]
+    g2 = _matrix(g)
     saved = g2 if p is None else p  # without a coefficient gradient p is not read
     operands = (g2, saved, weight, u, vh, delta, core, task)
 
@@ -259,6 +259,16 @@ def _descriptors_serve(columns: int, k: int, a: Tensor, *operands: Tensor) -> bo
         and hopper.fits(a, *operands)
         and columns * a.element_size() % 16 == 0
     )
+
+
+def _matrix(a: Tensor) -> Tensor:
+    """The rows [N, columns] of `a` [..., columns]."""
+    return a if a.dim() == 2 else a.reshape(-1, a.shape[-1])
+
+
+def _rank_and_width(weight: Tensor, u: Tensor) -> tuple[int, int]:
+    """k, and the short side of the layer."""
+    return u.shape[1], min(map(tiles.hint, weight.shape))
 
 
 def _task_of_rows(task: Tensor, a: Tensor) -> Tensor:

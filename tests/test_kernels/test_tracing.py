@@ -157,7 +157,8 @@ def test_the_choice_is_that_of_the_cache():
     """What was timed before is taken: here ATen's calls for the forward."""
     backend = Backend()
     t = operands()
-    kind = choice.describe("fwd", "diag", t["x"], t["weight"], 32, True, True)
+    matrices = (t["x"].view(-1, 768), t["weight"], t["u"], t["vh"])
+    kind = choice.describe("fwd", "diag", matrices, True, True)
     choice.choices(t["x"].device).remember(kind, "aten")
     backend.compile(spectral_linear)(**t).sum().backward()
     assert [name for name, _ in backend.launches()] == [BACKWARD]
