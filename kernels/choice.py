@@ -1,9 +1,16 @@
 """Which candidate serves a kind of call on a GPU: timed once on the user's own card, then remembered.
 
+<<<<<<< HEAD
 A kind of call is its operator, core, dtype, sizes (rows to the next power of two) and what it must
 return. Its fastest candidate is kept in memory and in one file per device and versions in the cache
 folder. `FASTSPEC_BACKEND` forces a candidate. Nothing is timed in deterministic mode (another run could
 choose, and so round, differently), while a CUDA graph is captured, while torch.compile traces, or
+=======
+A kind of call is its operator, core, dtype, sizes (rows to the next power of two), the layout of its operands
+and what it must return. Its fastest candidate is kept in memory and in one file per device and versions under
+`cache_dir()`. `FASTSPEC_BACKEND` forces a candidate. Nothing is timed in deterministic mode (another run
+could choose, and so round, differently), while a CUDA graph is captured, while torch.compile traces, or
+>>>>>>> kernels
 where there is one candidate only: the `rule` decides then, while tracing after what was timed before.
 """
 
@@ -12,11 +19,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ from torch import Tensor
 from fastspec import __version__
 from fastspec.files import cache_dir, write_json
 from fastspec.kernels import tiles
+from fastspec.kernels.launch import tracing
 
 NAMES = ("triton", "tma", "merged", "aten")
 
@@ -71,26 +78,57 @@ def choices(device: torch.device) -> Choices:
 # ------------------------------------------------------------------------------------------ choice
 
 
+CALLS = 10  # in a row, as in training
+LONGEST_WAIT = 1 << 28  # clock cycles, some 0.2 s: only calls that wait for the device need so many
+
+
 def measure(call: Callable[[], object], device: torch.device) -> float:
-    """Median milliseconds of one call on a CUDA device, after two to compile and warm up."""
+    """Median milliseconds that one call takes a CUDA device, after two to compile and warm up.
+
+    The device is held up until all calls are queued: an idle one would wait for the host between them, and
+    the host's time would be measured.
+    """
     with torch.cuda.device(device):
         for _ in range(2):
             call()
-        times = []
-        for _ in range(7):
+        torch.cuda.synchronize()
+        times: list[float] = []
+        wait = 1 << 22
+        while len(times) < 5:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(wait)
             start.record()
-            call()
+            for _ in range(CALLS):
+                call()
             stop.record()
+            queued = not start.query()
             stop.synchronize()
-            times.append(start.elapsed_time(stop))
+            if queued or wait >= LONGEST_WAIT:
+                times.append(start.elapsed_time(stop) / CALLS)
+            else:
+                wait *= 4
     return sorted(times)[len(times) // 2]
 
 
+<<<<<<< HEAD
 def rule(candidates: Collection[str], dtype: torch.dtype, k: int) -> str:
     """The choice without timing: fused where the projection rides along for free, else ATen's plan."""
     fused = k <= tiles.FUSED_RANK[tiles.kind(dtype)]
     return next((n for n in ("tma", "triton") if fused and n in candidates), "aten")
+=======
+CUBLAS_WIDTH = (
+    4096  # of a layer's short side: from here cuBLAS's lead outweighs the fused kernels' saving
+)
+
+
+def rule(candidates: Collection[str], dtype: torch.dtype, k: int, width: int) -> str:
+    """The choice without timing: fused where the projection rides along for free, else ATen's plan.
+
+    `width` is the layer's short side.
+    """
+    fused = k <= tiles.FUSED_RANK[tiles.kind(dtype)] and width < CUBLAS_WIDTH
+    return next((n for n in ("descriptors", "triton") if fused and n in candidates), "aten")
+>>>>>>> kernels
 
 
 def forced_candidate() -> str | None:
@@ -113,6 +151,7 @@ class Call:
     candidates: Mapping[str, Callable[[], Any]]
     operand: Tensor  # x or dL/dy
     k: int
+    width: int = 0  # the layer's short side
     traceable: bool = True  # False: ATen's calls look at values
 
     def run(self) -> Any:
@@ -141,7 +180,7 @@ class Call:
             if forced in self.candidates:
                 return forced
             warnings.warn(f"FASTSPEC_BACKEND={forced} cannot serve: {self.kind}", stacklevel=2)
-        by_rule = rule(self.candidates, self.operand.dtype, self.k)
+        by_rule = rule(self.candidates, self.operand.dtype, self.k, self.width)
         if forced or len(self.candidates) == 1 or torch.are_deterministic_algorithms_enabled():
             return by_rule
         found = choices(self.operand.device)
@@ -155,14 +194,38 @@ class Call:
         return found.known[self.kind]
 
 
-def describe(direction: str, core: str, a: Tensor, weight: Tensor, k: int, *needs: bool) -> str:
-    """The kind of a call on `a` [..., columns], as the cache's key.
+def describe(direction: str, core: str, operands: Sequence[Tensor], *needs: bool) -> str:
+    """The kind of a call, as the cache's key.
+
+    Args:
+        operands: x or dL/dy [N, columns], the weight [out, in], u [out, k] and vh [k, in].
+        needs: what else tells calls apart.
 
     Row counts share one up to the next power of two.
     """
-    rows = max(0, tiles.hint(math.prod(a.shape[:-1])) - 1).bit_length()
-    out, d, k = map(tiles.hint, (*weight.shape, k))
-    return _kind(direction, core, a.dtype, tiles.kind(a.dtype), rows, d, out, k, needs)
+    a, weight, u, _ = operands
+    rows = max(0, tiles.hint(a.shape[0]) - 1).bit_length()
+    out, d, k = map(tiles.hint, (*weight.shape, u.shape[1]))
+    layouts = tuple(map(layout, operands))
+    return _kind(direction, core, a.dtype, tiles.kind(a.dtype), rows, d, out, k, needs, layouts)
+
+
+def layout(t: Tensor) -> str:
+    """What a matrix's strides and address mean to its loads.
+
+    "r" has rows of neighbours, "c" columns, "e" is expanded and "s" any other; "16" is added to the first
+    two where rows (columns) and the first element lie on 16 bytes. The address of a traced tensor is taken
+    for that of a new one.
+    """
+    down, across = map(tiles.hint, t.stride())
+    if 0 in (down, across):
+        return "e"
+    if 1 not in (down, across):
+        return "s"
+    pitch, name = (down, "r") if across == 1 else (across, "c")
+    size = t.element_size()
+    address = tiles.hint(t.storage_offset()) * size if tracing() else t.data_ptr()
+    return name + "16" if (pitch * size | address) % 16 == 0 else name
 
 
 @functools.lru_cache(4096)
@@ -176,7 +239,9 @@ def _kind(
     out: int,
     k: int,
     needs: tuple[bool, ...],
+    layouts: tuple[str, ...],
 ) -> str:
     wants = "".join("01"[n] for n in needs)
     name = str(dtype).removeprefix("torch.")
-    return f"{direction} {core} {name} {arithmetic} n{1 << rows} {d}->{out} k{k} {wants}"
+    sizes = f"n{1 << rows} {d}->{out} k{k}"
+    return f"{direction} {core} {name} {arithmetic} {sizes} {wants} {' '.join(layouts)}"

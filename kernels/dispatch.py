@@ -21,7 +21,13 @@ from torch import Tensor
 from fastspec.kernels import MAX_RANK, tiles, tma
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.choice import Call, describe
+<<<<<<< HEAD
 from fastspec.kernels.sigma_grad import sigma_grad
+=======
+from fastspec.kernels.launch import tracing
+from fastspec.kernels.sigma_grad import MAX_RANK, sigma_grad
+from fastspec.multitask import ops as task_ops
+>>>>>>> kernels
 
 Result = tuple[Tensor, Tensor]
 Candidates = dict[str, Callable[[], Result]]
@@ -55,8 +61,8 @@ def spectral_linear(
         candidates |= fused
         if fused and x.dtype == torch.float32 and forward != "merged":
             candidates["merged"] = planned("merged")
-    kind = describe("fwd", core, x, weight, u.shape[1], saves_p, bias is not None)
-    call = Call(kind, candidates, x, u.shape[1], traceable=gradient != "short")
+    kind = describe("fwd", core, (_matrix(x), weight, u, vh), saves_p, bias is not None)
+    call = Call(kind, candidates, x, *_rank_and_width(weight, u), traceable=gradient != "short")
     return call.trace() if trace else call.run()
 
 
@@ -99,8 +105,8 @@ def spectral_linear_backward(
         candidates |= fused
         if fused and needs_dx and g.dtype == torch.float32:
             candidates["merged"] = merged
-    kind = describe("bwd", core, g, weight, u.shape[1], needs_dx, needs_delta)
-    call = Call(kind, candidates, g, u.shape[1], traceable=gradient != "short")
+    kind = describe("bwd", core, (_matrix(g), weight, u, vh), needs_dx, needs_delta)
+    call = Call(kind, candidates, g, *_rank_and_width(weight, u), traceable=gradient != "short")
     return call.trace() if trace else call.run()
 
 
@@ -125,9 +131,15 @@ def task_linear(
     candidates: Candidates = {"aten": lambda: aten(*operands)}
     if core == "diag":
         rows = _task_of_rows(task, x)
+<<<<<<< HEAD
         candidates |= _fused_forward(x, weight, bias, u, vh, table, core, rows, saves_p)
     kind = describe("task fwd", core, x, weight, u.shape[1], saves_p, bias is not None)
     call = Call(kind, candidates, x, u.shape[1], traceable=not short)
+=======
+        candidates |= _fused_forward(x, bias, weight, u, vh, table, core, rows, saves_p)
+    kind = describe("task fwd", core, (_matrix(x), weight, u, vh), saves_p, bias is not None)
+    call = Call(kind, candidates, x, *_rank_and_width(weight, u), traceable=not short)
+>>>>>>> kernels
     return call.trace() if trace else call.run()
 
 
@@ -155,8 +167,8 @@ def task_linear_backward(
         rows = _task_of_rows(task, g)
         factors = (weight, u, vh, table, core, rows)
         candidates |= _fused_backward(g, p, *factors, needs_dx, needs_table)
-    kind = describe("task bwd", core, g, weight, u.shape[1], needs_dx, needs_table)
-    call = Call(kind, candidates, g, u.shape[1], traceable=not short)
+    kind = describe("task bwd", core, (_matrix(g), weight, u, vh), needs_dx, needs_table)
+    call = Call(kind, candidates, g, *_rank_and_width(weight, u), traceable=not short)
     return call.trace() if trace else call.run()
 
 
@@ -175,8 +187,8 @@ def _fused_forward(
     saves_p: bool,
 ) -> Candidates:
     """The tile programs that can take this forward."""
-    (out, d), k = weight.shape, u.shape[1]
-    x2 = x.reshape(-1, d)
+    out, k = u.shape
+    x2 = _matrix(x)
 
     def launched(module: ModuleType) -> Callable[[], Result]:
         def call() -> Result:
@@ -206,8 +218,8 @@ def _fused_backward(
     needs_delta: bool,
 ) -> Candidates:
     """The tile programs that can take this backward."""
-    (out, d), k = weight.shape, u.shape[1]
-    g2 = g.reshape(-1, out)
+    d, k = weight.shape[1], u.shape[1]
+    g2 = _matrix(g)
     saved = g2 if p is None else p  # without a coefficient gradient p is not read
     operands = (g2, saved, weight, u, vh, delta, core, task)
 
@@ -251,12 +263,23 @@ def _kernels_serve(delta: Tensor, k: int, *operands: Tensor) -> bool:
 def _tma_serves(columns: int, k: int, a: Tensor, *operands: Tensor) -> bool:
     """Whether TMA can fetch the operands and store a result of this many columns."""
     return (
-        tiles.capability(a.device) >= 90
-        and not torch.compiler.is_compiling()  # traced tensors have no address to look at
+        hopper.AVAILABLE
+        and tiles.capability(a.device) >= 90
+        and not tracing()  # traced tensors have no address to look at
         and plain.fuses(a, k)
         and tma.fits(a, *operands)
         and columns * a.element_size() % 16 == 0
     )
+
+
+def _matrix(a: Tensor) -> Tensor:
+    """The rows [N, columns] of `a` [..., columns]."""
+    return a if a.dim() == 2 else a.reshape(-1, a.shape[-1])
+
+
+def _rank_and_width(weight: Tensor, u: Tensor) -> tuple[int, int]:
+    """k, and the short side of the layer."""
+    return u.shape[1], min(map(tiles.hint, weight.shape))
 
 
 def _task_of_rows(task: Tensor, a: Tensor) -> Tensor:

@@ -168,18 +168,25 @@ def _apply_core(
     return (proj * delta).to(proj.dtype)
 
 
+<<<<<<< HEAD
 def launch_grid(
     a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None
+=======
+def plan(
+    a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None, descriptors: bool = False
+>>>>>>> kernels
 ) -> tuple[int, tiles.Tile, tuple[int, int], int]:
     """The rank tile, the tile, the grid and the output tiles that each program walks."""
-    beside = rank_tile(k) if fuses(a, k) else 0
-    kind = tiles.kind(a.dtype)
-    tile = tile or tiles.choose_tile(tiles.capability(a.device), kind, n, beside)
+    beside, own = rank_tile(k) if fuses(a, k) else 0, tile is None
+    if tile is None:
+        kind, capability = tiles.kind(a.dtype), tiles.capability(a.device)
+        tile = tiles.choose_tile(capability, kind, n, beside, descriptors)
+    rows, columns = tiles.hint(n), tiles.hint(out)
+    multiprocessors = tiles.multiprocessors(a.device)
+    tile, each = tiles.fill(tile, rows, columns, beside, multiprocessors, own)
     # a rank that comes in chunks is a prolonged depth: chunks of the depth's own step
     block_r = beside or tile.block_k
     row_tiles, column_tiles = tiles.cdiv(n, tile.block_m), tiles.cdiv(out, tile.block_n)
-    typical = tiles.cdiv(tiles.hint(n), tile.block_m)
-    each = tiles.split_columns(typical, column_tiles, tiles.multiprocessors(a.device))
     return block_r, tile, (row_tiles, tiles.cdiv(column_tiles, each)), each
 
 

@@ -11,8 +11,9 @@ The rule, and why:
    shallow steps, and no projection beside the output tile (`FUSED_RANK`); it is computed beforehand.
 4. Stages are as many as the table asks and shared memory allows, counting the third tile, V or U, that
    rides along in the pipeline (`fit_stages`).
-5. Every multiprocessor gets work: few row tiles spread their output columns over more programs, each
-   of which repeats the thin projection (`split_columns`).
+5. Output columns are spread over as many programs as make the whole launch shortest: each repeats the thin
+   projection, and a wave that is not full takes as long as a full one (`split_columns`). With few rows the
+   tile narrows too where that leaves fewer multiprocessors idle (`fill`).
 
 Nothing here was timed on a GPU: the sizes follow from these limits and from the compiler's register
 and shared-memory figures (docs/kernels.md).
@@ -99,6 +100,7 @@ TABLE = {
     **{(g, "fp32", True): Tile(16, 64, 16, 4, 3) for g in ("ampere", "hopper", "blackwell")},
 }
 FEW_ROWS = 32
+NARROWEST = 32  # columns of an output tile
 MANY_ROWS = 4096  # what a number of rows that nobody knows yet is taken for
 COLUMNS = 160  # of 128 rows in 8 warps: 80 registers a thread hold accumulators
 FUSED_RANK: dict[Kind, int] = {"16bit": 64, "tf32": 32, "fp32": 0}
@@ -158,6 +160,9 @@ def _choose_tile(capability: int, kind: Kind, few: bool, block_r: int, tma: bool
 def project_tile(capability: int, kind: Kind, block_r: int) -> Tile:
     """The tile for a projection alone onto `block_r` columns at a time."""
     tile = dataclasses.replace(PROJECT[kind], block_n=block_r)
+    if kind == "16bit" and generation(capability) != "ampere":
+        # with four, ptxas of Triton 3.6 trims registers to 72 for one block more, and spills
+        tile = dataclasses.replace(tile, num_warps=8)
     return fit_stages(tile, _itemsize(kind), 0, chip(capability).block_shared)
 
 
@@ -190,10 +195,46 @@ def hint(n: int) -> int:
     return n if isinstance(n, int) else n.node.hint or MANY_ROWS
 
 
-def split_columns(row_tiles: int, column_tiles: int, multiprocessors: int) -> int:
-    """Output tiles that one program walks: few enough that all multiprocessors have a program.
+def tile_times(
+    row_tiles: int, column_tiles: int, each: int, projection: float, slots: int
+) -> float:
+    """The length of a launch in times of one output tile: waves x (tiles each + projection).
 
-    A whole row of tiles where the row tiles alone fill the device: the projection is then done once.
+    Args:
+        each: output tiles that one program walks.
+        projection: what a program's projection costs, in output tiles.
+        slots: programs at work at once: multiprocessors times those resident on one.
     """
-    programs = max(1, -(-multiprocessors // max(1, row_tiles)))  # wanted per row tile
-    return max(1, column_tiles // programs)
+    waves = cdiv(row_tiles * cdiv(column_tiles, each), slots)
+    return waves * (each + projection)
+
+
+def split_columns(row_tiles: int, column_tiles: int, projection: float, slots: int) -> int:
+    """Output tiles that one program walks, so that `tile_times` is least; of equals, the most."""
+    splits = range(1, max(1, column_tiles) + 1)
+    each = sorted({cdiv(max(1, column_tiles), split) for split in splits}, reverse=True)
+    return min(each, key=lambda e: tile_times(row_tiles, column_tiles, e, projection, slots))
+
+
+@functools.lru_cache(4096)
+def fill(
+    tile: Tile, n: int, columns: int, block_r: int, multiprocessors: int, narrow: bool
+) -> tuple[Tile, int]:
+    """The tile, and the output tiles that one program walks, for `n` rows and so many columns.
+
+    With `narrow` the tile may lose columns where rows are few and that shortens the launch. A product's
+    programs share a multiprocessor's matrix units: two resident take twice as long, so that slots are
+    multiprocessors. `block_r` is 0 where no projection is computed beside.
+    """
+    widths = [tile.block_n]
+    while narrow and tile.block_m <= FEW_ROWS and widths[-1] > NARROWEST:
+        widths.append(widths[-1] // 2)
+    found = []
+    for width in widths:
+        shape = (cdiv(n, tile.block_m), cdiv(columns, width))
+        each = split_columns(*shape, block_r / width, multiprocessors)
+        found.append(
+            (width * tile_times(*shape, each, block_r / width, multiprocessors), width, each)
+        )
+    _, width, each = min(found, key=lambda one: one[0])  # of equals the widest
+    return dataclasses.replace(tile, block_n=width), each

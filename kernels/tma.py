@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastspec.kernels import tiles
 from fastspec.kernels.launch import launch
@@ -20,11 +19,16 @@ from fastspec.kernels.sigma_grad import (
     dot_precision,
     finish_gradient,
     gradient_slots,
-    rank_tile,
     reduce_gradient,
 )
 from fastspec.kernels.spectral_linear import absent, fuses, kernel_core, launch_grid
 from fastspec.kernels.tile_program import apply_core
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton below 3.4
+    TensorDescriptor = None
+AVAILABLE = TensorDescriptor is not None
 
 # ----------------------------------------------------------------------------------------- kernels
 
@@ -164,7 +168,11 @@ def spectral_linear_fwd(
     (n, d), (out, k) = x.shape, u.shape
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     p = torch.empty(n, k, dtype=x.dtype, device=x.device)
+<<<<<<< HEAD:kernels/tma.py
     block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile or _tile(x, k))
+=======
+    block_r, tile, grid, tiles_each = plan(x, n, out, k, tile, descriptors=True)
+>>>>>>> kernels:kernels/hopper.py
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     _check(x, w, u, vh, y)
     launch(
@@ -196,7 +204,11 @@ def spectral_linear_bwd(
     name, table = kernel_core(g, u, delta, core, task)
     (n, out), (k, d) = g.shape, vh.shape
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
+<<<<<<< HEAD:kernels/tma.py
     block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile or _tile(g, k))
+=======
+    block_r, tile, grid, tiles_each = plan(g, n, d, k, tile, descriptors=True)
+>>>>>>> kernels:kernels/hopper.py
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     shares = gradient_slots(name, grid[0], n, k, g.device) if needs_delta else table
     _check(g, w, u, vh, dx)
@@ -215,11 +227,14 @@ def spectral_linear_bwd(
     return dx, finish_gradient(shares, core, task, n_tasks, delta.shape[0] // 2)
 
 
+<<<<<<< HEAD:kernels/tma.py
 def _tile(a: Tensor, k: int) -> tiles.Tile:
     kind, capability = tiles.kind(a.dtype), tiles.capability(a.device)
     return tiles.choose_tile(capability, kind, a.shape[0], rank_tile(k), tma=True)
 
 
+=======
+>>>>>>> kernels:kernels/hopper.py
 def _check(*operands: Tensor) -> None:
     if not fits(*operands):
         raise ValueError(

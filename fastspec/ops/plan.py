@@ -221,20 +221,24 @@ def work_of(plan: Plan, call: LayerCall) -> Work:
         or gradient == "two_sided"
         or (gradient == "short" and out_features <= in_features)
     )
-    thin += 2 * n * k * (in_features * p_from_x + out_features * q_from_g)
+    # a flag is never a factor: torch.compile gives sizes that no bool multiplies
+    inside = in_features if p_from_x else 0
+    outside = out_features if q_from_g else 0
     if gradient == "short":  # y U has the size of g U, dx V that of x V
-        thin += 2 * n * k * (out_features * (not p_from_x) + in_features * (not q_from_g))
+        inside += in_features if not q_from_g else 0
+        outside += out_features if not p_from_x else 0
+    thin += 2 * n * k * (inside + outside)
 
     if forward in ("merged", "saved"):  # a product of the weight's size, read and written
-        times = 1 + (needs_dx and forward == "merged")
+        times = 2 if needs_dx and forward == "merged" else 1
         thin += 2 * k * weight * times
         moved += 2 * weight * itemsize * times
     elif not one_product:
-        wide = out_features + in_features * needs_dx
+        wide = out_features + (in_features if needs_dx else 0)
         thin += 2 * n * k * wide
         moved += 2 * n * wide * itemsize
     if forward == "spectral":
-        flops -= 2 * n * weight * (1 + needs_dx)
+        flops -= 2 * n * weight * (2 if needs_dx else 1)
     if gradient == "dense":
         flops += 2 * n * weight
         thin += 2 * k * weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from fastspec.kernels import tiles
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 # what `make test` compiles; the rest, near copies of these, only `make test-all`
-SMOKE = re.compile(r"rank tile 32|diag|project|merge|chunks|rows by task")
+SMOKE = re.compile(r"rank tile 32|narrow|diag|project|merge|chunks|rows by task")
 
 
 def cases():
@@ -102,13 +103,32 @@ def test_tile_table_is_whole():
 
 @pytest.mark.parametrize("row_tiles", [1, 5, 40, 132, 1000])
 @pytest.mark.parametrize("column_tiles", [1, 3, 24, 112])
-def test_split_covers_every_column_and_fills_the_device(row_tiles, column_tiles):
-    each = tiles.split_columns(row_tiles, column_tiles, 132)
-    programs = row_tiles * -(-column_tiles // each)
-    assert 1 <= each <= column_tiles
-    assert programs >= min(132, row_tiles * column_tiles) or each == 1
-    if row_tiles >= 132:
-        assert each == column_tiles
+@pytest.mark.parametrize("projection", [0, 0.25, 1])
+@pytest.mark.parametrize("resident", [1, 2])
+def test_no_split_is_shorter(row_tiles, column_tiles, projection, resident):
+    slots = 132 * resident
+    times = {
+        each: math.ceil(row_tiles * math.ceil(column_tiles / each) / slots) * (each + projection)
+        for each in range(1, column_tiles + 1)
+    }
+    each = tiles.split_columns(row_tiles, column_tiles, projection, slots)
+    assert times[each] == min(times.values())
+    assert tiles.tile_times(row_tiles, column_tiles, each, projection, slots) == times[each]
+
+
+# rows, columns, tile-times of 128 x 128 beside a rank of 64 on 132 multiprocessors
+@pytest.mark.parametrize(("columns", "length"), [(4096, 8.5), (14336, 28.5)])
+def test_length_of_a_large_launch(columns, length):
+    tile, each = tiles.fill(tiles.TABLE["hopper", "16bit", False], 4096, columns, 64, 132, True)
+    assert tiles.tile_times(32, columns // tile.block_n, each, 64 / tile.block_n, 132) == length
+
+
+def test_decoding_fills_the_chip():
+    tile = tiles.choose_tile(90, "16bit", 8, 64)
+    narrow, each = tiles.fill(tile, 8, 4096, 64, 132, True)
+    assert (narrow.block_n, each) == (32, 1)  # 128 programs instead of 64
+    assert tiles.fill(tile, 8, 4096, 64, 132, False) == (tile, 1)
+    assert tiles.fill(tile, 8, 15 * 132 * 64, 64, 132, True)[0] == tile  # full with wide tiles
 
 
 def test_launchers_trace_into_a_graph():

@@ -118,12 +118,35 @@ def test_deterministic_mode_does_not_time(timed, own_cache):
 
 
 def test_kinds_of_call():
-    a, w = torch.empty(3, 11, 8), torch.empty(16, 8)
-    kind = choice.describe("fwd", "diag", a, w, 4, True, False)
-    assert kind == "fwd diag float32 fp32 n64 8->16 k4 10"
-    assert choice.describe("fwd", "diag", a[0, :1], w, 4).split()[4] == "n1"
+    a, w, u, vh = (torch.empty(*size) for size in ((33, 8), (16, 8), (16, 4), (4, 8)))
+    kind = choice.describe("fwd", "diag", (a, w, u, vh), True, False)
+    assert kind == "fwd diag float32 fp32 n64 8->16 k4 10 r16 r16 r16 r16"
+    assert choice.describe("fwd", "diag", (a[:1], w, u, vh)).split()[4] == "n1"
     with tf32(True):
-        assert choice.describe("fwd", "diag", a, w, 4, True, False) != kind
+        assert choice.describe("fwd", "diag", (a, w, u, vh), True, False) != kind
+
+
+def test_layouts_of_an_operand():
+    t = torch.empty(6, 8)
+    layouts = {
+        "r16": t,
+        "c16": torch.empty(6, 8).mT,
+        "r": torch.empty(6, 9)[:, :8],
+        "c": torch.empty(9, 6).mT,
+        "s": torch.empty(6, 16)[:, ::2],
+        "e": torch.empty(8).expand(6, 8),
+    }
+    assert {name: choice.layout(matrix) for name, matrix in layouts.items()} == {
+        name: name for name in layouts
+    }
+    assert choice.layout(torch.empty(49)[1:].view(6, 8)) == "r"  # the first element
+    assert choice.layout(torch.empty(()).expand(6, 8)) == "e"
+
+
+@pytest.mark.parametrize(("width", "taken"), [(0, "triton"), (4095, "triton"), (4096, "aten")])
+def test_wide_layers_take_cublas_untimed(width, taken):
+    call = choice.Call("kind", candidates(aten=1.0, triton=1.0), torch.empty(1).half(), 32, width)
+    assert call.choose(may_time=False) == taken
 
 
 @pytest.mark.parametrize("name", choice.NAMES)

@@ -1,8 +1,9 @@
 """torch.compile sees through the CUDA cuda: on the graphs that it would hand to its backend.
 
 No GPU takes part. A driver that only names a chip lets Triton's front end run, so that PyTorch finds out
-which operands a kernel writes. CPU builds of PyTorch have no autograd on fake CUDA tensors: whole steps
-are traced on fake CPU tensors that the CUDA route takes for its own, and forwards on fake CUDA tensors.
+which operands a kernel writes; kernels are never started. CPU builds of PyTorch have no autograd on fake
+CUDA tensors: whole steps are traced on CPU tensors that the CUDA route takes for its own, and forwards on
+fake CUDA tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Chip:
 
 @pytest.fixture(autouse=True)
 def one_h100(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton.runtime.driver, "_active", Chip())
+    driver = triton.runtime.driver
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", Chip())
     monkeypatch.setattr(tiles, "capability", lambda device: 90)
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
@@ -47,6 +49,7 @@ def one_h100(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "_choices", {})
     monkeypatch.setenv("FASTSPEC_CACHE", str(tmp_path))
     monkeypatch.delenv("FASTSPEC_BACKEND", raising=False)
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
     torch._dynamo.reset()
 
 
@@ -99,13 +102,12 @@ def operands(core="diag", device="cpu", dtype=BF16, rows=(8, 20), d=768, out=256
 def test_a_training_step_is_seen_whole(core):
     """Two launches, of which nothing but the outputs is copied, and the cuda are gone."""
     backend = Backend()
-    with FakeTensorMode():
-        t = operands(core)
-        y = backend.compile(spectral_linear)(**t, core=core)
-        y.sum().backward()
-        assert y.shape == (8, 20, 256)
-        assert t["x"].grad.shape == (8, 20, 768)
-        assert t["delta"].grad.shape == t["delta"].shape
+    t = operands(core)
+    y = backend.compile(spectral_linear)(**t, core=core)
+    y.sum().backward()
+    assert y.shape == (8, 20, 256)
+    assert t["x"].grad.shape == (8, 20, 768)
+    assert t["delta"].grad.shape == t["delta"].shape
     assert backend.launches() == [(FORWARD, {"y_ptr", "p_ptr"}), (BACKWARD, {"dx_ptr", "grad_ptr"})]
     assert "fastspec" not in backend.targets()
 
@@ -113,14 +115,13 @@ def test_a_training_step_is_seen_whole(core):
 def test_rows_may_be_dynamic():
     """One graph for every number of rows that is more than one tile."""
     backend = Backend()
-    with FakeTensorMode():
-        compiled = backend.compile(spectral_linear, dynamic=True)
-        for rows in ((8, 20), (3, 50), (9, 110)):
-            t = operands(rows=rows)
-            y = compiled(**t)
-            y.sum().backward()
-            assert y.shape == (*rows, 256)
-            assert t["x"].grad.shape == (*rows, 768)
+    compiled = backend.compile(spectral_linear, dynamic=True)
+    for rows in ((8, 20), (3, 50), (9, 110)):
+        t = operands(rows=rows)
+        y = compiled(**t)
+        y.sum().backward()
+        assert y.shape == (*rows, 256)
+        assert t["x"].grad.shape == (*rows, 768)
     assert [name for name, _ in backend.launches()] == [FORWARD, BACKWARD]
     launch = next(n for n in backend.graphs[0].nodes if "triton_kernel" in str(n.target))
     assert isinstance(launch.kwargs["kwargs"]["N"], torch.fx.Node)
@@ -128,18 +129,20 @@ def test_rows_may_be_dynamic():
 
 def test_tasks_of_the_rows():
     backend = Backend()
-    with FakeTensorMode():
-        t = operands()
-        del t["delta"]
-        table = torch.empty(5, 32, requires_grad=True)
-        task = torch.empty(8, dtype=torch.int64)
-        backend.compile(task_linear)(**t, table=table, task=task).sum().backward()
-        assert table.grad.shape == (5, 32)
+    t = operands()
+    del t["delta"]
+    table = torch.empty(5, 32, requires_grad=True)
+    task = torch.empty(8, dtype=torch.int64)
+    backend.compile(task_linear)(**t, table=table, task=task).sum().backward()
+    assert table.grad.shape == (5, 32)
     names = [name for name, _ in backend.launches()]
     assert names == [FORWARD, BACKWARD, "sum_by_task_kernel"]
     assert "fastspec" not in backend.targets()
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 9), reason="torch.compile takes no fake tensors from outside"
+)
 def test_a_forward_on_fake_cuda_tensors(monkeypatch):
     monkeypatch.setattr(cuda, "DEVICE", "cuda")
     backend = Backend()
@@ -153,11 +156,11 @@ def test_a_forward_on_fake_cuda_tensors(monkeypatch):
 def test_the_choice_is_that_of_the_cache():
     """What was timed before is taken: here ATen's calls for the forward."""
     backend = Backend()
-    with FakeTensorMode():
-        t = operands()
-        kind = choice.describe("fwd", "diag", t["x"], t["weight"], 32, True, True)
-        choice.choices(t["x"].device).remember(kind, "aten")
-        backend.compile(spectral_linear)(**t).sum().backward()
+    t = operands()
+    matrices = (t["x"].view(-1, 768), t["weight"], t["u"], t["vh"])
+    kind = choice.describe("fwd", "diag", matrices, True, True)
+    choice.choices(t["x"].device).remember(kind, "aten")
+    backend.compile(spectral_linear)(**t).sum().backward()
     assert [name for name, _ in backend.launches()] == [BACKWARD]
     assert "addmm" in backend.targets()
     assert "fastspec" not in backend.targets()
@@ -167,8 +170,7 @@ def test_tma_descriptors_stay_inside_the_operator(monkeypatch):
     """PyTorch does not trace them; the operator, left whole, takes them when it runs."""
     monkeypatch.setenv("FASTSPEC_BACKEND", "tma")
     backend = Backend()
-    with FakeTensorMode():
-        backend.compile(spectral_linear)(**operands()).sum().backward()
+    backend.compile(spectral_linear)(**operands()).sum().backward()
     assert not backend.launches()
     assert "fastspec.spectral_linear.default" in backend.targets()
     assert "fastspec.spectral_linear_backward.default" in backend.targets()
@@ -176,19 +178,17 @@ def test_tma_descriptors_stay_inside_the_operator(monkeypatch):
 
 def test_a_plan_that_looks_at_values_stays_whole():
     backend = Backend()
-    with FakeTensorMode():
-        t = operands(dtype=torch.float32)
-        plan = Plan("merged", "short")
-        y = backend.compile(spectral_linear)(**t, plan=plan, singular_basis=True)
-        y.sum().backward()
+    t = operands(dtype=torch.float32)
+    plan = Plan("merged", "short")
+    y = backend.compile(spectral_linear)(**t, plan=plan, singular_basis=True)
+    y.sum().backward()
     assert "fastspec.spectral_linear.default" in backend.targets()
 
 
 def test_other_devices_keep_the_operator(monkeypatch):
     monkeypatch.setattr(cuda, "DEVICE", "cuda")
     backend = Backend()
-    with FakeTensorMode():
-        backend.compile(spectral_linear)(**operands()).sum().backward()
+    backend.compile(spectral_linear)(**operands()).sum().backward()
     assert not backend.launches()
     assert "fastspec.spectral_linear.default" in backend.targets()
 
