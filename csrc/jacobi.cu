@@ -10,7 +10,7 @@
 #include <algorithm>
 
 #include "jacobi.h"
-#include "stacks.h"
+#include "checks.h"
 
 namespace fastspec {
 namespace {
@@ -18,6 +18,7 @@ namespace {
 // Up to this order the matrix lies in shared memory (66 kB in float64) where a device has so much of it, beyond
 // in global memory.
 constexpr int kSharedOrder = 128;
+// Of a block; with four blocks to a multiprocessor each has 64 registers.
 constexpr int kThreads = 256;
 
 template <typename T, bool kShared>

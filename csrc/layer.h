@@ -14,10 +14,10 @@
 namespace fastspec {
 
 // A direction with |sigma_i| below this share of the largest leaves the short side (as in aten.py).
-constexpr double SIGMA_FLOOR = 1e-2;
+constexpr double kSigmaFloor = 1e-2;
 
 // Below this many rows laying out the basis costs more than the thin products save.
-constexpr int64_t THIN_ROWS = 128;
+constexpr int64_t kThinRows = 128;
 
 enum class Core { Diag, Band, Dense };
 
@@ -35,14 +35,14 @@ inline Core core_named(std::string_view name) {
 }
 
 inline bool thin(int64_t k, std::initializer_list<at::Tensor> operands) {
-  return k <= THIN_RANK && thin_supported() &&
+  return k <= kThinRank && thin_supported() &&
          std::all_of(operands.begin(), operands.end(), thin_operand);
 }
 
 // x B  [N, k], times diag(scale) less `shift` where they are given.
 inline at::Tensor project(const at::Tensor& x, const at::Tensor& basis, const at::Tensor& scale = {},
                           const at::Tensor& shift = {}) {
-  if (x.size(0) >= THIN_ROWS && thin(basis.size(1), {x}) && basis.scalar_type() == at::kFloat)
+  if (x.size(0) >= kThinRows && thin(basis.size(1), {x}) && basis.scalar_type() == at::kFloat)
     return thin_project(x, basis, scale, shift);
   at::Tensor p = at::mm(x, basis);
   if (scale.defined()) p.mul_(scale);

@@ -20,14 +20,14 @@ struct Products {
   template <typename T>                                                                             \
   struct K##Products {                                                                              \
     ATTRIBUTE static void times_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) { \
-      times<K, T, Into::kSet>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                          \
+      times<K, T, Into::Set>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                          \
     }                                                                                               \
     ATTRIBUTE static void add_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {   \
-      times<K, T, Into::kAdd>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                          \
+      times<K, T, Into::Add>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                          \
     }                                                                                               \
     ATTRIBUTE static void subtract_(const T* x, int64_t b, const T* a, int64_t n, int64_t m,        \
                                     T* out) {                                                       \
-      times<K, T, Into::kSubtract>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                     \
+      times<K, T, Into::Subtract>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                     \
     }                                                                                               \
     ATTRIBUTE static void dot_(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out,     \
                                int64_t ld) {                                                        \

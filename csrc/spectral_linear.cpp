@@ -138,13 +138,13 @@ std::optional<Unscaled> unscaled(const Tensor& basis, const Layer& layer, bool l
   if (layer.core == Core::Diag) {
     const Tensor sigma = at::add(layer.s, layer.delta);
     const auto [low, high] = at::aminmax(sigma.abs());
-    if (!(low.item<double>() > SIGMA_FLOOR * high.item<double>())) return std::nullopt;
+    if (!(low.item<double>() > kSigmaFloor * high.item<double>())) return std::nullopt;
     return Unscaled{basis, at::reciprocal(sigma).to(dtype)};
   }
   const Tensor m = at::add(at::diag(layer.s), layer.delta);
   const auto [inverse, info] = at::linalg_inv_ex(m);
   const auto norm = [](const Tensor& a) { return a.abs().sum(0).max().item<double>(); };
-  if (info.item<int>() != 0 || !(norm(m) * norm(inverse) * SIGMA_FLOOR < 1)) return std::nullopt;
+  if (info.item<int>() != 0 || !(norm(m) * norm(inverse) * kSigmaFloor < 1)) return std::nullopt;
   const Tensor solve = inverse.to(dtype);
   return Unscaled{at::mm(basis, left ? solve.t() : solve), {}};
 }

@@ -24,7 +24,7 @@ using OptTensor = std::optional<Tensor>;
 // is too small to divide by.
 Tensor inverse(const Tensor& s, at::ScalarType dtype) {
   const auto [low, high] = at::aminmax(s);
-  if (!(low.item<double>() > SIGMA_FLOOR * high.item<double>())) return {};
+  if (!(low.item<double>() > kSigmaFloor * high.item<double>())) return {};
   return at::reciprocal(s).to(dtype);
 }
 
