@@ -20,7 +20,7 @@ help:
 	@echo "make test    install, build, lint and test"
 	@echo "make test-all    the same with the slow tests, near copies of others: minutes more"
 	@echo "make bench   the benchmarks (pytest bench/), machine otherwise idle"
-	@echo "make lint    ruff and mypy alone"
+	@echo "make lint    ruff, mypy and clang-format alone"
 	@echo "make cuda-check   compile the CUDA part (nvcc, no GPU; downloads a 5 GB torch), into docs/cuda.md"
 	@echo "make clean   remove the virtual environment and build products"
 
@@ -48,6 +48,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 bench: install
 	$(BIN)/python -m pytest bench

@@ -26,8 +26,8 @@ at::Tensor square(const at::Tensor& a, int64_t start, int64_t size) {
 class Iteration {
  public:
   Iteration(const at::Tensor& w, const SvdOptions& options, int64_t width)
-      : w_(w),
-        options_(options),
+      : options_(options),
+        w_(w),
         short_(w.size(2)),
         width_(width),
         most_(std::min(std::max(options.most, options.k + 2 * width), short_)),
@@ -275,8 +275,8 @@ class Iteration {
     return at::randn({rows, short_}, generator_, w_.options().device(at::kCPU)).to(w_.device());
   }
 
-  at::Tensor w_;         // [A, m, n]
   const SvdOptions& options_;
+  at::Tensor w_;         // [A, m, n]
   at::Tensor gram_;      // [A, n, n], where forming it pays
   at::Tensor basis_;     // [A, capacity, n], orthonormal rows
   at::Tensor t_;         // [A, capacity, capacity], basis W^T W basis^T
