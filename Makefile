@@ -62,7 +62,7 @@ cuda-check:
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install -q "setuptools>=77" wheel ninja numpy safetensors torch==2.14.1
 	rm -rf $(CUDA_COPY) && mkdir -p $(CUDA_COPY)
-	cp -r fastspec kernels csrc setup.py pyproject.toml README.md LICENSE $(CUDA_COPY)
+	cp -r fastspec kernels csrc tools setup.py pyproject.toml README.md LICENSE $(CUDA_COPY)
 	rm -f $(CUDA_COPY)/fastspec/*.so
 	cd $(CUDA_COPY) && TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" $(abspath $(CUDA_VENV))/bin/python setup.py -q build_ext --inplace
 	cd $(CUDA_COPY) && PYTHONPATH=. $(abspath $(CUDA_VENV))/bin/python tools/cuda_check.py > cuda.md
