@@ -20,7 +20,7 @@ help:
 	@echo "make test    install, build, lint and test"
 	@echo "make test-all    the same with the slow tests, near copies of others: minutes more"
 	@echo "make bench   the benchmarks (pytest bench/), machine otherwise idle"
-	@echo "make lint    ruff and mypy alone"
+	@echo "make lint    ruff, mypy and clang-format alone"
 	@echo "make cuda-check   compile the CUDA part (nvcc, no GPU; downloads a 5 GB torch), into docs/cuda.md"
 	@echo "make clean   remove the virtual environment and build products"
 
@@ -48,6 +48,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 bench: install
 	$(BIN)/python -m pytest bench
@@ -61,7 +62,7 @@ cuda-check:
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install -q "setuptools>=77" wheel ninja numpy safetensors torch==2.14.1
 	rm -rf $(CUDA_COPY) && mkdir -p $(CUDA_COPY)
-	cp -r fastspec kernels csrc setup.py pyproject.toml README.md LICENSE $(CUDA_COPY)
+	cp -r fastspec kernels csrc tools setup.py pyproject.toml README.md LICENSE $(CUDA_COPY)
 	rm -f $(CUDA_COPY)/fastspec/*.so
 	cd $(CUDA_COPY) && TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0" $(abspath $(CUDA_VENV))/bin/python setup.py -q build_ext --inplace
 	cd $(CUDA_COPY) && PYTHONPATH=. $(abspath $(CUDA_VENV))/bin/python tools/cuda_check.py > cuda.md

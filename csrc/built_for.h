@@ -3,6 +3,6 @@
 #pragma once
 #include <torch/version.h>
 
-#define FASTSPEC_BUILT_FOR(python)                 \
+#define FASTSPEC_BUILT_FOR(python)                      \
   __attribute__((used)) static const char built_for[] = \
       "fastspec built for torch " TORCH_VERSION ", Python " python ";";

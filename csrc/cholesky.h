@@ -42,14 +42,14 @@ void invert_triangle(const std::vector<double>& l, int64_t b, T* out) {
   std::copy(x.begin(), x.end(), out);
 }
 
-// L^-1 with `gram` = L L^T, b x b, into `out`; false where L is made of rounding errors.
+// L^-1 with `gram` = L L^T, b x b, into `out`; false where a pivot of L is below `breakdown` of the longest row, or
+// `negligible`: then it is made of rounding errors.
 template <typename T>
-bool inverse_factor(const T* gram, int64_t b, double eps, double negligible, T* out) {
+bool inverse_factor(const T* gram, int64_t b, double breakdown, double negligible, T* out) {
   std::vector<double> factor(gram, gram + b * b);
   double high = 0;
   for (int64_t j = 0; j < b; ++j) high = std::max(high, factor[j * b + j]);
-  // below sqrt(eps) of the largest row, what is left of another one is rounding
-  if (!cholesky(factor, b, std::max(8 * std::sqrt(eps * high), negligible))) return false;
+  if (!cholesky(factor, b, std::max(breakdown * std::sqrt(high), negligible))) return false;
   invert_triangle(factor, b, out);
   return true;
 }

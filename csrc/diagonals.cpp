@@ -25,7 +25,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t BLOCK = 32;  // rows whose products make one partial sum
+constexpr int64_t kBlockRows = 32;  // rows whose products make one partial sum
 
 // One diagonal of C: entries [count], their first row and column.
 template <typename T>
@@ -43,9 +43,7 @@ std::vector<Diagonal<T>> all_diagonals(const Tensor& band) {
   return found;
 }
 
-Tensor as_band(const Tensor& delta) {
-  return (delta.dim() == 1 ? delta.unsqueeze(0) : delta).contiguous();
-}
+Tensor as_band(const Tensor& delta) { return (delta.dim() == 1 ? delta.unsqueeze(0) : delta).contiguous(); }
 
 template <typename T>
 FASTSPEC_CLONES void multiply(T* __restrict out, const T* __restrict a, const T* __restrict t, int64_t count) {
@@ -70,7 +68,7 @@ Tensor diagonals_apply(const Tensor& t_in, const Tensor& s, const Tensor& delta,
     const auto* const main_entries = main.const_data_ptr<scalar_t>();
     const auto* const from = t.const_data_ptr<scalar_t>();
     auto* const to = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, t.size(0), BLOCK, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, t.size(0), kBlockRows, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         const auto* const x = from + n * k;
         auto* const y = to + n * k;
@@ -91,7 +89,7 @@ Tensor diagonals_apply(const Tensor& t_in, const Tensor& s, const Tensor& delta,
 Tensor diagonals_reduce(const Tensor& q_in, const Tensor& p_in, const Tensor& like) {
   const Tensor q = q_in.contiguous(), p = p_in.contiguous();
   const Tensor band = as_band(like);
-  const int64_t rows = q.size(0), k = q.size(1), blocks = (rows + BLOCK - 1) / BLOCK;
+  const int64_t rows = q.size(0), k = q.size(1), blocks = (rows + kBlockRows - 1) / kBlockRows;
   Tensor partial = at::zeros({blocks, band.size(0), k}, q.options());
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "diagonals_reduce", [&] {
     const auto diagonals = all_diagonals<scalar_t>(band);
@@ -99,9 +97,9 @@ Tensor diagonals_reduce(const Tensor& q_in, const Tensor& p_in, const Tensor& li
     const auto* const right = p.const_data_ptr<scalar_t>();
     auto* const sums = partial.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin * BLOCK; n < std::min(end * BLOCK, rows); ++n)
+      for (int64_t n = begin * kBlockRows; n < std::min(end * kBlockRows, rows); ++n)
         for (const auto& d : diagonals)
-          add_products(sums + ((n / BLOCK) * band.size(0) + d.index) * k + d.row, left + n * k + d.row,
+          add_products(sums + ((n / kBlockRows) * band.size(0) + d.index) * k + d.row, left + n * k + d.row,
                        right + n * k + d.column, d.count);
     });
   });

@@ -11,21 +11,25 @@
 namespace fastspec {
 namespace {
 
-// Rows of a Gram matrix that are worth a thread, and columns mirrored at a time.
-constexpr int64_t kThreadRows = 64, kMirrored = 16;
-// Of the rows of W that the two products of normal_times take in turn, and how many at least.
-constexpr int64_t kBlockBytes = 1 << 18, kLeastRows = 4;
+// Rows of a Gram matrix that are worth a thread.
+constexpr int64_t kThreadRows = 64;
+// Columns mirrored at a time: what is written of a row is a cache line of floats.
+constexpr int64_t kMirrored = 16;
+// Of the rows of W that the two products of gram_times take in turn: few enough to stay in a core's cache.
+constexpr int64_t kBlockBytes = 1 << 18;
+// How many of them at least: a tile's (kGramRows).
+constexpr int64_t kLeastRows = 4;
 
 // W^T W of a matrix alone on the CPU.
-at::Tensor gram_of_one(const at::Tensor& w) {
+at::Tensor gram_matrix_alone(const at::Tensor& w) {
   const int64_t m = w.size(1), n = w.size(2);
-  const bool turned = w.mT().is_contiguous();
-  const auto matrix = turned ? w : w.contiguous();
+  const bool transposed = w.mT().is_contiguous();
+  const auto matrix = transposed ? w : w.contiguous();
   auto gram = at::empty({1, n, n}, w.options());
-  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "gram_of_one", [&] {
+  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "gram_matrix_alone", [&] {
     const auto* const from = matrix.const_data_ptr<scalar_t>();
     auto* const to = gram.mutable_data_ptr<scalar_t>();
-    const int64_t row = turned ? 1 : n, column = turned ? m : 1;
+    const int64_t row = transposed ? 1 : n, column = transposed ? m : 1;
     const int64_t tiles = (n + kGramRows - 1) / kGramRows;
     at::parallel_for(0, tiles, kThreadRows / kGramRows, [&](int64_t begin, int64_t end) {
       gram_upper(from, row, column, m, n, begin * kGramRows, std::min(end * kGramRows, n), to);
@@ -42,8 +46,8 @@ at::Tensor gram_of_one(const at::Tensor& w) {
 }  // namespace
 
 // The blocks below the diagonal are mirrored instead of multiplied: 5/8 of the work.
-at::Tensor gram_of(const at::Tensor& w) {
-  if (w.is_cpu() && w.size(0) == 1) return gram_of_one(w);
+at::Tensor gram_matrix(const at::Tensor& w) {
+  if (w.is_cpu() && w.size(0) == 1) return gram_matrix_alone(w);
   const int64_t n = w.size(2), block = (n + 3) / 4;
   auto gram = at::empty({w.size(0), n, n}, w.options());
   for (int64_t start = 0; start < n; start += block) {
@@ -52,18 +56,16 @@ at::Tensor gram_of(const at::Tensor& w) {
     auto rows = gram.narrow(1, start, size).narrow(2, start, n - start);
     rows.copy_(at::bmm(own, others));
     if (rest) {
-      gram.narrow(1, start + size, rest)
-          .narrow(2, start, size)
-          .copy_(rows.narrow(2, size, rest).mT());
+      gram.narrow(1, start + size, rest).narrow(2, start, size).copy_(rows.narrow(2, size, rest).mT());
     }
   }
   return gram;
 }
 
-at::Tensor normal_times(const at::Tensor& x, const at::Tensor& w) {
+at::Tensor gram_times(const at::Tensor& x, const at::Tensor& w) {
   const int64_t b = x.size(1), m = w.size(1), n = w.size(2), parts = at::get_num_threads();
   auto result = at::empty_like(x);
-  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "normal_times", [&] {
+  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "gram_times", [&] {
     using T = scalar_t;
     T* const out = result.mutable_data_ptr<T>();
     const int64_t most = std::max<int64_t>(kLeastRows, kBlockBytes / (n * int64_t(sizeof(T))));

@@ -10,8 +10,8 @@
 #include <algorithm>
 
 #include "built_for.h"
+#include "checks.h"
 #include "jacobi.h"
-#include "stacks.h"
 
 FASTSPEC_BUILT_FOR("any")
 
@@ -21,6 +21,7 @@ namespace {
 // Up to this order the matrix lies in shared memory (66 kB in float64) where a device has so much of it, beyond
 // in global memory.
 constexpr int kSharedOrder = 128;
+// Of a block; with four blocks to a multiprocessor each has 64 registers.
 constexpr int kThreads = 256;
 
 template <typename T, bool kShared>
@@ -70,8 +71,8 @@ int64_t allow_shared() {
   cudaFuncAttributes own;
   C10_CUDA_CHECK(cudaFuncGetAttributes(&own, kernel));
   int device;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&device, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                        c10::cuda::current_device()));
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&device, cudaDevAttrMaxSharedMemoryPerBlockOptin, c10::cuda::current_device()));
   const int64_t most =
       std::min<int64_t>(triangle_of(kSharedOrder) * sizeof(T), device - int64_t(own.sharedSizeBytes));
   C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)));

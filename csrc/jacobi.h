@@ -1,7 +1,7 @@
 // The eigenproblem of one small symmetric matrix by two-sided Jacobi rotations, for a CUDA thread block or
 // a CPU thread: the same body compiles for both, so what a GPU runs is tested on the CPU.
 //
-// Each step turns N/2 disjoint index pairs at once, in the order of a round-robin tournament (Brent and Luk,
+// Each step rotates N/2 disjoint index pairs at once, in the order of a round-robin tournament (Brent and Luk,
 // SIAM J. Sci. Stat. Comput. 6, 1985), so that every 2 x 2 block of the matrix is changed by one lane alone;
 // angles as in Golub and Van Loan, Matrix Computations, section 8.5; rotations in Rutishauser's form, whose
 // errors shrink with the angle (Handbook for Automatic Computation II, contribution 1): c and s themselves,
@@ -15,8 +15,8 @@
 #define FASTSPEC_BODY __device__ inline
 #define FASTSPEC_BARRIER() __syncthreads()
 #define FASTSPEC_FOR_EACH(i, count) for (int i = threadIdx.x; i < (count); i += blockDim.x)
-#define FASTSPEC_FOR_EACH_2D(i, j, rows, columns)                                             \
-  for (int flat_ = threadIdx.x, i, j;                                                         \
+#define FASTSPEC_FOR_EACH_2D(i, j, rows, columns)                                              \
+  for (int flat_ = threadIdx.x, i, j;                                                          \
        flat_ < (rows) * (columns) && (i = flat_ / (columns), j = flat_ - i * (columns), true); \
        flat_ += blockDim.x)
 #else
@@ -30,6 +30,7 @@
 
 namespace fastspec {
 
+// Largest order: what a thread block holds of its rotations has this size on a GPU.
 constexpr int kJacobiOrder = 256;
 // Round-robin Jacobi ends after some ten sweeps at this order; the limit only bounds the loop.
 constexpr int kJacobiSweeps = 40;
@@ -57,7 +58,7 @@ struct JacobiRotation {
   T s, half;  // sine of the angle, tangent of its half
 
   // x <- c x - s y, y <- s x + c y
-  FASTSPEC_BODY void turn(T& x, T& y) const {
+  FASTSPEC_BODY void rotate(T& x, T& y) const {
     const T old = x;
     x -= s * (y + half * x);
     y += s * (old - half * y);
@@ -70,13 +71,12 @@ struct JacobiScratch {
   T* packed;                     // [N (N + 1) / 2]
   JacobiRotation<T>* rotations;  // [N / 2]
   int* place;                    // [n] of each value in ascending order
-  int* latest;  // [1] the last step, counted through all sweeps, in which anything turned
+  int* latest;                   // [1] the last step, counted through all sweeps, in which anything was rotated
 };
 
 // Decides on rotation `i` of a step and applies it to its own 2 x 2 block.
 template <typename T>
-FASTSPEC_BODY void jacobi_decide(const JacobiScratch<T>& own, int i, JacobiPair pair, T negligible,
-                                 int step) {
+FASTSPEC_BODY void jacobi_decide(const JacobiScratch<T>& own, int i, JacobiPair pair, T negligible, int step) {
   T& app = own.packed[jacobi_at(pair.p, pair.p)];
   T& aqq = own.packed[jacobi_at(pair.q, pair.q)];
   T& apq = own.packed[jacobi_at(pair.p, pair.q)];
@@ -101,8 +101,7 @@ FASTSPEC_BODY T jacobi_larger(T a, T b) {  // NaN where one is
 // `rows [n, n]`; NaN where an entry is not finite or so large that a sum of n would not be. `work [n, n]` is
 // scratch. All lanes of the thread block call it.
 template <typename T>
-FASTSPEC_BODY void jacobi_eigh(const T* a, int n, const JacobiScratch<T>& own, T* work, T* values,
-                               T* rows) {
+FASTSPEC_BODY void jacobi_eigh(const T* a, int n, const JacobiScratch<T>& own, T* work, T* values, T* rows) {
   const int even = jacobi_even(n), pairs = even / 2, steps = even - 1;
   T* packed = own.packed;
   FASTSPEC_FOR_EACH_2D(i, j, even, even) {
@@ -130,12 +129,10 @@ FASTSPEC_BODY void jacobi_eigh(const T* a, int n, const JacobiScratch<T>& own, T
   for (int sweep = 0; sweep < kJacobiSweeps; ++sweep) {
     for (int step = 0; step < steps; ++step) {
       const int stamp = sweep * steps + step;
-      FASTSPEC_FOR_EACH(i, pairs) {
-        jacobi_decide(own, i, jacobi_pair(step, i, even), negligible, stamp);
-      }
+      FASTSPEC_FOR_EACH(i, pairs) { jacobi_decide(own, i, jacobi_pair(step, i, even), negligible, stamp); }
       FASTSPEC_BARRIER();
-      const bool turned = *own.latest == stamp;
-      if (turned) {
+      const bool rotated = *own.latest == stamp;
+      if (rotated) {
         // blocks (g, g + distance), every unordered pair of pairs once
         FASTSPEC_FOR_EACH_2D(shift, g, pairs / 2, pairs) {
           const int distance = shift + 1, h = (g + distance) % pairs;
@@ -145,16 +142,16 @@ FASTSPEC_BODY void jacobi_eigh(const T* a, int n, const JacobiScratch<T>& own, T
           const JacobiPair r = jacobi_pair(step, g, even), c = jacobi_pair(step, h, even);
           T &pp = packed[jacobi_at(r.p, c.p)], &pq = packed[jacobi_at(r.p, c.q)];
           T &qp = packed[jacobi_at(r.q, c.p)], &qq = packed[jacobi_at(r.q, c.q)];
-          left.turn(pp, qp);
-          left.turn(pq, qq);
-          right.turn(pp, pq);
-          right.turn(qp, qq);
+          left.rotate(pp, qp);
+          left.rotate(pq, qq);
+          right.rotate(pp, pq);
+          right.rotate(qp, qq);
         }
         FASTSPEC_FOR_EACH_2D(g, j, pairs, n) {
           const JacobiRotation<T> rotation = own.rotations[g];
           if (rotation.s == 0) continue;
           const JacobiPair r = jacobi_pair(step, g, even);
-          rotation.turn(work[r.p * n + j], work[r.q * n + j]);
+          rotation.rotate(work[r.p * n + j], work[r.q * n + j]);
         }
       }
       FASTSPEC_BARRIER();

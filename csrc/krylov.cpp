@@ -9,21 +9,13 @@
 #include <vector>
 
 #include "cholesky.h"
-#include "dense.h"
+#include "eigh.h"
 #include "gram.h"
 #include "row_products.h"
 #include "triplets.h"
 
 namespace fastspec {
 namespace {
-
-// Values within this many tolerances of one another may be copies of one value (see krylov.py).
-constexpr double kCopies = 30;
-// Basis vectors made in all, in short sides, after which a restarted iteration ends as it is.
-constexpr int64_t kRestartedLengths = 10;
-// Of the basis vectors made before the first check, 2 k + 6 width more: where decaying spectra converge
-// ((1 + i / 30)^-0.7, short sides 768 to 4096, k 16 to 64; MiniLM's weights at k = 32 need 8 more on average).
-constexpr int64_t kFirstCheck = 56;
 
 at::Tensor square(const at::Tensor& a, int64_t start, int64_t size) {
   return a.narrow(1, start, size).narrow(2, start, size);
@@ -33,15 +25,16 @@ at::Tensor square(const at::Tensor& a, int64_t start, int64_t size) {
 // [A, p, p] and the next block [A, b, n].
 class Iteration {
  public:
-  Iteration(const at::Tensor& w, const KrylovOptions& options, int64_t width)
-      : w_(w),
+  Iteration(const at::Tensor& w, const SvdOptions& options, int64_t width)
+      : options_(options),
+        w_(w),
         short_(w.size(2)),
         width_(width),
         most_(std::min(std::max(options.most, options.k + 2 * width), short_)),
         eps_(w.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
                                             : std::numeric_limits<float>::epsilon()),
         generator_(at::detail::createCPUGenerator(options.seed)) {
-    if (short_ <= options.gram_short) gram_ = gram_of(w);
+    if (short_ <= options.gram_short) gram_ = gram_matrix(w);
     const auto start = std::get<0>(at::linalg_qr(random(width).t())).t();
     next_ = start.expand({w.size(0), width, short_}).contiguous();
     scale_ = at::zeros({w.size(0)}, w.options());
@@ -96,20 +89,22 @@ class Iteration {
 
   // Largest error over the one allowed, of each matrix; at most 1 when converged. What rounding leaves in
   // T cannot be improved on, so it counts as converged here, and the measured residual decides.
-  at::Tensor share_of_tolerance(double tol, double floor) const {
+  at::Tensor share_of_tolerance() const {
     const auto first = wanted_.narrow(1, 0, 1).clamp_min(std::numeric_limits<float>::min());
-    const auto least = (wanted_.clamp_min(0) * first).sqrt() * floor;
-    const auto allowed = at::maximum(at::maximum(wanted_, least) * (0.5 * tol), first * (4 * eps_));
+    const auto least = (wanted_.clamp_min(0) * first).sqrt() * options_.floor;
+    const auto allowed = at::maximum(at::maximum(wanted_, least) * (options_.margin * options_.tol),
+                                     first * (options_.stagnation * eps_));
     return (errors_ / allowed).amax(1).clamp_min(1e-30).to(at::kCPU, at::kDouble);
   }
 
-  // Whether `width` values in a row coincide: a start block of b vectors reaches b copies at most.
-  at::Tensor crowded(double tol) const {
+  // Whether a value of multiplicity `width` is among the wanted: a start block of b vectors finds b at most of its
+  // vectors, and there may be more.
+  at::Tensor multiplicity_reaches_width() const {
     const int64_t k = wanted_.size(1);
     if (k < width_) return at::zeros({w_.size(0)}, at::kBool);
     const int64_t runs = k - width_ + 1;
     const auto spread = wanted_.narrow(1, 0, runs) - wanted_.narrow(1, width_ - 1, runs);
-    return (spread <= wanted_.narrow(1, 0, 1) * (kCopies * tol)).any(1).cpu();
+    return (spread <= wanted_.narrow(1, 0, 1) * (options_.coincidence * options_.tol)).any(1).cpu();
   }
 
   at::Tensor right() const {
@@ -162,7 +157,7 @@ class Iteration {
       // symmetric: read along its rows
       rows_dot(block, b, gram_.const_data_ptr<T>(), n, n, image.mutable_data_ptr<T>(), n);
     } else if (w_.is_contiguous()) {
-      image = normal_times(basis_.narrow(1, before, b), w_);
+      image = gram_times(basis_.narrow(1, before, b), w_);
     } else {
       image = at::bmm(at::bmm(basis_.narrow(1, before, b), w_.mT()), w_);
     }
@@ -182,7 +177,7 @@ class Iteration {
     next_ = image.clone();
     rows_dot(rest, b, basis, size_, n, h.data(), size_);
     rows_subtract(h.data(), b, basis, size_, n, next_.mutable_data_ptr<T>());
-    const double negligible = 64 * eps_ * *scale;
+    const double negligible = options_.negligible * eps_ * *scale;
     if (!normalise_alone<T>(negligible) || !normalise_alone<T>(0)) {
       next_[0].copy_(repaired(image[0], basis_[0].narrow(0, 0, size_), negligible));
     }
@@ -198,19 +193,21 @@ class Iteration {
     const T* const block = next_.const_data_ptr<T>();
     std::vector<T> gram(b * b), inverse(b * b);
     rows_dot(block, b, block, b, n, gram.data(), b);
-    if (!inverse_factor(gram.data(), b, eps_, negligible, inverse.data())) return false;
+    if (!inverse_factor(gram.data(), b, breakdown(), negligible, inverse.data())) return false;
     auto normal = at::empty_like(next_);
     rows_times(inverse.data(), b, block, b, n, normal.mutable_data_ptr<T>());
     next_ = normal;
     return true;
   }
 
+  // Part of the longest row of a block below which what is left of another one is rounding.
+  double breakdown() const { return options_.breakdown * std::sqrt(eps_); }
+
   void append() {
     const int64_t needed = size_ + next_.size(1);
     const int64_t capacity = basis_.defined() ? basis_.size(1) : 0;
     if (needed > capacity) {
-      const int64_t grown =
-          std::min(std::max(most_, needed), std::max({3 * capacity / 2, 30 * width_, needed}));
+      const int64_t grown = std::min(std::max(most_, needed), std::max({3 * capacity / 2, 30 * width_, needed}));
       auto basis = at::empty({w_.size(0), grown, short_}, w_.options());
       auto t = at::zeros({w_.size(0), grown, grown}, w_.options());
       if (size_) {
@@ -232,7 +229,7 @@ class Iteration {
     next_ = rest.clone();
     next_.baddbmm_(at::bmm(rest, q.mT()), q, 1, -1);
     std::vector<bool> broken(rest.size(0), false);
-    const auto negligible = (scale_ * (64 * eps_)).to(at::kCPU, at::kDouble);
+    const auto negligible = (scale_ * (options_.negligible * eps_)).to(at::kCPU, at::kDouble);
     normalise(negligible.const_data_ptr<double>(), broken);
     normalise(nullptr, broken);
     for (int64_t i = 0; i < rest.size(0); ++i) {
@@ -252,7 +249,7 @@ class Iteration {
       auto* out = inverse.mutable_data_ptr<scalar_t>();
       for (size_t i = 0; i < broken.size(); ++i, g += b * b, out += b * b) {
         if (!broken[i]) {
-          broken[i] = !inverse_factor(g, b, eps_, negligible ? negligible[i] : 0.0, out);
+          broken[i] = !inverse_factor(g, b, breakdown(), negligible ? negligible[i] : 0.0, out);
         }
       }
     });
@@ -277,13 +274,14 @@ class Iteration {
     return at::randn({rows, short_}, generator_, w_.options().device(at::kCPU)).to(w_.device());
   }
 
-  at::Tensor w_;         // [A, m, n]
-  at::Tensor gram_;      // [A, n, n], where forming it pays
-  at::Tensor basis_;     // [A, capacity, n], orthonormal rows
-  at::Tensor t_;         // [A, capacity, capacity], basis W^T W basis^T
-  at::Tensor next_;      // [A, b, n]
-  at::Tensor coupling_;  // [A, c, b] between the last c rows of the basis and next_
-  at::Tensor scale_;     // [A] largest diagonal entry of T so far
+  const SvdOptions& options_;
+  at::Tensor w_;                                   // [A, m, n]
+  at::Tensor gram_;                                // [A, n, n], where forming it pays
+  at::Tensor basis_;                               // [A, capacity, n], orthonormal rows
+  at::Tensor t_;                                   // [A, capacity, capacity], basis W^T W basis^T
+  at::Tensor next_;                                // [A, b, n]
+  at::Tensor coupling_;                            // [A, c, b] between the last c rows of the basis and next_
+  at::Tensor scale_;                               // [A] largest diagonal entry of T so far
   at::Tensor values_, vectors_, wanted_, errors_;  // [A, p], [A, p, p], [A, k], [A, k]
   int64_t short_, width_, most_, size_ = 0;
   double eps_;
@@ -294,15 +292,15 @@ at::Tensor indices(const std::vector<int64_t>& rows, const at::Tensor& like) {
   return at::tensor(rows, at::kLong).to(like.device());
 }
 
-at::Tensor iterate(const at::Tensor& w, const KrylovOptions& o, int64_t width,
+at::Tensor iterate(const at::Tensor& w, const SvdOptions& o, int64_t width,
                    const std::function<void()>& check_interrupt) {
   const int64_t n = w.size(2);
   auto right = at::empty({w.size(0), n, o.k}, w.options());
-  std::vector<int64_t> active(w.size(0)), again;
+  std::vector<int64_t> active(w.size(0)), multiple;
   for (size_t i = 0; i < active.size(); ++i) active[i] = i;
 
   Iteration run(w, o, width);
-  int64_t check = std::min(2 * o.k + 6 * width + kFirstCheck, n), made = 0;
+  int64_t check = std::min(2 * o.k + 6 * width + o.first_check, n), made = 0;
   // basis vectors made, and log10 of the error over the one allowed; before the first check, a guess
   double last_made = o.k + width, last_log = -std::log10(o.tol);
   for (int64_t steps = 1; !active.empty(); ++steps) {
@@ -310,21 +308,20 @@ at::Tensor iterate(const at::Tensor& w, const KrylovOptions& o, int64_t width,
     const int64_t before = run.size();
     run.step();
     made += run.size() - before;
-    const bool stopped = (o.max_steps && steps >= o.max_steps) || made > kRestartedLengths * n;
+    const bool stopped = (o.max_steps && steps >= o.max_steps) || made > o.restarted_lengths * n;
     const bool final = run.complete() || (stopped && run.size() >= o.k);
     const bool full = run.full() && !run.complete();
     if (made < check && !final && !full) continue;
     run.ritz(o.k);
-    const auto share = run.share_of_tolerance(o.tol, o.floor);
-    const auto crowded = run.crowded(o.tol);
+    const auto share = run.share_of_tolerance();
+    const auto reached = run.multiplicity_reaches_width();
     std::vector<int64_t> done, late;  // places among the active
     std::vector<double> ahead;
     for (size_t i = 0; i < active.size(); ++i) {
       const double s = share[i].item<double>();
       if (final || !(s > 1)) {
         done.push_back(i);
-        // again, with a block that sees more copies
-        if (!final && crowded[i].item<bool>()) again.push_back(active[i]);
+        if (!final && reached[i].item<bool>()) multiple.push_back(active[i]);
       } else {
         late.push_back(i);
         ahead.push_back(std::log10(s));
@@ -345,27 +342,27 @@ at::Tensor iterate(const at::Tensor& w, const KrylovOptions& o, int64_t width,
     const double wanted = slope > 0 ? here / slope : std::numeric_limits<double>::infinity();
     // a long extrapolation is not to be trusted
     const double longest = std::max(0.3 * made, 2.0 * width);
-    check = std::min(kRestartedLengths * n, made + int64_t(std::clamp(wanted, double(width), longest)));
+    check = std::min(o.restarted_lengths * n, made + int64_t(std::clamp(wanted, double(width), longest)));
     last_made = made;
     last_log = here;
   }
-  if (!again.empty()) {
-    const auto rows = indices(again, w);
-    const auto crowded = w.index_select(0, rows);
+  if (!multiple.empty()) {  // again, with a block that finds more vectors of a value
+    const auto rows = indices(multiple, w);
+    const auto again = w.index_select(0, rows);
     const int64_t wider = std::min(2 * width, n);
     // where the Gram matrix is small, its eigenvectors cost less than a third run
     const bool direct = n <= o.gram_short && width > o.width;
-    right.index_copy_(0, rows,
-                      direct ? gram_subspace(crowded, o.k).to(w.scalar_type())
-                             : iterate(crowded, o, wider, check_interrupt));
+    right.index_copy_(
+        0, rows,
+        direct ? gram_subspace(again, o.k).to(w.scalar_type()) : iterate(again, o, wider, check_interrupt));
   }
   return right;
 }
 
 }  // namespace
 
-at::Tensor leading_subspace(const at::Tensor& w, const KrylovOptions& options,
-                            const std::function<void()>& check_interrupt) {
+at::Tensor krylov_subspace(const at::Tensor& w, const SvdOptions& options,
+                           const std::function<void()>& check_interrupt) {
   return iterate(w, options, std::min(options.width, w.size(2)), check_interrupt);
 }
 

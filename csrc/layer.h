@@ -19,7 +19,7 @@ namespace fastspec {
 inline double sigma_floor = std::numeric_limits<double>::infinity();
 
 // Below this many rows laying out the basis costs more than the thin products save.
-constexpr int64_t THIN_ROWS = 128;
+constexpr int64_t kThinRows = 128;
 
 enum class Core { Diag, Band, Dense };
 
@@ -32,19 +32,17 @@ Enum choice(std::string_view given, const char* name,
 }
 
 inline Core core_named(std::string_view name) {
-  return choice<Core>(name, "core",
-                      {{"diag", Core::Diag}, {"band", Core::Band}, {"dense", Core::Dense}});
+  return choice<Core>(name, "core", {{"diag", Core::Diag}, {"band", Core::Band}, {"dense", Core::Dense}});
 }
 
 inline bool thin(int64_t k, std::initializer_list<at::Tensor> operands) {
-  return k <= THIN_RANK && thin_supported() &&
-         std::all_of(operands.begin(), operands.end(), thin_operand);
+  return k <= kThinRank && thin_supported() && std::all_of(operands.begin(), operands.end(), thin_operand);
 }
 
 // x B  [N, k], times diag(scale) less `shift` where they are given.
 inline at::Tensor project(const at::Tensor& x, const at::Tensor& basis, const at::Tensor& scale = {},
                           const at::Tensor& shift = {}) {
-  if (x.size(0) >= THIN_ROWS && thin(basis.size(1), {x}) && basis.scalar_type() == at::kFloat)
+  if (x.size(0) >= kThinRows && thin(basis.size(1), {x}) && basis.scalar_type() == at::kFloat)
     return thin_project(x, basis, scale, shift);
   at::Tensor p = at::mm(x, basis);
   if (scale.defined()) p.mul_(scale);

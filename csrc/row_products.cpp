@@ -12,32 +12,29 @@ struct Products {
   void (*add)(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out);
   void (*subtract)(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out);
   void (*dot)(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out, int64_t ld);
-  void (*gram)(const T* w, int64_t row, int64_t column, int64_t m, int64_t n, int64_t begin, int64_t end,
-               T* out);
+  void (*gram)(const T* w, int64_t row, int64_t column, int64_t m, int64_t n, int64_t begin, int64_t end, T* out);
 };
 
-#define FASTSPEC_PRODUCTS_OF(K, ATTRIBUTE)                                                          \
-  template <typename T>                                                                             \
-  struct K##Products {                                                                              \
-    ATTRIBUTE static void times_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) { \
-      times<K, T, Into::kSet>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                          \
-    }                                                                                               \
-    ATTRIBUTE static void add_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {   \
-      times<K, T, Into::kAdd>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                          \
-    }                                                                                               \
-    ATTRIBUTE static void subtract_(const T* x, int64_t b, const T* a, int64_t n, int64_t m,        \
-                                    T* out) {                                                       \
-      times<K, T, Into::kSubtract>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                     \
-    }                                                                                               \
-    ATTRIBUTE static void dot_(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out,     \
-                               int64_t ld) {                                                        \
-      dot<K, T>(x, b, q, p, n, out, ld);                                                            \
-    }                                                                                               \
-    ATTRIBUTE static void gram_(const T* w, int64_t row, int64_t column, int64_t m, int64_t n,      \
-                                int64_t begin, int64_t end, T* out) {                               \
-      gram<K, T>({w, row, column}, m, n, begin, end, out);                                          \
-    }                                                                                               \
-    static constexpr Products<T> all = {times_, add_, subtract_, dot_, gram_};                      \
+#define FASTSPEC_PRODUCTS_OF(K, ATTRIBUTE)                                                                    \
+  template <typename T>                                                                                       \
+  struct K##Products {                                                                                        \
+    ATTRIBUTE static void times_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {           \
+      times<K, T, Into::Set>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                                     \
+    }                                                                                                         \
+    ATTRIBUTE static void add_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {             \
+      times<K, T, Into::Add>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                                     \
+    }                                                                                                         \
+    ATTRIBUTE static void subtract_(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {        \
+      times<K, T, Into::Subtract>({x, n, 1}, b, {a, m, 1}, n, m, {out, m, 1});                                \
+    }                                                                                                         \
+    ATTRIBUTE static void dot_(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out, int64_t ld) { \
+      dot<K, T>(x, b, q, p, n, out, ld);                                                                      \
+    }                                                                                                         \
+    ATTRIBUTE static void gram_(const T* w, int64_t row, int64_t column, int64_t m, int64_t n, int64_t begin, \
+                                int64_t end, T* out) {                                                        \
+      gram<K, T>({w, row, column}, m, n, begin, end, out);                                                    \
+    }                                                                                                         \
+    static constexpr Products<T> all = {times_, add_, subtract_, dot_, gram_};                                \
   };
 
 FASTSPEC_PRODUCTS_OF(Plain, )
@@ -66,22 +63,22 @@ const Products<T>& products() {
 
 }  // namespace
 
-#define FASTSPEC_ROW_PRODUCTS(T)                                                                       \
-  void rows_times(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                   \
-    products<T>().times(x, b, a, n, m, out);                                                           \
-  }                                                                                                    \
-  void rows_add(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                     \
-    products<T>().add(x, b, a, n, m, out);                                                             \
-  }                                                                                                    \
-  void rows_subtract(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                \
-    products<T>().subtract(x, b, a, n, m, out);                                                        \
-  }                                                                                                    \
-  void rows_dot(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out, int64_t ld) {         \
-    products<T>().dot(x, b, q, p, n, out, ld);                                                         \
-  }                                                                                                    \
-  void gram_upper(const T* w, int64_t row, int64_t column, int64_t m, int64_t n, int64_t begin,        \
-                  int64_t end, T* out) {                                                               \
-    products<T>().gram(w, row, column, m, n, begin, end, out);                                         \
+#define FASTSPEC_ROW_PRODUCTS(T)                                                                             \
+  void rows_times(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                         \
+    products<T>().times(x, b, a, n, m, out);                                                                 \
+  }                                                                                                          \
+  void rows_add(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                           \
+    products<T>().add(x, b, a, n, m, out);                                                                   \
+  }                                                                                                          \
+  void rows_subtract(const T* x, int64_t b, const T* a, int64_t n, int64_t m, T* out) {                      \
+    products<T>().subtract(x, b, a, n, m, out);                                                              \
+  }                                                                                                          \
+  void rows_dot(const T* x, int64_t b, const T* q, int64_t p, int64_t n, T* out, int64_t ld) {               \
+    products<T>().dot(x, b, q, p, n, out, ld);                                                               \
+  }                                                                                                          \
+  void gram_upper(const T* w, int64_t row, int64_t column, int64_t m, int64_t n, int64_t begin, int64_t end, \
+                  T* out) {                                                                                  \
+    products<T>().gram(w, row, column, m, n, begin, end, out);                                               \
   }
 
 FASTSPEC_ROW_PRODUCTS(float)

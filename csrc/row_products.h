@@ -1,5 +1,7 @@
 // Products of a few rows with a matrix on the CPU, which a BLAS runs at a third of its speed.
 //
+// Beside the thin products of the layers: thin_kernels.h says why there are both.
+//
 // Row-major, the rows of each operand adjacent where nothing else is said. Sums run in an order that depends on
 // the sizes alone.
 #pragma once

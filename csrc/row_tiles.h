@@ -37,13 +37,13 @@ struct Lanes {
   static constexpr int64_t count = K::kBytes / sizeof(T);
 };
 
-enum class Into { kSet, kAdd, kSubtract };
+enum class Into { Set, Add, Subtract };
 
 template <Into I, typename V>
 FASTSPEC_INLINE void put(V& to, const V& sum) {
-  if constexpr (I == Into::kSet) to = sum;
-  if constexpr (I == Into::kAdd) to += sum;
-  if constexpr (I == Into::kSubtract) to -= sum;
+  if constexpr (I == Into::Set) to = sum;
+  if constexpr (I == Into::Add) to += sum;
+  if constexpr (I == Into::Subtract) to -= sum;
 }
 
 // Row-major `data` whose rows lie `row` apart and columns `column`.
@@ -156,8 +156,8 @@ FASTSPEC_INLINE void times(View<const T> x, int64_t b, View<const T> a, int64_t 
   std::vector<T> panels(kPanels * kPanel / sizeof(T));
   times_panels<K, T, I>(x, b, a, std::min(most, n), m, out, panels.data());
   for (int64_t start = most; start < n; start += most) {
-    times_panels<K, T, I == Into::kSubtract ? I : Into::kAdd>(x.at(start), b, a.from(start),
-                                                              std::min(most, n - start), m, out, panels.data());
+    times_panels<K, T, I == Into::Subtract ? I : Into::Add>(x.at(start), b, a.from(start),
+                                                            std::min(most, n - start), m, out, panels.data());
   }
 }
 
@@ -170,10 +170,9 @@ FASTSPEC_INLINE void gram_tile(View<const T> x, View<const T> a, int64_t count, 
     return times_tile<K, T, kRows, K::kVectors, I>(x, a, count, {out + r * n + j, n, 1}, 0);
   }
   T tile[kRows * wide];
-  times_tile<K, T, kRows, K::kVectors, Into::kSet>(x, a, count, {tile, wide, 1}, 0);
+  times_tile<K, T, kRows, K::kVectors, Into::Set>(x, a, count, {tile, wide, 1}, 0);
   for (int64_t row = r; row < std::min(r + kRows, n); ++row)
-    for (int64_t c = j; c < std::min(j + wide, n); ++c)
-      put<I, T>(out[row * n + c], tile[(row - r) * wide + c - j]);
+    for (int64_t c = j; c < std::min(j + wide, n); ++c) put<I, T>(out[row * n + c], tile[(row - r) * wide + c - j]);
 }
 
 // Rows `begin` to `end` of w^T w, from the diagonal's tile on.
@@ -193,9 +192,9 @@ FASTSPEC_INLINE void gram(View<const T> w, int64_t m, int64_t n, int64_t begin, 
       for (int64_t r = begin; r < std::min(end, (p + 1) * wide); r += kRows) {
         const View<const T> x{panel(r / wide) + r % wide, 1, wide};
         if (start) {
-          gram_tile<K, T, Into::kAdd>(x, a, count, out, n, r, p * wide);
+          gram_tile<K, T, Into::Add>(x, a, count, out, n, r, p * wide);
         } else {
-          gram_tile<K, T, Into::kSet>(x, a, count, out, n, r, p * wide);
+          gram_tile<K, T, Into::Set>(x, a, count, out, n, r, p * wide);
         }
       }
     }

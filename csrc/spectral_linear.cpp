@@ -37,10 +37,15 @@ struct Plan {
   Plan(std::string_view core_name, std::string_view forward_name, std::string_view gradient_name)
       : core(core_named(core_name)),
         forward(choice<Forward>(forward_name, "forward",
-                          {{"merged", Forward::Merged}, {"resident", Forward::Resident}, {"factored", Forward::Factored}, {"spectral", Forward::Spectral}})),
+                                {{"merged", Forward::Merged},
+                                 {"resident", Forward::Resident},
+                                 {"factored", Forward::Factored},
+                                 {"spectral", Forward::Spectral}})),
         gradient(choice<Gradient>(gradient_name, "gradient",
-                                  {{"none", Gradient::None}, {"two_sided", Gradient::TwoSided},
-                                   {"short", Gradient::Short}, {"dense", Gradient::Dense}})) {}
+                                  {{"none", Gradient::None},
+                                   {"two_sided", Gradient::TwoSided},
+                                   {"short", Gradient::Short},
+                                   {"dense", Gradient::Dense}})) {}
 
   // Whether one product with W + U C Vh computes the layer.
   bool one_product() const { return forward == Forward::Merged || forward == Forward::Resident; }
@@ -82,8 +87,8 @@ bool all_zero(const Tensor& delta) {
 Tensor apply_core(const Tensor& t, const Tensor& delta, Core core, bool transpose) {
   const auto wide = at::promote_types(t.scalar_type(), delta.scalar_type());
   const Tensor d = delta.to(wide), wide_t = t.to(wide);
-  const Tensor out = core == Core::Dense ? at::mm(wide_t, transpose ? d.t() : d)
-                                         : diagonals_apply(wide_t, {}, d, transpose);
+  const Tensor out =
+      core == Core::Dense ? at::mm(wide_t, transpose ? d.t() : d) : diagonals_apply(wide_t, {}, d, transpose);
   return out.to(t.scalar_type());
 }
 
@@ -179,10 +184,10 @@ Tensor dense_gradient(const Tensor& g, const Tensor& x, const Layer& layer) {
 }
 
 // y [..., out] and p [N, k] (no rows where the plan saves none).
-std::tuple<Tensor, Tensor> spectral_linear(
-    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view forward,
-    std::string_view gradient) {
+std::tuple<Tensor, Tensor> spectral_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                           const Tensor& u, const Tensor& s, const Tensor& vh, const Tensor& delta,
+                                           std::string_view core, std::string_view forward,
+                                           std::string_view gradient) {
   const Plan plan(core, forward, gradient);
   const Layer layer{weight, u, s, vh, delta, plan.core, plan.forward};
   const int64_t in = layer.in_features(), out = layer.out_features(), k = u.size(1);
@@ -220,10 +225,11 @@ std::tuple<Tensor, Tensor> spectral_linear(
 }
 
 // dx [..., in] and d delta in delta's shape; what is not needed comes back empty.
-std::tuple<Tensor, Tensor> spectral_linear_backward(
-    const Tensor& g, const OptTensor& x, const OptTensor& p, const Tensor& weight, const Tensor& u,
-    const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view forward,
-    std::string_view gradient, bool needs_dx, bool needs_delta) {
+std::tuple<Tensor, Tensor> spectral_linear_backward(const Tensor& g, const OptTensor& x, const OptTensor& p,
+                                                    const Tensor& weight, const Tensor& u, const Tensor& s,
+                                                    const Tensor& vh, const Tensor& delta, std::string_view core,
+                                                    std::string_view forward, std::string_view gradient,
+                                                    bool needs_dx, bool needs_delta) {
   const Plan plan(core, forward, gradient);
   const Layer layer{weight, u, s, vh, delta, plan.core, plan.forward};
   const int64_t in = layer.in_features(), out = layer.out_features();
@@ -251,10 +257,9 @@ std::tuple<Tensor, Tensor> spectral_linear_backward(
   return {dx, project_and_reduce(g2, u.to(dtype), {}, *p, layer)};
 }
 
-std::tuple<Tensor, Tensor> call(
-    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view forward,
-    std::string_view gradient) {
+std::tuple<Tensor, Tensor> call(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u,
+                                const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core,
+                                std::string_view forward, std::string_view gradient) {
   static const auto op = operator_handle<decltype(spectral_linear)>("fastspec::spectral_linear");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, weight, bias, u, s, vh, delta, core, forward, gradient);
@@ -265,18 +270,16 @@ using torch::autograd::variable_list;
 
 // Saves p [N, k] (F1), or x on the dense route (F4), and nothing where no coefficient gradient is wanted.
 struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
-  static variable_list forward(
-      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u,
-      const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core,
-      std::string_view forward, std::string_view gradient) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                               const Tensor& u, const Tensor& s, const Tensor& vh, const Tensor& delta,
+                               std::string_view core, std::string_view forward, std::string_view gradient) {
     auto [y, p] = call(x, weight, bias, u, s, vh, delta, core, forward, gradient);
     const bool wanted = delta.requires_grad();
     const bool keeps_x = wanted && gradient == "dense";
     const bool keeps_p = wanted && (gradient == "two_sided" || gradient == "short");
     ctx->set_materialize_grads(false);
     ctx->saved_data["x_sizes"] = x.sizes();
-    ctx->save_for_backward(
-        {keeps_x ? x : Tensor(), keeps_p ? p : Tensor(), weight, u, s, vh, delta});
+    ctx->save_for_backward({keeps_x ? x : Tensor(), keeps_p ? p : Tensor(), weight, u, s, vh, delta});
     ctx->saved_data["core"] = std::string(core);
     ctx->saved_data["forward"] = std::string(forward);
     ctx->saved_data["gradient"] = std::string(gradient);
@@ -304,23 +307,22 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
     if (needs_dx || needs_delta) {
       const auto given = [](const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; };
       const auto& op = at::GradMode::is_enabled() ? differentiable : fast;
-      auto [dx, ddelta] = op.call(
-          g, given(saved[0]), given(saved[1]), saved[2], saved[3], saved[4], saved[5], saved[6],
-          ctx->saved_data["core"].toStringRef(), ctx->saved_data["forward"].toStringRef(),
-          ctx->saved_data["gradient"].toStringRef(), needs_dx, needs_delta);
+      auto [dx, ddelta] =
+          op.call(g, given(saved[0]), given(saved[1]), saved[2], saved[3], saved[4], saved[5], saved[6],
+                  ctx->saved_data["core"].toStringRef(), ctx->saved_data["forward"].toStringRef(),
+                  ctx->saved_data["gradient"].toStringRef(), needs_dx, needs_delta);
       if (needs_dx) out[0] = out[0].defined() ? at::add(out[0], dx) : dx;
       if (needs_delta) out[6] = ddelta;
     }
-    if (needs_bias)
-      out[2] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
+    if (needs_bias) out[2] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
     return out;
   }
 };
 
-std::tuple<Tensor, Tensor> spectral_linear_autograd(
-    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& delta, std::string_view core, std::string_view forward,
-    std::string_view gradient) {
+std::tuple<Tensor, Tensor> spectral_linear_autograd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                                    const Tensor& u, const Tensor& s, const Tensor& vh,
+                                                    const Tensor& delta, std::string_view core,
+                                                    std::string_view forward, std::string_view gradient) {
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || delta.requires_grad() || (bias && bias->requires_grad())))
     return call(x, weight, bias, u, s, vh, delta, core, forward, gradient);
@@ -341,6 +343,4 @@ TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
   m.impl("spectral_linear_backward", &fastspec::spectral_linear_backward);
 }
 
-TORCH_LIBRARY_IMPL(fastspec, AutogradCPU, m) {
-  m.impl("spectral_linear", &fastspec::spectral_linear_autograd);
-}
+TORCH_LIBRARY_IMPL(fastspec, AutogradCPU, m) { m.impl("spectral_linear", &fastspec::spectral_linear_autograd); }

@@ -74,18 +74,16 @@ Tensor reduce_cores(const Tensor& q_in, const Tensor& p_in, const Tensor& table,
   } else {
     shares = at::zeros({task.size(0), table.size(1), k}, table.options());
     each_diagonal(table, [&](int64_t row, int64_t i, int64_t j, int64_t count) {
-      shares.select(1, row).narrow(1, i, count)
-          .copy_(at::mul(q.narrow(2, i, count), p.narrow(2, j, count)).sum(1));
+      shares.select(1, row).narrow(1, i, count).copy_(at::mul(q.narrow(2, i, count), p.narrow(2, j, count)).sum(1));
     });
   }
   return grad.index_add_(0, at::clamp_min(task, 0), without_unnamed(shares, task));
 }
 
 // y [B, ..., out] and p [N, k] (no rows where it is not saved).
-std::tuple<Tensor, Tensor> task_linear(
-    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& table, const Tensor& task, std::string_view core, bool short_side,
-    bool saves_p) {
+std::tuple<Tensor, Tensor> task_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                       const Tensor& u, const Tensor& s, const Tensor& vh, const Tensor& table,
+                                       const Tensor& task, std::string_view core, bool short_side, bool saves_p) {
   const int64_t out = weight.size(0), in = weight.size(1);
   const auto dtype = x.scalar_type();
   const Tensor y = at::linear(x, weight.to(dtype), bias), y2 = y.view({-1, out});
@@ -102,10 +100,10 @@ std::tuple<Tensor, Tensor> task_linear(
 }
 
 // dx [B, ..., in] and d table in the table's shape; what is not needed comes back empty.
-std::tuple<Tensor, Tensor> task_linear_backward(
-    const Tensor& g, const OptTensor& p, const Tensor& weight, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& table, const Tensor& task, std::string_view core_name, bool short_side,
-    bool needs_dx, bool needs_table) {
+std::tuple<Tensor, Tensor> task_linear_backward(const Tensor& g, const OptTensor& p, const Tensor& weight,
+                                                const Tensor& u, const Tensor& s, const Tensor& vh,
+                                                const Tensor& table, const Tensor& task, std::string_view core_name,
+                                                bool short_side, bool needs_dx, bool needs_table) {
   const int64_t out = weight.size(0), in = weight.size(1);
   const auto dtype = g.scalar_type();
   const Core core = core_named(core_name);
@@ -124,10 +122,9 @@ std::tuple<Tensor, Tensor> task_linear_backward(
   return {dx, reduce_cores(q, *p, table, task, core)};
 }
 
-std::tuple<Tensor, Tensor> call(
-    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& table, const Tensor& task, std::string_view core, bool short_side,
-    bool saves_p) {
+std::tuple<Tensor, Tensor> call(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u,
+                                const Tensor& s, const Tensor& vh, const Tensor& table, const Tensor& task,
+                                std::string_view core, bool short_side, bool saves_p) {
   static const auto op = operator_handle<decltype(task_linear)>("fastspec::task_linear");
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
@@ -137,10 +134,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct TaskLinear : torch::autograd::Function<TaskLinear> {
-  static variable_list forward(
-      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u,
-      const Tensor& s, const Tensor& vh, const Tensor& table, const Tensor& task, std::string_view core,
-      bool short_side, bool saves_p) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                               const Tensor& u, const Tensor& s, const Tensor& vh, const Tensor& table,
+                               const Tensor& task, std::string_view core, bool short_side, bool saves_p) {
     auto [y, p] = call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
     ctx->set_materialize_grads(false);
     ctx->saved_data["x_sizes"] = x.sizes();
@@ -171,22 +167,21 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
     if (needs_dx || needs_table) {
       const auto p = saved[0].defined() ? OptTensor(saved[0]) : std::nullopt;
       const auto& op = at::GradMode::is_enabled() ? differentiable : fast;
-      auto [dx, dtable] = op.call(
-          g, p, saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
-          ctx->saved_data["core"].toStringRef(), ctx->saved_data["short"].toBool(), needs_dx, needs_table);
+      auto [dx, dtable] =
+          op.call(g, p, saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
+                  ctx->saved_data["core"].toStringRef(), ctx->saved_data["short"].toBool(), needs_dx, needs_table);
       if (needs_dx) out[0] = out[0].defined() ? at::add(out[0], dx) : dx;
       if (needs_table) out[6] = dtable;
     }
-    if (needs_bias)
-      out[2] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
+    if (needs_bias) out[2] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
     return out;
   }
 };
 
-std::tuple<Tensor, Tensor> task_linear_autograd(
-    const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u, const Tensor& s,
-    const Tensor& vh, const Tensor& table, const Tensor& task, std::string_view core, bool short_side,
-    bool saves_p) {
+std::tuple<Tensor, Tensor> task_linear_autograd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                                const Tensor& u, const Tensor& s, const Tensor& vh,
+                                                const Tensor& table, const Tensor& task, std::string_view core,
+                                                bool short_side, bool saves_p) {
   if (!at::GradMode::is_enabled() ||
       !(x.requires_grad() || table.requires_grad() || (bias && bias->requires_grad())))
     return call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
@@ -203,6 +198,4 @@ TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
   m.impl("task_linear_backward", &fastspec::task_linear_backward);
 }
 
-TORCH_LIBRARY_IMPL(fastspec, AutogradCPU, m) {
-  m.impl("task_linear", &fastspec::task_linear_autograd);
-}
+TORCH_LIBRARY_IMPL(fastspec, AutogradCPU, m) { m.impl("task_linear", &fastspec::task_linear_autograd); }

@@ -11,9 +11,9 @@ namespace {
 
 struct Simd {
   using V = __m256;
-  static constexpr int64_t LANES = 8;
-  static constexpr int ROWS = 6, MERGE_ROWS = 6, MERGE_VECTORS = 2;  // 12 accumulators each
-  static constexpr bool MERGES = false;  // half the registers: a BLAS was faster
+  static constexpr int64_t kLanes = 8;
+  static constexpr int kRows = 6, kMergeRows = 6, kMergeVectors = 2;  // 12 accumulators each
+  static constexpr bool kMerges = false;                              // half the registers: a BLAS was faster
 
   FASTSPEC_SIMD static inline __m256i first(int64_t lanes) {
     const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -24,10 +24,10 @@ struct Simd {
   FASTSPEC_SIMD static inline V load(const float* from) { return _mm256_loadu_ps(from); }
   // masked loads and stores cost some processors tens of cycles: only where a vector is not whole
   FASTSPEC_SIMD static inline V load(const float* from, int64_t lanes) {
-    return lanes >= LANES ? load(from) : _mm256_maskload_ps(from, first(lanes));
+    return lanes >= kLanes ? load(from) : _mm256_maskload_ps(from, first(lanes));
   }
   FASTSPEC_SIMD static inline void store(float* to, V value, int64_t lanes) {
-    if (lanes >= LANES)
+    if (lanes >= kLanes)
       _mm256_storeu_ps(to, value);
     else
       _mm256_maskstore_ps(to, first(lanes), value);
@@ -43,7 +43,7 @@ struct Simd {
 #include "thin_tiles.h"
 
 const fastspec::ThinKernels* fastspec::thin_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &KERNELS : nullptr;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kKernels : nullptr;
 }
 
 #else

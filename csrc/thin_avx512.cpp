@@ -11,12 +11,12 @@ namespace {
 
 struct Simd {
   using V = __m512;
-  static constexpr int64_t LANES = 16;
-  static constexpr int ROWS = 12, MERGE_ROWS = 6, MERGE_VECTORS = 4;  // 24 accumulators each
-  static constexpr bool MERGES = true;
+  static constexpr int64_t kLanes = 16;
+  static constexpr int kRows = 12, kMergeRows = 6, kMergeVectors = 4;  // 24 accumulators each
+  static constexpr bool kMerges = true;
 
   FASTSPEC_SIMD static inline __mmask16 first(int64_t lanes) {
-    return lanes >= LANES ? 0xffff : static_cast<__mmask16>((1u << (lanes > 0 ? lanes : 0)) - 1);
+    return lanes >= kLanes ? 0xffff : static_cast<__mmask16>((1u << (lanes > 0 ? lanes : 0)) - 1);
   }
   FASTSPEC_SIMD static inline V zero() { return _mm512_setzero_ps(); }
   FASTSPEC_SIMD static inline V all(float value) { return _mm512_set1_ps(value); }
@@ -38,7 +38,7 @@ struct Simd {
 #include "thin_tiles.h"
 
 const fastspec::ThinKernels* fastspec::thin_avx512() {
-  return __builtin_cpu_supports("avx512f") ? &KERNELS : nullptr;
+  return __builtin_cpu_supports("avx512f") ? &kKernels : nullptr;
 }
 
 #else

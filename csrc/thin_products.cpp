@@ -43,10 +43,10 @@ Tensor panels_of(const Tensor& matrix, int64_t width) {
   const float* const from = matrix.const_data_ptr<float>();
   const int64_t row = matrix.stride(0), column = matrix.stride(1);
   for (int64_t panel = 0; panel < count; ++panel)
-    for (int64_t begin = 0; begin < d; begin += LINE)  // squares, so that either layout is cached
+    for (int64_t begin = 0; begin < d; begin += kLine)  // squares, so that either layout is cached
       for (int64_t c = 0; c < width; ++c) {
         const int64_t source = panel * width + c;
-        for (int64_t j = begin; j < std::min(begin + LINE, d); ++j)
+        for (int64_t j = begin; j < std::min(begin + kLine, d); ++j)
           to[(panel * d + j) * width + c] = source < cols ? from[j * row + source * column] : 0.f;
       }
   return out;
@@ -73,20 +73,20 @@ template <class Product, class To>
 void multiply(Product product, const Tensor& x, const Panels& panels, int64_t k, const To& to) {
   const int64_t n = x.size(0), d = x.size(1);
   const float* const xp = x.const_data_ptr<float>();
-  const int64_t ldx = x.stride(0), blocks = (n + THIN_BLOCK - 1) / THIN_BLOCK;
-  const int64_t grain = std::max<int64_t>(1, (1 << 18) / (THIN_BLOCK * d * k + 1));
+  const int64_t ldx = x.stride(0), blocks = (n + kThinBlock - 1) / kThinBlock;
+  const int64_t grain = std::max<int64_t>(1, (1 << 18) / (kThinBlock * d * k + 1));
   at::parallel_for(0, blocks, grain, [&](int64_t first_block, int64_t last_block) {
     for (int64_t block = first_block; block < last_block; ++block)
       for (int64_t i = 0; i < panels.count; ++i) {
         const float* const b = panels.data + i * d * panels.width;
-        const int64_t begin = block * THIN_BLOCK, end = std::min(n, begin + THIN_BLOCK);
+        const int64_t begin = block * kThinBlock, end = std::min(n, begin + kThinBlock);
         product({xp, ldx, d, b, i * panels.width, k}, panels.vectors, begin, end, to);
       }
   });
 }
 
-std::array<float, THIN_RANK> padded(const Tensor& values, float otherwise) {
-  std::array<float, THIN_RANK> out;
+std::array<float, kThinRank> padded(const Tensor& values, float otherwise) {
+  std::array<float, kThinRank> out;
   out.fill(otherwise);
   if (values.defined()) {
     const Tensor flat = values.contiguous();
@@ -118,7 +118,7 @@ Tensor thin_project(const Tensor& x, const Tensor& basis, const Tensor& scale, c
 Tensor thin_project_dot(const Tensor& x, const Tensor& basis, const Tensor& p) {
   const int64_t k = basis.size(1);
   const Panels panels(basis);
-  const int64_t blocks = (x.size(0) + THIN_BLOCK - 1) / THIN_BLOCK, width = panels.count * panels.width;
+  const int64_t blocks = (x.size(0) + kThinBlock - 1) / kThinBlock, width = panels.count * panels.width;
   const Tensor sums = at::zeros({blocks, width}, x.options());
   multiply(needed_kernels().dot, x, panels, k,
            Dot{p.const_data_ptr<float>(), p.stride(0), sums.mutable_data_ptr<float>(), width});
@@ -129,13 +129,19 @@ void thin_merge(const Tensor& w, const Tensor& left, const Tensor& right, const 
   TORCH_CHECK(thin_merge_supported(), "this processor has no thin_merge: ask thin_merge_supported() first");
   const ThinKernels& with = *kernels();
   const int64_t rows = w.size(0), cols = w.size(1), k = left.size(1), tile = with.merge_rows;
-  const MergeOperands of{w.const_data_ptr<float>(), left.const_data_ptr<float>(),
-                         right.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
-                         w.stride(0), left.stride(0), right.stride(0), out.stride(0), k, cols};
+  const MergeOperands of{w.const_data_ptr<float>(),
+                         left.const_data_ptr<float>(),
+                         right.const_data_ptr<float>(),
+                         out.mutable_data_ptr<float>(),
+                         w.stride(0),
+                         left.stride(0),
+                         right.stride(0),
+                         out.stride(0),
+                         k,
+                         cols};
   const int64_t grain = std::max<int64_t>(1, (1 << 17) / (tile * cols * k + 1));
-  at::parallel_for(0, (rows + tile - 1) / tile, grain, [&](int64_t begin, int64_t end) {
-    with.merge(of, begin * tile, std::min(rows, end * tile));
-  });
+  at::parallel_for(0, (rows + tile - 1) / tile, grain,
+                   [&](int64_t begin, int64_t end) { with.merge(of, begin * tile, std::min(rows, end * tile)); });
 }
 
 namespace {
@@ -143,10 +149,10 @@ namespace {
 // The products as operators, for tests and benchmarks: checked, where the layer's own calls are valid.
 void check_project(const Tensor& x, const Tensor& basis) {
   TORCH_CHECK(x.dim() == 2 && basis.dim() == 2 && thin_operand(x) && basis.scalar_type() == at::kFloat,
-              "expected float32 x [N, d] with unit column stride and basis [d, k], got ",
-              x.scalar_type(), " ", x.sizes(), " and ", basis.scalar_type(), " ", basis.sizes());
-  TORCH_CHECK(basis.size(0) == x.size(1) && basis.size(1) <= THIN_RANK, "expected a basis [", x.size(1),
-              ", k <= ", THIN_RANK, "], got ", basis.sizes());
+              "expected float32 x [N, d] with unit column stride and basis [d, k], got ", x.scalar_type(), " ",
+              x.sizes(), " and ", basis.scalar_type(), " ", basis.sizes());
+  TORCH_CHECK(basis.size(0) == x.size(1) && basis.size(1) <= kThinRank, "expected a basis [", x.size(1),
+              ", k <= ", kThinRank, "], got ", basis.sizes());
 }
 
 Tensor thin_project_op(const Tensor& x, const Tensor& basis) {
@@ -163,10 +169,9 @@ Tensor thin_project_dot_op(const Tensor& x, const Tensor& basis, const Tensor& p
 
 void thin_merge_op(const Tensor& w, const Tensor& left, const Tensor& right, const Tensor& out) {
   for (const Tensor& t : {w, left, right, out})
-    TORCH_CHECK(t.dim() == 2 && thin_operand(t),
-                "thin_merge: expected float32 matrices with unit column stride");
-  TORCH_CHECK(left.size(0) == w.size(0) && right.size(0) == left.size(1) &&
-                  right.size(1) == w.size(1) && out.sizes() == w.sizes(),
+    TORCH_CHECK(t.dim() == 2 && thin_operand(t), "thin_merge: expected float32 matrices with unit column stride");
+  TORCH_CHECK(left.size(0) == w.size(0) && right.size(0) == left.size(1) && right.size(1) == w.size(1) &&
+                  out.sizes() == w.sizes(),
               "thin_merge: expected w and out [m, n], left [m, k], right [k, n]");
   thin_merge(w, left, right, out);
 }

@@ -7,7 +7,7 @@
 namespace fastspec {
 
 // Above this rank a BLAS is at its full speed and these products are no faster.
-constexpr int64_t THIN_RANK = 64;
+constexpr int64_t kThinRank = 64;
 
 // Whether this processor runs the projections, and whether it runs the merge.
 bool thin_supported();
@@ -16,7 +16,7 @@ bool thin_merge_supported();
 // Whether they take this matrix: float32 on the CPU, unit column stride.
 bool thin_operand(const at::Tensor& matrix);
 
-// X B diag(scale) - shift  [N, k]  for x [N, d] and basis [d, k <= THIN_RANK] of any strides; scale and
+// X B diag(scale) - shift  [N, k]  for x [N, d] and basis [d, k <= kThinRank] of any strides; scale and
 // shift [k] or undefined.
 at::Tensor thin_project(const at::Tensor& x, const at::Tensor& basis, const at::Tensor& scale = {},
                         const at::Tensor& shift = {});
@@ -26,7 +26,6 @@ at::Tensor thin_project(const at::Tensor& x, const at::Tensor& basis, const at::
 at::Tensor thin_project_dot(const at::Tensor& x, const at::Tensor& basis, const at::Tensor& p);
 
 // W + L R into `out` [m, n] for l [m, k], r [k, n].
-void thin_merge(const at::Tensor& w, const at::Tensor& left, const at::Tensor& right,
-                const at::Tensor& out);
+void thin_merge(const at::Tensor& w, const at::Tensor& left, const at::Tensor& right, const at::Tensor& out);
 
 }  // namespace fastspec

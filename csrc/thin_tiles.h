@@ -12,7 +12,7 @@ namespace fastspec {
 namespace {
 
 using V = Simd::V;
-constexpr int64_t LANES = Simd::LANES;
+constexpr int64_t kLanes = Simd::kLanes;
 
 // acc[MR, NV vectors] = X[MR, d] B[d, NV vectors]. Three rows share a base address, which leaves the
 // compiler a register for each. The rows after these are fetched meanwhile.
@@ -24,14 +24,14 @@ FASTSPEC_TILE void multiply_tile(V (&acc)[MR][NV], const float* __restrict x, in
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r][v] = Simd::zero();
   const float* const base[4] = {x, x + 3 * ldx, x + 6 * ldx, x + 9 * ldx};
-  for (int64_t line = 0; line < d; line += LINE) {
+  for (int64_t line = 0; line < d; line += kLine) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) __builtin_prefetch(base[r / 3] + (r % 3 + MR) * ldx + line);
-    const int64_t end = std::min(line + LINE, d);
-    for (int64_t j = line; j < end; ++j, b += NV * LANES) {
+    const int64_t end = std::min(line + kLine, d);
+    for (int64_t j = line; j < end; ++j, b += NV * kLanes) {
       V bv[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) bv[v] = Simd::load(b + v * LANES);
+      for (int v = 0; v < NV; ++v) bv[v] = Simd::load(b + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         const V xv = Simd::all(base[r / 3][(r % 3) * ldx + j]);
@@ -46,7 +46,7 @@ template <int MR, int NV>
 FASTSPEC_TILE void take(const V (&acc)[MR][NV], int64_t row, int64_t column, int64_t k, const Store& to) {
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
-    const int64_t c = column + v * LANES;
+    const int64_t c = column + v * kLanes;
     const V scale = Simd::load(to.scale + c), shift = Simd::load(to.shift + c);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
@@ -56,15 +56,15 @@ FASTSPEC_TILE void take(const V (&acc)[MR][NV], int64_t row, int64_t column, int
 
 template <int MR, int NV>
 FASTSPEC_TILE void take(const V (&acc)[MR][NV], int64_t row, int64_t column, int64_t k, const Dot& to) {
-  float* const sum = to.sums + row / THIN_BLOCK * to.width + column;
+  float* const sum = to.sums + row / kThinBlock * to.width + column;
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
-    const int64_t c = column + v * LANES;
-    V total = Simd::load(sum + v * LANES);
+    const int64_t c = column + v * kLanes;
+    V total = Simd::load(sum + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
       total = Simd::fma(acc[r][v], Simd::load(to.p + (row + r) * to.ldp + c, k - c), total);
-    Simd::store(sum + v * LANES, total, LANES);
+    Simd::store(sum + v * kLanes, total, kLanes);
   }
 }
 
@@ -77,7 +77,7 @@ FASTSPEC_SIMD void tile(const ThinOperands& of, int64_t row, const To& to) {
 
 template <int NV, class To>
 void rows(const ThinOperands& of, int64_t begin, int64_t end, const To& to) {
-  for (; begin + Simd::ROWS <= end; begin += Simd::ROWS) tile<Simd::ROWS, NV>(of, begin, to);
+  for (; begin + Simd::kRows <= end; begin += Simd::kRows) tile<Simd::kRows, NV>(of, begin, to);
   for (; begin < end; ++begin) tile<1, NV>(of, begin, to);
 }
 
@@ -96,21 +96,21 @@ FASTSPEC_SIMD void merge_tile(const MergeOperands& of, int64_t row, int64_t colu
   const float* const w = of.w + row * of.ldw + column;
   const float* const l = of.l + row * of.ldl;
   const float* r = of.r + column;
-  const int64_t lanes = std::min(LANES, of.cols - column);  // of each vector: several are always whole
-  constexpr int64_t LINES = MR * ((NV * LANES + LINE - 1) / LINE), ACROSS = LINES / MR;
+  const int64_t lanes = std::min(kLanes, of.cols - column);  // of each vector: several are always whole
+  constexpr int64_t kLines = MR * ((NV * kLanes + kLine - 1) / kLine), kAcross = kLines / MR;
   V acc[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = Simd::zero();
-  const int64_t each = (LINES + of.k - 1) / of.k;  // lines to fetch in every step of the product
+  const int64_t each = (kLines + of.k - 1) / of.k;  // lines to fetch in every step of the product
   int64_t line = 0;
   for (int64_t j = 0; j < of.k; ++j, r += of.ldr) {
-    for (const int64_t stop = std::min<int64_t>(line + each, LINES); line < stop; ++line)
-      __builtin_prefetch(w + line / ACROSS * of.ldw + NV * LANES + line % ACROSS * LINE, 0, 2);
+    for (const int64_t stop = std::min<int64_t>(line + each, kLines); line < stop; ++line)
+      __builtin_prefetch(w + line / kAcross * of.ldw + NV * kLanes + line % kAcross * kLine, 0, 2);
     V rv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) rv[v] = Simd::load(r + v * LANES, lanes);
+    for (int v = 0; v < NV; ++v) rv[v] = Simd::load(r + v * kLanes, lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const V lv = Simd::all(l[i * of.ldl + j]);
@@ -123,26 +123,26 @@ FASTSPEC_SIMD void merge_tile(const MergeOperands& of, int64_t row, int64_t colu
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      const V sum = Simd::add(Simd::load(w + i * of.ldw + v * LANES, lanes), acc[i][v]);
-      Simd::store(m + i * of.ldm + v * LANES, sum, lanes);
+      const V sum = Simd::add(Simd::load(w + i * of.ldw + v * kLanes, lanes), acc[i][v]);
+      Simd::store(m + i * of.ldm + v * kLanes, sum, lanes);
     }
 }
 
 template <int MR>
 void merge_row(const MergeOperands& of, int64_t row) {
-  constexpr int NV = Simd::MERGE_VECTORS;
+  constexpr int NV = Simd::kMergeVectors;
   int64_t column = 0;
-  for (; column + NV * LANES <= of.cols; column += NV * LANES) merge_tile<MR, NV>(of, row, column);
-  for (; column < of.cols; column += LANES) merge_tile<MR, 1>(of, row, column);
+  for (; column + NV * kLanes <= of.cols; column += NV * kLanes) merge_tile<MR, NV>(of, row, column);
+  for (; column < of.cols; column += kLanes) merge_tile<MR, 1>(of, row, column);
 }
 
 void merge(const MergeOperands& of, int64_t begin, int64_t end) {
-  for (; begin + Simd::MERGE_ROWS <= end; begin += Simd::MERGE_ROWS) merge_row<Simd::MERGE_ROWS>(of, begin);
+  for (; begin + Simd::kMergeRows <= end; begin += Simd::kMergeRows) merge_row<Simd::kMergeRows>(of, begin);
   for (; begin < end; ++begin) merge_row<1>(of, begin);
 }
 
-constexpr ThinKernels KERNELS = {LANES, Simd::MERGE_ROWS, project<Store>, project<Dot>,
-                                 Simd::MERGES ? merge : nullptr};
+constexpr ThinKernels kKernels = {kLanes, Simd::kMergeRows, project<Store>, project<Dot>,
+                                  Simd::kMerges ? merge : nullptr};
 
 }  // namespace
 }  // namespace fastspec

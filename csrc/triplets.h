@@ -3,11 +3,9 @@
 
 #include <ATen/ATen.h>
 
-namespace fastspec {
+#include "svd_options.h"
 
-// Left vectors of values below this part of the largest are orthonormalised by Householder reflections
-// (see gram.py).
-constexpr double kSmall = 1e-4;
+namespace fastspec {
 
 struct Triplets {
   at::Tensor left;      // [A, m, k] orthonormal columns
@@ -18,15 +16,16 @@ struct Triplets {
 
 // The best triplets within the span of `right [A, n, k]`, whose columns are nearly orthonormal. w [A, m, n],
 // m >= n; the result has the dtype of `result`.
-Triplets rayleigh_ritz(const at::Tensor& w, const at::Tensor& right, at::ScalarType result);
+Triplets rayleigh_ritz(const at::Tensor& w, const at::Tensor& right, const SvdOptions& options,
+                       at::ScalarType result);
 
 // The k leading right vectors [A, n, k], float64, by all eigenvectors of W^T W accumulated in float64.
 at::Tensor gram_subspace(const at::Tensor& w, int64_t k);
 
 // The k leading triplets by all eigenvectors of W^T W, accumulated in float64.
-Triplets gram_triplets(const at::Tensor& w, int64_t k);
+Triplets gram_triplets(const at::Tensor& w, const SvdOptions& options);
 
 // The k leading triplets by LAPACK's SVD of W itself; they have the dtype of `result`.
-Triplets exact_triplets(const at::Tensor& w, int64_t k, at::ScalarType result);
+Triplets exact_triplets(const at::Tensor& w, const SvdOptions& options, at::ScalarType result);
 
 }  // namespace fastspec

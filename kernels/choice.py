@@ -1,16 +1,9 @@
 """Which candidate serves a kind of call on a GPU: timed once on the user's own card, then remembered.
 
-<<<<<<< HEAD
-A kind of call is its operator, core, dtype, sizes (rows to the next power of two) and what it must
-return. Its fastest candidate is kept in memory and in one file per device and versions in the cache
-folder. `FASTSPEC_BACKEND` forces a candidate. Nothing is timed in deterministic mode (another run could
-choose, and so round, differently), while a CUDA graph is captured, while torch.compile traces, or
-=======
-A kind of call is its operator, core, dtype, sizes (rows to the next power of two), the layout of its operands
-and what it must return. Its fastest candidate is kept in memory and in one file per device and versions under
-`cache_dir()`. `FASTSPEC_BACKEND` forces a candidate. Nothing is timed in deterministic mode (another run
+A kind of call is its operator, core, dtype, sizes (rows to the next power of two), layout of its operands
+and what it must return. Its fastest candidate is kept in memory and in one file per device and versions in the
+cache folder. `FASTSPEC_BACKEND` forces a candidate. Nothing is timed in deterministic mode (another run
 could choose, and so round, differently), while a CUDA graph is captured, while torch.compile traces, or
->>>>>>> kernels
 where there is one candidate only: the `rule` decides then, while tracing after what was timed before.
 """
 
@@ -110,15 +103,8 @@ def measure(call: Callable[[], object], device: torch.device) -> float:
     return sorted(times)[len(times) // 2]
 
 
-<<<<<<< HEAD
-def rule(candidates: Collection[str], dtype: torch.dtype, k: int) -> str:
-    """The choice without timing: fused where the projection rides along for free, else ATen's plan."""
-    fused = k <= tiles.FUSED_RANK[tiles.kind(dtype)]
-    return next((n for n in ("tma", "triton") if fused and n in candidates), "aten")
-=======
-CUBLAS_WIDTH = (
-    4096  # of a layer's short side: from here cuBLAS's lead outweighs the fused kernels' saving
-)
+# of a layer's short side: from here cuBLAS's lead outweighs the fused kernels' saving
+CUBLAS_WIDTH = 4096
 
 
 def rule(candidates: Collection[str], dtype: torch.dtype, k: int, width: int) -> str:
@@ -127,8 +113,7 @@ def rule(candidates: Collection[str], dtype: torch.dtype, k: int, width: int) ->
     `width` is the layer's short side.
     """
     fused = k <= tiles.FUSED_RANK[tiles.kind(dtype)] and width < CUBLAS_WIDTH
-    return next((n for n in ("descriptors", "triton") if fused and n in candidates), "aten")
->>>>>>> kernels
+    return next((n for n in ("tma", "triton") if fused and n in candidates), "aten")
 
 
 def forced_candidate() -> str | None:

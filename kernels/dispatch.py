@@ -21,13 +21,8 @@ from torch import Tensor
 from fastspec.kernels import MAX_RANK, tiles, tma
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.choice import Call, describe
-<<<<<<< HEAD
-from fastspec.kernels.sigma_grad import sigma_grad
-=======
 from fastspec.kernels.launch import tracing
-from fastspec.kernels.sigma_grad import MAX_RANK, sigma_grad
-from fastspec.multitask import ops as task_ops
->>>>>>> kernels
+from fastspec.kernels.sigma_grad import sigma_grad
 
 Result = tuple[Tensor, Tensor]
 Candidates = dict[str, Callable[[], Result]]
@@ -131,15 +126,9 @@ def task_linear(
     candidates: Candidates = {"aten": lambda: aten(*operands)}
     if core == "diag":
         rows = _task_of_rows(task, x)
-<<<<<<< HEAD
         candidates |= _fused_forward(x, weight, bias, u, vh, table, core, rows, saves_p)
-    kind = describe("task fwd", core, x, weight, u.shape[1], saves_p, bias is not None)
-    call = Call(kind, candidates, x, u.shape[1], traceable=not short)
-=======
-        candidates |= _fused_forward(x, bias, weight, u, vh, table, core, rows, saves_p)
     kind = describe("task fwd", core, (_matrix(x), weight, u, vh), saves_p, bias is not None)
     call = Call(kind, candidates, x, *_rank_and_width(weight, u), traceable=not short)
->>>>>>> kernels
     return call.trace() if trace else call.run()
 
 
@@ -263,7 +252,7 @@ def _kernels_serve(delta: Tensor, k: int, *operands: Tensor) -> bool:
 def _tma_serves(columns: int, k: int, a: Tensor, *operands: Tensor) -> bool:
     """Whether TMA can fetch the operands and store a result of this many columns."""
     return (
-        hopper.AVAILABLE
+        tma.AVAILABLE
         and tiles.capability(a.device) >= 90
         and not tracing()  # traced tensors have no address to look at
         and plain.fuses(a, k)

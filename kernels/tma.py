@@ -168,11 +168,7 @@ def spectral_linear_fwd(
     (n, d), (out, k) = x.shape, u.shape
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     p = torch.empty(n, k, dtype=x.dtype, device=x.device)
-<<<<<<< HEAD:kernels/tma.py
-    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile or _tile(x, k))
-=======
-    block_r, tile, grid, tiles_each = plan(x, n, out, k, tile, descriptors=True)
->>>>>>> kernels:kernels/hopper.py
+    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile, tma=True)
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     _check(x, w, u, vh, y)
     launch(
@@ -204,11 +200,7 @@ def spectral_linear_bwd(
     name, table = kernel_core(g, u, delta, core, task)
     (n, out), (k, d) = g.shape, vh.shape
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
-<<<<<<< HEAD:kernels/tma.py
-    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile or _tile(g, k))
-=======
-    block_r, tile, grid, tiles_each = plan(g, n, d, k, tile, descriptors=True)
->>>>>>> kernels:kernels/hopper.py
+    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile, tma=True)
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     shares = gradient_slots(name, grid[0], n, k, g.device) if needs_delta else table
     _check(g, w, u, vh, dx)
@@ -227,14 +219,6 @@ def spectral_linear_bwd(
     return dx, finish_gradient(shares, core, task, n_tasks, delta.shape[0] // 2)
 
 
-<<<<<<< HEAD:kernels/tma.py
-def _tile(a: Tensor, k: int) -> tiles.Tile:
-    kind, capability = tiles.kind(a.dtype), tiles.capability(a.device)
-    return tiles.choose_tile(capability, kind, a.shape[0], rank_tile(k), tma=True)
-
-
-=======
->>>>>>> kernels:kernels/hopper.py
 def _check(*operands: Tensor) -> None:
     if not fits(*operands):
         raise ValueError(

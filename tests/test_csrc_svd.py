@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -12,25 +13,18 @@ import pytest
 import torch
 
 from fastspec import _extension
+from fastspec.svd.options import Options
+from fastspec.svd.topk import leading_triplets
 
 pytestmark = pytest.mark.skipif(_extension.load() is not None, reason=str(_extension.load()))
 
 
-def topk(
-    w,
-    k=4,
-    tol=1e-5,
-    floor=2**-8,
-    max_steps=0,
-    seed=0,
-    width=4,
-    gram_short=1024,
-    most=4096,
-    op="topk_svd",
-):
+PROBLEM = Options(k=4, tol=1e-5, floor=2**-8, max_steps=0, seed=0, width=4, most=4096)
+
+
+def topk(w, op="topk_svd", **changes):
     """left [L, m, k], s [L, k], right [L, n, k], residual [L]."""
-    run = getattr(torch.ops.fastspec, op)
-    return run(w, k, tol, floor, max_steps, seed, width, gram_short, most)
+    return getattr(torch.ops.fastspec, op)(w, **vars(dataclasses.replace(PROBLEM, **changes)))
 
 
 def subspace(w, **options):
@@ -118,7 +112,7 @@ def test_step_limit_still_gives_k_vectors(stack) -> None:
 
 @both_ways
 @pytest.mark.parametrize("gram_short", [0, 1024], ids=["wider", "gram"])
-def test_more_copies_than_columns(op: str, gram_short: int) -> None:
+def test_multiplicity_above_the_width(op: str, gram_short: int) -> None:
     q = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
     w = (q * torch.where(torch.arange(64) < 20, 2.0, 0.5)) @ q.mT
     assert sine(
@@ -135,6 +129,70 @@ def test_residual_is_that_of_the_returned_vectors(stack, width: int) -> None:
     assert (residual <= 1e-5).all()
     assert (measured <= residual + 1e-6).all()
     assert (residual <= measured + 1e-6).all()
+
+
+def test_every_option_is_an_argument_without_a_default() -> None:
+    """So that a constant that one implementation lacks, or names otherwise, is an error at the first call."""
+    for op in (torch.ops.fastspec.topk_svd, torch.ops.fastspec.topk_svd_in_step):
+        arguments = op.default._schema.arguments[1:]
+        assert {a.name for a in arguments} == {f.name for f in dataclasses.fields(Options)}
+        assert all(a.kwarg_only and not a.has_default_value() for a in arguments)
+
+
+def with_values(s: torch.Tensor) -> torch.Tensor:
+    """A matrix [1, n + 10, n] of these singular values."""
+    n, g = len(s), torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(n + 10, n, generator=g))[0]
+    right = torch.linalg.qr(torch.randn(n, n, generator=g))[0]
+    return ((left * s) @ right.mT)[None]
+
+
+SPECTRA = {
+    "slow": with_values(torch.linspace(2, 0.5, 90)),
+    "steep": with_values(0.5 ** torch.arange(90)),
+    "multiple": with_values(torch.where(torch.arange(90) < 12, 2.0, 0.5)),
+    "rank 6": with_values((torch.arange(90) < 6).float()),
+}
+# what a change of every option must show in: a spectrum, the options beside, the change
+EFFECTS = {
+    "k": ("slow", {}, 3),
+    "tol": ("slow", {}, 1e-2),
+    "floor": ("steep", {"k": 8}, 0.5),
+    "max_steps": ("slow", {}, 3),
+    "seed": ("slow", {}, 1),
+    "width": ("slow", {}, 3),
+    "most": ("slow", {}, 24),
+    "gram_short": ("slow", {}, 10),
+    "first_check": ("slow", {}, -20),
+    "restarted_lengths": ("slow", {"most": 16, "tol": 1e-6, "first_check": 0}, 0),
+    "margin": ("slow", {"tol": 1e-2, "first_check": -20}, 1e-3),
+    "coincidence": ("multiple", {"k": 12}, -1.0),
+    "small": ("rank 6", {"k": 8}, 0.0),
+    "wide_ratio": ("slow", {}, 1.0),
+    "stagnation": ("slow", {"first_check": -20}, 1e6),
+    "negligible": ("slow", {}, 1e12),
+    "breakdown": ("slow", {}, 1e12),
+}
+
+
+@pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(Options)])
+def test_every_option_counts_in_both_implementations(option: str) -> None:
+    """A field that one of them reads in another's place, or does not read, changes no bit of its result."""
+    spectrum, beside, value = EFFECTS[option]
+    w = SPECTRA[spectrum]
+    options = dataclasses.replace(PROBLEM, **beside)
+    changed = dataclasses.replace(options, **{option: value})
+
+    def compiled(w, options):
+        return torch.ops.fastspec.topk_svd(w, **vars(options))
+
+    def stepped(w, options):
+        return torch.ops.fastspec.topk_svd_in_step(w, **vars(options))
+
+    for run in (leading_triplets, compiled, stepped):
+        before, again, after = run(w, options), run(w, options), run(w, changed)
+        assert all(map(torch.equal, before, again))
+        assert not all(map(torch.equal, before, after)), run.__name__
 
 
 @both_ways
@@ -163,12 +221,13 @@ def test_the_interpreter_is_free_while_it_runs() -> None:
 
 # What takes ten seconds and more: large matrices one after the other, and so small a basis that a flat
 # spectrum restarts it again and again. On two threads the calling one may be done at once, and wait.
-TOGETHER = "torch.ops.fastspec.topk_svd(torch.stack([{}, {}]), 40, 1e-7, 2**-8, 0, 0, 4, 1024, 56)"
+RESTARTED = vars(dataclasses.replace(PROBLEM, k=40, tol=1e-7, most=56))
+TOGETHER = "torch.ops.fastspec.topk_svd(torch.stack([{}, {}]), **{})"
 LONG = {
     "one after the other": "fastspec.topk_svd(torch.randn(2, 6000, 6000), 600, tol=1e-7)",
-    "together": TOGETHER.format("flat", "flat"),
-    "second alone": TOGETHER.format("steep", "flat"),
-    "first alone": TOGETHER.format("flat", "steep"),
+    "together": TOGETHER.format("flat", "flat", RESTARTED),
+    "second alone": TOGETHER.format("steep", "flat", RESTARTED),
+    "first alone": TOGETHER.format("flat", "steep", RESTARTED),
 }
 
 
@@ -284,8 +343,8 @@ def test_jacobi_of_what_has_no_eigenvalues_is_nan(bad: float, place: tuple[int, 
 def test_opcheck(stack) -> None:
     for op in ("topk_svd", "topk_svd_in_step"):
         for width in (0, 4):
-            arguments = (stack, 4, 1e-5, 2**-8, 0, 0, width, 1024, 4096)
-            torch.library.opcheck(getattr(torch.ops.fastspec, op).default, arguments)
+            options = vars(dataclasses.replace(PROBLEM, width=width))
+            torch.library.opcheck(getattr(torch.ops.fastspec, op).default, (stack,), options)
     torch.library.opcheck(torch.ops.fastspec.jacobi_eigh.default, (stack.mT @ stack,))
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastspec import _extension
 from fastspec.svd import krylov
+from fastspec.svd.options import residual_floor
 from fastspec.svd.topk import ConvergenceWarning, TopkSVD, topk_svd
-from fastspec.svd.triplets import floor_of
 
 
 @pytest.fixture(autouse=True, params=["aten", "extension"])
@@ -43,7 +43,7 @@ def worst_residual(w: Tensor, found: TopkSVD) -> float:
     w, u, s, vh = w.double(), found.u.double(), found.s.double(), found.vh.double()
     forward = (w @ vh.mT - u * s).norm(dim=0)
     backward = (w.mT @ u - vh.mT * s).norm(dim=0)
-    allowed = torch.maximum(s, floor_of(found.s.dtype) * s[0])
+    allowed = torch.maximum(s, residual_floor(found.s.dtype) * s[0])
     if s[0] == 0:
         return float(torch.maximum(forward, backward).max())
     return float((torch.maximum(forward, backward) / allowed).max())
@@ -184,11 +184,11 @@ def test_projection_identity_on_the_short_side() -> None:
     assert (b.u.mT @ tall.mT - b.s[:, None] * b.vh).abs().max() < 1e-6
 
 
-def test_more_copies_than_the_block_is_wide() -> None:
-    """A start block of b vectors sees b copies; the crowded values must be noticed, not missed."""
-    copies, k = 20, 24
-    assert krylov.block_width(k, 400, compiled=False) < copies
-    s = torch.cat([torch.full((copies,), 2.0), torch.linspace(1, 0.1, 380)])
+def test_multiplicity_above_the_width() -> None:
+    """A start block of b vectors finds b vectors of a value; that there are more must be noticed."""
+    multiplicity, k = 20, 24
+    assert krylov.block_width(k, 400, compiled=False) < multiplicity
+    s = torch.cat([torch.full((multiplicity,), 2.0), torch.linspace(1, 0.1, 380)])
     w = with_spectrum(400, 400, s)
     check(w, topk_svd(w, k), k)
 

@@ -52,30 +52,18 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     dtype = KINDS[kind][0]
     fused = tiles.FUSED_RANK[kind]
     ranks = [r for r in (32, 64) if r <= fused]
-<<<<<<< HEAD:tools/kernel_report.py
-    plain = [(core, r, MANY) for r in ranks for core in ("diag", "task", "dense")]
-    plain += [("diag", ranks[0], FEW)] if ranks else [("precomputed", 64, FEW)]
-    plain.append(("precomputed", 64, MANY))
-    for core, rank, rows in plain:
+    plain = [(core, r, MANY, False) for r in ranks for core in ("diag", "task", "dense")]
+    few = ("diag", ranks[0]) if ranks else ("precomputed", 64)
+    plain += [(*few, FEW, narrow) for narrow in (False, True)]
+    plain.append(("precomputed", 64, MANY, False))
+    for core, rank, rows, narrow in plain:
         # what `launch_grid` does: a rank in chunks goes by the step of the depth
         tile = tiles.choose_tile(capability, kind, rows, 0 if core == "precomputed" else rank)
-        block_r = tile.block_k if core == "precomputed" else rank
-        label = f"{core}, " + ("rank in chunks" if core == "precomputed" else f"rank tile {rank}")
-        label += "" if rows == MANY else ", few rows"
-=======
-    plain = [(core, r, MANY, False) for r in ranks for core in ("diag", "task", "dense")]
-    few = ("diag", ranks[0]) if ranks else ("given", 64)
-    plain += [(*few, FEW, narrow) for narrow in (False, True)]
-    plain.append(("given", 64, MANY, False))
-    for core, rank, rows, narrow in plain:
-        # what `plan` does: a rank in chunks goes by the step of the depth
-        tile = tiles.choose_tile(capability, kind, rows, 0 if core == "given" else rank)
         if narrow:
             tile = dataclasses.replace(tile, block_n=tiles.NARROWEST)
-        block_r = tile.block_k if core == "given" else rank
-        label = f"{core}, " + ("rank in chunks" if core == "given" else f"rank tile {rank}")
+        block_r = tile.block_k if core == "precomputed" else rank
+        label = f"{core}, " + ("rank in chunks" if core == "precomputed" else f"rank tile {rank}")
         label += "" if rows == MANY else ", few rows" + ", narrow" * narrow
->>>>>>> kernels:kernels/report.py
         own: dict[str, dict[str, Any]] = {
             "fwd": {"BIAS": True, "TRANSPOSED": False, "stride_xi": 1},
             "bwd": {"GRAD": core != "precomputed", "TRANSPOSED": kind == "tf32", "stride_go": 1},

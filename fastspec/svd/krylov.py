@@ -4,8 +4,8 @@ Randomised SVD (a few power steps) does not find singular vectors of transformer
 spectra decay slowly; keeping every block of the iteration as a basis does (design section 4;
 Musco and Musco, arXiv 1504.05477; block Lanczos with full reorthogonalisation, Golub and Van Loan,
 section 10.3). Narrow blocks need the fewest basis vectors, because they leave more steps for the same
-number; the price is that a value with more copies than the block is wide shows only that many of them,
-which `_crowded` recognises.
+number; the price is that a value of higher multiplicity than the block is wide shows only that many of its
+vectors, which `_multiplicity_reaches_width` recognises.
 
 Basis vectors are rows here: the basis [L, p, n] grows by contiguous blocks.
 """
@@ -17,22 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastspec.svd import triplets
-
-# Values within this many tolerances of one another may be copies of one value: Ritz vectors that mix
-# values further apart would not have passed for converged.
-_COPIES = 30
-
-# Short side up to which the Gram matrix is formed. One product with it replaces two with W, and forming it
-# runs at full speed, which narrow products do not: it pays when the basis grows past a sixth of the short
-# side or so.
-GRAM_SHORT = 1024
-
-# Of the basis vectors made before the first check, 2 k + 6 width more: where decaying spectra converge.
-_FIRST_CHECK = 56
-
-# Basis vectors made in all, in short sides, after which a restarted iteration ends as it is.
-_RESTARTED_LENGTHS = 10
+from fastspec.svd.options import Options
+from fastspec.svd.triplets import gram_subspace
 
 
 def block_width(k: int, short: int, compiled: bool) -> int:
@@ -41,7 +27,7 @@ def block_width(k: int, short: int, compiled: bool) -> int:
     Wider costs more basis vectors, narrower more products and, where they come from Python, more calls.
     """
     if compiled:
-        return 4 if short <= GRAM_SHORT else 8
+        return 4 if short <= Options.gram_short else 8
     return 8 if k <= 64 else 16
 
 
@@ -65,50 +51,45 @@ def most_vectors(w: Tensor, k: int, width: int, workspace: int) -> int:
     return min(short, max(fitting, 2 * k + 8 * width))
 
 
-def leading_subspace(
+def krylov_subspace(
     w: Tensor,  # [L, m, n], m >= n
-    k: int,
-    tol: float,
-    floor: float,
-    max_steps: int | None,
-    seed: int,
-    width: int,
-    most: int,
-    widened: bool = False,
+    options: Options,
+    width: int | None = None,
 ) -> Tensor:  # [L, n, k]
     """Right vectors whose estimated residuals meet `tol`, or the best found within `max_steps`.
 
-    In blocks of `width` columns, and with `most` basis vectors at once; `widened` after a first run whose
-    blocks were too narrow.
+    In blocks of `width` columns, more than those of `options` after a first run whose blocks were too narrow.
     """
-    short = w.shape[-1]
-    width = min(width, short)
-    most = max(most, k + 2 * width)
+    short, k = w.shape[-1], options.k
+    widened = width is not None
+    width = min(width or options.width, short)
+    most = max(options.most, k + 2 * width)
     right = w.new_empty(w.shape[0], short, k)
-    crowded_rows: list[Tensor] = []
+    multiple: list[Tensor] = []
     active = torch.arange(w.shape[0], device=w.device)
-    run = _Iteration(w, width, seed)
-    check = 2 * k + 6 * width + _FIRST_CHECK
+    run = _Iteration(w, options, width)
+    check = 2 * k + 6 * width + options.first_check
     # (basis vectors made, log10 of the error over the one allowed); before the first check, a guess
-    last = (float(k + width), -math.log10(tol))
+    last = (float(k + width), -math.log10(options.tol))
     steps = made = 0
     while active.numel():
         before = run.size
         run.step()
         steps += 1
         made += run.size - before
-        stopped = steps == max_steps or made > _RESTARTED_LENGTHS * short
+        stopped = steps == options.max_steps or made > options.restarted_lengths * short
         final = run.size == short or (stopped and run.size >= k)
         full = run.size + run.next.shape[1] > most and run.size < short
         if made < min(check, short) and not final and not full:
             continue
         values, vectors, error = run.ritz(k)
-        share = run.share_of_tolerance(values[:, :k], error, tol, floor)  # [A], 1 when converged
+        share = run.share_of_tolerance(values[:, :k], error)  # [A], 1 when converged
         done = share <= 1 if not final else torch.ones_like(share, dtype=torch.bool)
         if done.any():
             right[active[done]] = run.basis[done, : run.size].mT @ vectors[done, :, :k]
             if not final:
-                crowded_rows.append(active[done & _crowded(values[:, :k], width, tol)])
+                reached = _multiplicity_reaches_width(values[:, :k], width, options)
+                multiple.append(active[done & reached])
             active = active[~done]
             values, vectors = values[~done], vectors[~done]
             run.keep(~done)
@@ -121,38 +102,40 @@ def leading_subspace(
             # a check costs about as much as two steps, a long extrapolation is not to be trusted
             check = made + int(min(max(ahead, 2 * width), 0.3 * made))
             last = here
-    for rows in crowded_rows:
+    for rows in multiple:
         if rows.numel():
-            if short <= GRAM_SHORT and widened:  # a third run would cost more
-                right[rows] = triplets.leading_subspace(w[rows], k).to(w.dtype)
-                continue
-            wider = min(2 * width, short)
-            right[rows] = leading_subspace(
-                w[rows], k, tol, floor, max_steps, seed, wider, most, widened=True
-            )
+            if short <= options.gram_short and widened:  # a third run would cost more
+                right[rows] = gram_subspace(w[rows], k).to(w.dtype)
+            else:
+                right[rows] = krylov_subspace(w[rows], options, min(2 * width, short))
     return right
 
 
-def _crowded(values: Tensor, width: int, tol: float) -> Tensor:  # [A, k] descending -> [A]
-    """Whether `width` values in a row coincide: then there may be further copies not seen.
+def _multiplicity_reaches_width(
+    values: Tensor,  # [A, k] descending
+    width: int,
+    options: Options,
+) -> Tensor:  # [A]
+    """Whether a value of multiplicity `width` is among them: it may have more vectors, not found.
 
-    A start block of b vectors reaches at most b copies of a multiple singular value.
+    A start block of b vectors finds at most b vectors of a multiple singular value.
     """
     if values.shape[-1] < width:
         return torch.zeros(values.shape[0], dtype=torch.bool, device=values.device)
     spread = values[:, : values.shape[-1] - width + 1] - values[:, width - 1 :]
-    return (spread <= _COPIES * tol * values[:, :1]).any(dim=-1)
+    return (spread <= options.coincidence * options.tol * values[:, :1]).any(dim=-1)
 
 
 class _Iteration:
     """One block Krylov run over a stack: basis Q [A, p, n], T = Q W^T W Q^T [A, p, p], next block."""
 
-    def __init__(self, w: Tensor, width: int, seed: int) -> None:
+    def __init__(self, w: Tensor, options: Options, width: int) -> None:
         self.w = w
-        self.gram = w.mT @ w if w.shape[-1] <= GRAM_SHORT else None
+        self.options = options
+        self.gram = w.mT @ w if w.shape[-1] <= options.gram_short else None
         self.width = width
         self.size = 0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(options.seed)
         count, _, short = w.shape
         start = self._random(width).expand(count, -1, -1)
         self.next = torch.linalg.qr(start.mT)[0].mT  # [A, b, n]
@@ -205,17 +188,17 @@ class _Iteration:
         self.t[:, :kept, :kept] = torch.diag_embed(values[:, :kept])
         self.size = kept
 
-    @staticmethod
-    def share_of_tolerance(values: Tensor, error: Tensor, tol: float, floor: float) -> Tensor:
+    def share_of_tolerance(self, values: Tensor, error: Tensor) -> Tensor:
         """Largest error over the one allowed, per matrix.
 
         The residual is error / s_i, and relative to max(s_i, floor s_1). What rounding leaves in T cannot
         be improved on, so it counts as converged here and the measured residual decides.
         """
-        first = values[:, :1].clamp_min(torch.finfo(values.dtype).tiny)
-        least = floor * (values.clamp_min(0) * first).sqrt()
-        allowed = 0.5 * tol * torch.maximum(values, least)
-        allowed = torch.maximum(allowed, 4 * torch.finfo(values.dtype).eps * first)
+        options, finfo = self.options, torch.finfo(values.dtype)
+        first = values[:, :1].clamp_min(finfo.tiny)
+        least = options.floor * (values.clamp_min(0) * first).sqrt()
+        allowed = options.margin * options.tol * torch.maximum(values, least)
+        allowed = torch.maximum(allowed, options.stagnation * finfo.eps * first)
         return (error / allowed).amax(dim=-1).clamp_min(1e-30)
 
     def keep(self, rows: Tensor) -> None:
@@ -255,17 +238,17 @@ class _Iteration:
         block = rest - (rest @ q.mT) @ q
         broken = torch.zeros(rest.shape[0], dtype=torch.bool, device=rest.device)
         scale = self.t.diagonal(dim1=1, dim2=2).amax(dim=-1)
+        negligible = self.options.negligible * eps * scale
         for again in (False, True):
             factor, info = torch.linalg.cholesky_ex(block @ block.mT)
             pivots = factor.diagonal(dim1=1, dim2=2)
             low, high = pivots.aminmax(dim=-1)
-            # below sqrt(eps) of the largest pivot, a Cholesky factor is made of rounding errors
-            broken |= (info > 0) | ~(low > 8 * eps**0.5 * high)
+            broken |= (info > 0) | ~(low > self.options.breakdown * eps**0.5 * high)
             if not again:
-                broken |= ~(low > 64 * eps * scale)
+                broken |= ~(low > negligible)
             block = torch.linalg.solve_triangular(factor, block, upper=False)
         for i in broken.nonzero()[:, 0].tolist():
-            block[i] = self._repaired(rest[i], q[i], 64 * eps * float(scale[i]))
+            block[i] = self._repaired(rest[i], q[i], float(negligible[i]))
         return block
 
     def _repaired(self, rest: Tensor, q: Tensor, negligible: float) -> Tensor:  # [b, n] -> [b, n]

@@ -1,13 +1,14 @@
 """Leading singular triplets of a matrix, a stack or a list of many shapes, residuals certified.
 
 The public function checks its input once, groups matrices by shape, cuts each group into chunks
-that respect the workspace bound, turns every matrix so that its short side comes last, and hands
+that respect the workspace bound, transposes matrices whose short side does not come last, and hands
 the chunk to the cheaper of two methods (design section 4):
 
-    triplets.py      eigenvectors of the float64 Gram matrix, and what makes triplets of a subspace
-    krylov.py    the leading subspace by block Krylov iteration
+    triplets.py    eigenvectors of the float64 Gram matrix, and what makes triplets of a subspace
+    krylov.py      the leading subspace by block Krylov iteration
 
-Where csrc/ is compiled, `fastspec::topk_svd` is both of them.
+Where csrc/ is compiled, `fastspec::topk_svd` is both of them. options.py holds what the two
+implementations share.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from fastspec import _extension
 from fastspec.precision import full_float32
-from fastspec.svd import krylov, triplets
+from fastspec.svd import krylov
+from fastspec.svd.options import Options, residual_floor
+from fastspec.svd.triplets import Triplets, chunk_size, exact_triplets, gram_triplets, rayleigh_ritz
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -126,14 +129,14 @@ def topk_svd(
     devices = {w.device.type for w in matrices}
     with torch.no_grad(), _full_precision(devices), _progress(progress, len(matrices)) as advance:
         for (shape, _, _, count), members in groups.items():
-            size = triplets.chunk_size(shape, count, matrices[members[0]].dtype, workspace)
+            size = chunk_size(shape, count, matrices[members[0]].dtype, workspace)
             for start in range(0, len(members), size):
                 chunk = members[start : start + size]
                 if isinstance(weights, Tensor) and weights.dim() == 3:
                     stack = weights[chunk[0] : chunk[-1] + 1]
                 else:
                     stack = torch.stack([matrices[i] for i in chunk])
-                found = _factorize_chunk(
+                found = _chunk_svd(
                     stack,
                     [labels[i] for i in chunk],
                     count,
@@ -158,7 +161,7 @@ def topk_svd(
     return results
 
 
-def _factorize_chunk(
+def _chunk_svd(
     weights: Tensor,  # [L, m, n]
     labels: list[str],
     k: int,
@@ -177,60 +180,68 @@ def _factorize_chunk(
     if scale is not None:
         w = w / scale[:, None, None]
     try:
-        triplets = _leading_triplets(w, k, tol, max_steps, seed, workspace)
+        found = _leading_triplets(w, k, tol, max_steps, seed, workspace)
     except torch.linalg.LinAlgError as error:
         of = labels[0] if len(labels) == 1 else f"the stack {labels[0]} .. {labels[-1]}"
         raise torch.linalg.LinAlgError(f"in {of}: {error}") from error
-    u, vh = (triplets.right, triplets.left.mT) if transposed else (triplets.left, triplets.right.mT)
+    u, vh = (found.right, found.left.mT) if transposed else (found.left, found.right.mT)
     sign = _signs(vh)
     u.mul_(sign[:, None, :])
     vh.mul_(sign[:, :, None])
     out = dtype or source
     return TopkSVD(
         u=u.to(out).contiguous(),
-        s=triplets.s if scale is None else triplets.s * scale[:, None],
+        s=found.s if scale is None else found.s * scale[:, None],
         vh=vh.to(out).contiguous(),
-        residual=triplets.residual.to(compute),
-        converged=triplets.residual <= tol,
+        residual=found.residual.to(compute),
+        converged=found.residual <= tol,
     )
 
 
 def _leading_triplets(
     w: Tensor, k: int, tol: float, max_steps: int | None, seed: int, workspace: int
-) -> triplets.Triplets:
+) -> Triplets:
     """Triplets of a stack [L, m, n], m >= n, by the cheaper method."""
     iterate = krylov.worthwhile(k, w.shape[-1])
     compiled = _extension.serves(w)
     width = krylov.block_width(k, w.shape[-1], compiled) if iterate else 0
-    most = krylov.most_vectors(w, k, width, workspace)
-    floor = triplets.floor_of(w.dtype)
+    options = Options(
+        k=k,
+        tol=tol,
+        floor=residual_floor(w.dtype),
+        max_steps=max_steps or 0,
+        seed=seed,
+        width=width,
+        most=krylov.most_vectors(w, k, width, workspace),
+    )
     if compiled:
-        steps = max_steps or 0
-        found = torch.ops.fastspec.topk_svd(
-            w, k, tol, floor, steps, seed, width, krylov.GRAM_SHORT, most
-        )
-        return triplets.Triplets(*found)
+        return Triplets(*torch.ops.fastspec.topk_svd(w, **vars(options)))
+    return leading_triplets(w, options)
 
-    def iterated(w: Tensor) -> triplets.Triplets:
-        right = krylov.leading_subspace(w, k, tol, floor, max_steps, seed, width, most)
-        return triplets.rayleigh_ritz(w, right, compute)
 
-    def redo(late: Tensor, method: Callable[[Tensor], triplets.Triplets]) -> None:
+def leading_triplets(w: Tensor, options: Options) -> Triplets:
+    """What `fastspec::topk_svd` returns for a stack [L, m, n], m >= n, in Python."""
+    iterate = options.width > 0
+
+    def iterated(w: Tensor) -> Triplets:
+        return rayleigh_ritz(w, krylov.krylov_subspace(w, options), options, compute)
+
+    def redo(late: Tensor, method: Callable[[Tensor], Triplets]) -> None:
         if bool(late.any()):
             for field, improved in zip(found, method(w[late].double()), strict=True):
                 field[late] = improved.to(field.dtype)
 
     compute = w.dtype
-    found = iterated(w) if iterate else triplets.factorize(w, k)
-    if iterate and max_steps is not None:
+    found = iterated(w) if iterate else gram_triplets(w, options)
+    if iterate and options.max_steps:
         return found
     if iterate and compute == torch.float32:
         # s_1 / s_k is so large that rounding W^T W v to float32 costs more than tol
-        redo(~(found.residual <= tol), iterated)
-    late = ~(found.residual <= tol)
+        redo(~(found.residual <= options.tol), iterated)
+    late = ~(found.residual <= options.tol)
     if compute == torch.float32:  # else it is the rounding of the result
-        late &= found.s[:, -1] <= triplets.SMALL * found.s[:, 0]
-    redo(late, lambda w: triplets.exact(w, k, compute))
+        late &= found.s[:, -1] <= options.small * found.s[:, 0]
+    redo(late, lambda w: exact_triplets(w, options, compute))
     return found
 
 

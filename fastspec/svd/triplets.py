@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Left vectors of values below this part of the largest are orthonormalised by Householder
-# reflections: dividing by s_i leaves |u_i . u_j| up to eps s_1^2 / (s_i s_j), 1e-8 here.
-SMALL = 1e-4
+from fastspec.svd.options import Options
 
 
 class Triplets(NamedTuple):
@@ -22,48 +20,44 @@ class Triplets(NamedTuple):
     residual: Tensor  # [L] of these very tensors
 
 
-def floor_of(dtype: torch.dtype) -> float:
-    """Part of s_1 below which a residual is measured against that part, not against s_i."""
-    return 2.0**-26 if dtype == torch.float64 else 2.0**-8
-
-
 def chunk_size(shape: tuple[int, ...], k: int, dtype: torch.dtype, workspace: int) -> int:
     """Matrices worked on at once so that the float64 copies below stay within `workspace` bytes."""
     m, n = max(shape), min(shape)
     return max(1, workspace // (8 * (2 * m * n + 3 * n * n + 4 * (m + n) * k)))
 
 
-def factorize(w: Tensor, k: int) -> Triplets:
+def gram_triplets(w: Tensor, options: Options) -> Triplets:
     """The k leading triplets by eigenvectors of W^T W, accumulated in float64."""
-    right = leading_subspace(w, k)
+    right = gram_subspace(w, options.k)
     wide = w.double()
-    return _triplets(wide, right, wide @ right, w.dtype)
+    return _triplets(wide, right, wide @ right, options, w.dtype)
 
 
-def exact(w: Tensor, k: int, dtype: torch.dtype) -> Triplets:
+def exact_triplets(w: Tensor, options: Options, dtype: torch.dtype) -> Triplets:
     """The k leading triplets by LAPACK's SVD of W itself."""
+    k = options.k
     left, s, rows = torch.linalg.svd(w, full_matrices=False)
     left, s, right = left[..., :k].to(dtype), s[:, :k].to(dtype), rows[:, :k].mT.to(dtype)
-    return Triplets(left, s, right, residual(w, left, s, right))
+    return Triplets(left, s, right, residual(w, left, s, right, options.floor))
 
 
-def leading_subspace(w: Tensor, k: int) -> Tensor:  # [L, n, k] float64
+def gram_subspace(w: Tensor, k: int) -> Tensor:  # [L, n, k] float64
     """Leading right vectors, by eigenvectors of W^T W."""
     wide = w.double()
     return torch.linalg.eigh(wide.mT @ wide)[1][..., -k:].flip(-1)
 
 
-def rayleigh_ritz(w: Tensor, right: Tensor, dtype: torch.dtype) -> Triplets:
+def rayleigh_ritz(w: Tensor, right: Tensor, options: Options, dtype: torch.dtype) -> Triplets:
     """The best triplets within the span of `right [L, n, k]`, whose columns are nearly orthonormal.
 
     The k x k problems are solved in float64, so that the left vectors stay orthogonal however far
-    s_1 is above s_k; from 16 times on the products with W are float64 too, because float32 would
-    leave s_1 / s_k times its own rounding in them.
+    s_1 is above s_k; beyond `wide_ratio` times the products with W are float64 too.
     """
     image = w @ right
     s = torch.linalg.vector_norm(image, dim=-2)
     wide = w
-    if w.dtype == torch.float32 and bool((16 * s.amin(dim=-1) < s.amax(dim=-1)).any()):
+    graded = options.wide_ratio * s.amin(dim=-1) < s.amax(dim=-1)
+    if w.dtype == torch.float32 and bool(graded.any()):
         wide, right = w.double(), right.double()
         image = wide @ right
     # V <- V C with C^T (V^T V) C = 1 and C^T (V^T W^T W V) C diagonal
@@ -74,14 +68,16 @@ def rayleigh_ritz(w: Tensor, right: Tensor, dtype: torch.dtype) -> Triplets:
     c = torch.linalg.solve_triangular(metric.mT, c.flip(-1), upper=True)
     if wide is w:
         c = c.to(w.dtype)
-    return _triplets(wide, right @ c, image @ c, dtype)
+    return _triplets(wide, right @ c, image @ c, options, dtype)
 
 
-def _triplets(w: Tensor, right: Tensor, image: Tensor, dtype: torch.dtype) -> Triplets:
+def _triplets(
+    w: Tensor, right: Tensor, image: Tensor, options: Options, dtype: torch.dtype
+) -> Triplets:
     """u_i = W v_i / s_i from `image = W V` with orthogonal columns."""
     s = torch.linalg.vector_norm(image, dim=-2)  # [L, k]
     s, right, image = _descending(s, right, image)
-    small = s <= SMALL * s[:, :1]
+    small = s <= options.small * s[:, :1]
     left = image / torch.where(small, torch.ones_like(s), s)[:, None, :]
     for i in small.any(dim=-1).nonzero()[:, 0].tolist():
         kept = int((~small[i]).sum())
@@ -91,7 +87,7 @@ def _triplets(w: Tensor, right: Tensor, image: Tensor, dtype: torch.dtype) -> Tr
         left[i], s[i], right[i] = (t.to(w.dtype) for t in completed)
     s, left, right = _descending(s, left, right)
     left, s, right = left.to(dtype), s.to(dtype), right.to(dtype)
-    return Triplets(left, s, right, residual(w, left, s, right))
+    return Triplets(left, s, right, residual(w, left, s, right, options.floor))
 
 
 def _descending(s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,12 +117,11 @@ def _complete(
     )
 
 
-def residual(w: Tensor, left: Tensor, s: Tensor, right: Tensor) -> Tensor:  # [L]
+def residual(w: Tensor, left: Tensor, s: Tensor, right: Tensor, floor: float) -> Tensor:  # [L]
     """max_i of |W v_i - s_i u_i| and |W^T u_i - s_i v_i|, over max(s_i, floor s_1).
 
-    Computed in the dtype of `w`; the floor is that of the factors' dtype. 0 for a zero matrix.
+    Computed in the dtype of `w`. 0 for a zero matrix.
     """
-    floor = floor_of(s.dtype)
     left, s, right = left.to(w.dtype), s.to(w.dtype), right.to(w.dtype)
     forward = torch.linalg.vector_norm(w @ right - left * s[:, None, :], dim=-2)
     backward = torch.linalg.vector_norm(w.mT @ left - right * s[:, None, :], dim=-2)

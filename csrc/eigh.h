@@ -1,7 +1,9 @@
-// The small dense eigenproblems, by what is fastest on their device.
+// Small symmetric eigenproblems, by what is fastest on their device.
 #pragma once
 
 #include <ATen/ATen.h>
+
+#include <tuple>
 
 namespace fastspec {
 

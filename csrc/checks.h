@@ -20,8 +20,8 @@ inline void check_symmetric_stack(const at::Tensor& a) {
 
 inline void check_jacobi_stack(const at::Tensor& a) {
   check_symmetric_stack(a);
-  TORCH_CHECK_VALUE(a.size(1) <= kJacobiOrder, "a must hold matrices of order ", kJacobiOrder,
-                    " at most, got ", a.sizes(), "; use torch.linalg.eigh");
+  TORCH_CHECK_VALUE(a.size(1) <= kJacobiOrder, "a must hold matrices of order ", kJacobiOrder, " at most, got ",
+                    a.sizes(), "; use torch.linalg.eigh");
 }
 
 }  // namespace fastspec
