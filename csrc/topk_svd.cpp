@@ -14,7 +14,7 @@
 #include "svd_options.h"
 #include "triplets.h"
 
-FASTSPEC_BUILT_FOR(PY_VERSION)
+FASTSPEC_BUILT_FOR("any")
 
 namespace fastspec {
 namespace {

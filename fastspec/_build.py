@@ -88,9 +88,10 @@ def build_command(failed: Callable[[str, str], None], finished: Callable[[Any], 
     class EachByItself(BuildExtension):  # type: ignore[misc]
         extensions: list[Any]
         compiler: Any
+        inplace: Any
 
         def run(self) -> None:
-            wanted, built, compiler = self.extensions, [], self.compiler
+            wanted, built, compiler, inplace = self.extensions, [], self.compiler, self.inplace
             for one in wanted:
                 self.extensions, self.compiler = [one], compiler
                 try:
@@ -98,6 +99,7 @@ def build_command(failed: Callable[[str, str], None], finished: Callable[[Any], 
                     built.append(one)
                 except Exception as e:  # no compiler, no headers, an error in it: Python is left
                     failed(one.name.split(".")[-1], f"the build failed: {str(e)[:500]}")
+                    self.inplace = inplace  # which setuptools switches off while it builds
             self.extensions = built
             finished(self)
 

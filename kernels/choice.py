@@ -1,7 +1,7 @@
 """Which candidate serves a kind of call on a GPU: timed once on the user's own card, then remembered.
 
-A kind of call is its operator, core, dtype, sizes (rows to the next power of two), layout of its operands
-and what it must return. Its fastest candidate is kept in memory and in one file per device and versions in the
+A kind of call is its operator, core, dtype, sizes (rows to the next power of two), layout of operands and
+what it must return. Its fastest candidate is kept in memory and in one file per device and versions in the
 cache folder. `FASTSPEC_BACKEND` forces a candidate. Nothing is timed in deterministic mode (another run
 could choose, and so round, differently), while a CUDA graph is captured, while torch.compile traces, or
 where there is one candidate only: the `rule` decides then, while tracing after what was timed before.

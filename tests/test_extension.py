@@ -99,7 +99,7 @@ def test_a_failure_to_load_is_remembered(parts, monkeypatch):
 def test_what_is_built_carries_its_stamp():
     built = _extension._BUILT_FOR.search((_extension._FOLDER / "_C.so").read_bytes())
     assert built is not None
-    assert [part.decode() for part in built.groups()] == [HERE[0], HERE[1].rpartition(".")[0]]
+    assert built.groups() == (HERE[0].encode(), None)  # no version of Python in particular
 
 
 @pytest.mark.parametrize("library", [None, "damaged", "another torch"])
