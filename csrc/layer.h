@@ -73,8 +73,8 @@ auto operator_handle(const char* name) {
 }
 
 // What the gradient of p = x Vh^T, which only a second backward has, adds to that of x.
-inline at::Tensor through_projection(const at::Tensor& dp, const at::Tensor& vh, at::IntArrayRef x_sizes) {
-  return at::mm(dp, vh.to(dp.scalar_type())).view(x_sizes);
+inline at::Tensor through_projection(const at::Tensor& dp, const at::Tensor& vh, c10::SymIntArrayRef x_sizes) {
+  return at::mm(dp, vh.to(dp.scalar_type())).view_symint(x_sizes);
 }
 
 }  // namespace fastspec

@@ -278,7 +278,7 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
     const bool keeps_x = wanted && gradient == "dense";
     const bool keeps_p = wanted && (gradient == "two_sided" || gradient == "short");
     ctx->set_materialize_grads(false);
-    ctx->saved_data["x_sizes"] = x.sizes();
+    ctx->saved_data["x_sizes"] = x.sym_sizes();
     ctx->save_for_backward({keeps_x ? x : Tensor(), keeps_p ? p : Tensor(), weight, u, s, vh, delta});
     ctx->saved_data["core"] = std::string(core);
     ctx->saved_data["forward"] = std::string(forward);
@@ -302,7 +302,7 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
                needs_delta = ctx->needs_input_grad(5 + has_bias);
     const auto saved = ctx->get_saved_variables();
     if (needs_dx && dp.defined())
-      out[0] = through_projection(dp, saved[5], ctx->saved_data["x_sizes"].toIntVector());
+      out[0] = through_projection(dp, saved[5], ctx->saved_data["x_sizes"].toSymIntVector());
     if (!g.defined()) return out;
     if (needs_dx || needs_delta) {
       const auto given = [](const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; };

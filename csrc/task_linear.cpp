@@ -139,7 +139,7 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
                                const Tensor& task, std::string_view core, bool short_side, bool saves_p) {
     auto [y, p] = call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["x_sizes"] = x.sizes();
+    ctx->saved_data["x_sizes"] = x.sym_sizes();
     ctx->save_for_backward({saves_p ? p : Tensor(), weight, u, s, vh, table, task});
     ctx->saved_data["core"] = std::string(core);
     ctx->saved_data["short"] = short_side;
@@ -162,7 +162,7 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
                needs_table = ctx->needs_input_grad(5 + has_bias);
     const auto saved = ctx->get_saved_variables();
     if (needs_dx && dp.defined())
-      out[0] = through_projection(dp, saved[4], ctx->saved_data["x_sizes"].toIntVector());
+      out[0] = through_projection(dp, saved[4], ctx->saved_data["x_sizes"].toSymIntVector());
     if (!g.defined()) return out;
     if (needs_dx || needs_table) {
       const auto p = saved[0].defined() ? OptTensor(saved[0]) : std::nullopt;

@@ -123,7 +123,8 @@ def sources(tmp_path_factory):
 
 def small_sources(sources, tmp_path):
     """The sources with a C++ part that compiles at once."""
-    copy = shutil.copytree(sources, tmp_path / "sources")
+    built = shutil.ignore_patterns("build", "*.egg-info")  # by other tests, of the whole csrc
+    copy = shutil.copytree(sources, tmp_path / "sources", ignore=built)
     shutil.rmtree(copy / "csrc")
     (copy / "csrc").mkdir()
     (copy / "csrc" / "one.cpp").write_text('extern "C" int fastspec_one() { return 1; }\n')

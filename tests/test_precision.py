@@ -101,16 +101,16 @@ def test_of_two_threads_the_last_puts_it_back(tf32, monkeypatch):
     """The first thread leaves while the second, which found the raised setting, is still inside."""
     before = state()
     entered, leave = ([threading.Event(), threading.Event()] for _ in range(2))
-    factorize, inside = svd._factorize_chunk, []
+    chunk_svd, inside = svd._chunk_svd, []
 
     def wait(*arguments):
         i = int(threading.current_thread().name)
         entered[i].set()
         assert leave[i].wait(60)
         inside.append(allows_tf32())
-        return factorize(*arguments)
+        return chunk_svd(*arguments)
 
-    monkeypatch.setattr(svd, "_factorize_chunk", wait)
+    monkeypatch.setattr(svd, "_chunk_svd", wait)
     threads = [
         threading.Thread(target=topk_svd, args=(torch.eye(8), 2), name=str(i)) for i in range(2)
     ]
