@@ -279,6 +279,7 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
     const bool keeps_p = wanted && (gradient == "two_sided" || gradient == "short");
     ctx->set_materialize_grads(false);
     ctx->saved_data["x_sizes"] = x.sym_sizes();
+    if (!keeps_p) ctx->mark_non_differentiable({p});
     ctx->save_for_backward({keeps_x ? x : Tensor(), keeps_p ? p : Tensor(), weight, u, s, vh, delta});
     ctx->saved_data["core"] = std::string(core);
     ctx->saved_data["forward"] = std::string(forward);

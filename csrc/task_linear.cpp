@@ -140,6 +140,7 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
     auto [y, p] = call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
     ctx->set_materialize_grads(false);
     ctx->saved_data["x_sizes"] = x.sym_sizes();
+    if (!saves_p) ctx->mark_non_differentiable({p});
     ctx->save_for_backward({saves_p ? p : Tensor(), weight, u, s, vh, table, task});
     ctx->saved_data["core"] = std::string(core);
     ctx->saved_data["short"] = short_side;

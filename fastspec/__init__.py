@@ -6,8 +6,7 @@ it builds nothing, touches no GPU and writes no file.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,18 +93,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _find_kernels() -> None:
-    """In a checkout that was not installed, name the folder `kernels/` beside this one as it is installed."""
-    here = Path(__file__).parent
-    beside = here.parent / "kernels" / "__init__.py"
-    if (here / "kernels").exists() or not (beside.parent / "dispatch.py").exists():
-        return
-    spec = importlib.util.spec_from_file_location("fastspec.kernels", beside)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["fastspec.kernels"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    globals()["kernels"] = module
-
-
-_find_kernels()
+# In a checkout the folder `kernels/` stands beside this one; installed, it lies inside it.
+_here = Path(__file__).parent
+if not (_here / "kernels").exists() and (_here.parent / "kernels" / "dispatch.py").exists():
+    __path__.append(str(_here.parent))

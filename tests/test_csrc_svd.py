@@ -166,7 +166,7 @@ EFFECTS = {
     "first_check": ("slow", {}, -20),
     "restarted_lengths": ("slow", {"most": 16, "tol": 1e-6, "first_check": 0}, 0),
     "margin": ("slow", {"tol": 1e-2, "first_check": -20}, 1e-3),
-    "coincidence": ("multiple", {"k": 12}, -1.0),
+    "coincidence": ("multiple", {"k": 12, "first_check": -20}, -1.0),
     "small": ("rank 6", {"k": 8}, 0.0),
     "wide_ratio": ("slow", {}, 1.0),
     "stagnation": ("slow", {"first_check": -20}, 1e6),

@@ -122,6 +122,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.x_shape = x.shape
     keeps_x = gradient == "dense" and ctx.needs_input_grad[6]
     keeps_p = gradient in ("two_sided", "short") and ctx.needs_input_grad[6]
+    if not keeps_p:
+        ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(
         x if keeps_x else None, output[1] if keeps_p else None, weight, u, s, vh, delta
     )

@@ -238,6 +238,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
     ctx.x_shape = x.shape
+    if not saves_p:
+        ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1] if saves_p else None, weight, u, s, vh, table, task)
 
 

@@ -107,19 +107,21 @@ def test_nothing_is_kept(route, launches, monkeypatch):
 
 
 def test_another_layout_has_a_choice_of_its_own(launches, monkeypatch):
-    """A dL/dy that descriptors can't serve leaves the choice of one that they can."""
-    times = iter([2.0, 3.0, 1.0])  # aten, triton, descriptors; then without the last
+    """A dL/dy that TMA can't serve leaves the choice of one that they can."""
+    times = iter([2.0, 3.0, 1.0])  # aten, triton, tma; then without the last
     monkeypatch.setattr(choice, "measure", lambda *_: next(times, 9.0))
     t = operands(torch.bfloat16)
     factors = (t["w"], t["u"], t["s"], t["vh"], t["delta"], "diag", "factored", "two_sided")
 
     def chosen(g: Tensor) -> list[str]:
         launches.clear()
-        dispatch.spectral_linear_backward(g, None, t["x"][:, :8].contiguous(), *factors, True, True)
+        p = t["x"][:, :8].contiguous()
+        backward = dispatch.spectral_linear_backward
+        backward(g, None, p, *factors, True, True, aten=aten.spectral_linear_backward)
         return list(launches)
 
     aligned = chosen(t["g"])
-    assert aligned == ["spectral_linear_bwd_descriptor_kernel"]
+    assert aligned == ["spectral_linear_bwd_tma_kernel"]
     for other in (
         t["g"][:1].expand(16, 48),
         t["g"].mT.contiguous().mT,
