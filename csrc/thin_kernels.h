@@ -8,9 +8,11 @@
 //                   topk_svd runs on. Bound by arithmetic; the compiler's vector types, and panels copied together.
 //   diagonals.cpp   elementwise loops, which the compiler vectorises by itself (target_clones).
 // Written on the vector types of row_*, the thin products gave the same bits. Median time over that of the masked
-// ones, 61 alternating calls on one thread, AMD EPYC with AVX-512, 3 shapes, on a machine that was not idle: 0.98 to
-// 1.01 for projections at ranks 32 and 64, but up to 1.06 at rank 8 (no masks), and for the merge of 3072 x 768 1.00
-// in one build and 1.05 to 1.09 in another. So they stay apart.
+// ones, 61 alternating calls on one thread, AMD EPYC with AVX-512, 3 shapes, on a machine that was not idle:
+//   projections at ranks 32 and 64, AVX-512    0.98 to 1.01
+//   projections at rank 8 (no masks)           0.95 to 1.06; on AVX2 mostly 1.02 to 1.04
+//   the merge of 3072 x 768                    0.95 to 1.02 in one build, 1.04 to 1.14 in another
+// So they stay apart.
 #pragma once
 
 #include <cstdint>

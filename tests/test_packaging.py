@@ -45,7 +45,8 @@ def test_the_core_loads_neither_optional_libraries_nor_the_rooms_above_it():
     modules, cuda = loaded_by(f"import fastspec; {names}")
     ours = {m.split(".")[1] for m in modules if m.startswith("fastspec.")}
     assert {"nn", "ops", "svd", "model"} <= ours
-    assert not {"kernels", "multitask", "peft", "studies", "cli"} & ours
+    assert not {"multitask", "peft", "studies", "cli"} & ours
+    assert not [m for m in modules if m.startswith("fastspec.kernels.")]  # its rank limit alone is read
     assert {m.split(".")[0] for m in modules} == {"fastspec", "safetensors"}
     assert not cuda
 
