@@ -38,7 +38,8 @@ def load(part: str = "_C", *, build: bool = True) -> str | None:
     Returns:
         None where it is loaded, else why it can't be used.
     """
-    if part not in _known or (build and _known[part] == _NOT_BUILT):
+    known = _known.get(part, "")
+    if part not in _known or (build and known is not None and known.endswith(_NOT_BUILT)):
         reason = load("_C", build=build) if part != "_C" else None
         _known[part] = reason or _load(part, build)
     return _known[part]

@@ -82,6 +82,18 @@ def test_a_part_built_for_another_version_is_not_loaded(parts, built, says):
     assert serves or says in _extension.unavailable_reason()
 
 
+def test_asking_what_is_there_leaves_the_first_use_its_build(parts, monkeypatch):
+    """Also where the installation left word why it did not build, as an isolated one does."""
+    (parts.folder / "_build.txt").write_text("_C: torch was not there at installation\n")
+    built = []
+    monkeypatch.setattr(_build, "build_into", lambda part, folder: built.append(part))
+    reason = _extension.load(build=False)
+    assert reason.startswith("torch was not there at installation; not built yet")
+    assert not built
+    _extension.serves(torch.zeros(1))
+    assert built == ["_C"]
+
+
 def test_a_failure_to_load_is_remembered(parts, monkeypatch):
     def fail(path):
         parts.loaded.append(path)

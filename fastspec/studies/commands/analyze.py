@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = gradients.add_argument
     add("--task", choices=list(TASKS), required=True)
-    add("--model", help="folder or hub name (default: the MiniLM of fastspec[demo])")
+    add("--model", help="folder or hub name (default: the MiniLM of the extra demo)")
     add("--data", metavar="DIR", help="GLUE folder")
     add("--start", choices=("pretrained", "random"), default="pretrained")
     add("--labels", choices=("true", "random"), default="true")
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = ranks.add_argument
     add("--task", choices=list(TASKS), required=True)
-    add("--model", help="folder or hub name (default: the MiniLM of fastspec[demo])")
+    add("--model", help="folder or hub name (default: the MiniLM of the extra demo)")
     add("--data", metavar="DIR", help="GLUE folder")
     add("--core", choices=CORES, default="dense", help="%(default)s")
     add(

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--data", metavar="DIR", help=f"GLUE folder (default: ${ENVIRONMENT})")
-    add("--model", help="folder or hub name (default: the MiniLM of fastspec[demo])")
+    add("--model", help="folder or hub name (default: the MiniLM of the extra demo)")
     add("--output", default="runs/demo", metavar="DIR", help="default: %(default)s")
     add(
         "--rows", type=int, help="training rows (default: 2000 of SST-2, 2400 of the embedded task)"

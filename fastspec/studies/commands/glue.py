@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="spectral",
         help="what is trained (default: %(default)s)",
     )
-    add("--model", help="folder or hub name (default: the MiniLM of fastspec[demo])")
+    add("--model", help="folder or hub name (default: the MiniLM of the extra demo)")
     add(
         "--data",
         metavar="DIR",
