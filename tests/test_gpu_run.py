@@ -21,8 +21,8 @@ from gpu.bars import Bar, bars  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 STEPS = [step.name for phase in run.PHASES for step in phase]
-SLOW = ("compiled", "glue")
-QUICK = tuple(name for name in STEPS if name not in SLOW)
+SLOW = ("build", "compiled", "glue")
+QUICK = tuple(name for name in STEPS if name not in SLOW[1:])
 
 
 @pytest.fixture
