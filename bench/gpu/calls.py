@@ -14,6 +14,7 @@ from support import TOLERANCE, relative_error
 from torch import Tensor
 
 import fastspec
+from fastspec import _extension
 from fastspec.kernels import dispatch
 from fastspec.ops import aten
 from fastspec.precision import allows_tf32
@@ -61,6 +62,18 @@ def pair(t: dict, core: str) -> Pair:
     )
 
 
+def jacobi_eigh() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The compiled eigensolver.
+
+    Raises:
+        RuntimeError: it is not there; the message says why.
+    """
+    reason = _extension.load("_C" if REHEARSING else "_C_cuda", build=False)
+    if reason is not None:
+        raise RuntimeError(f"no jacobi_eigh: {reason}")
+    return torch.ops.fastspec.jacobi_eigh
+
+
 def operators() -> tuple[Callable, Callable]:
     """Forward and backward as the card has them; a rehearsal goes to the dispatcher past the CPU's own."""
     if REHEARSING:
@@ -93,4 +106,4 @@ def tolerance(dtype: torch.dtype) -> float:
     return TF32_TOLERANCE if dtype == torch.float32 and allows_tf32() else TOLERANCE[dtype]
 
 
-__all__ = ["CHOSEN", "Pair", "errors", "forced", "pair", "tf32", "tolerance"]
+__all__ = ["CHOSEN", "Pair", "errors", "forced", "jacobi_eigh", "pair", "tf32", "tolerance"]

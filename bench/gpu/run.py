@@ -46,7 +46,7 @@ PHASES: tuple[tuple[Step, ...], ...] = (
     (Step("build", 90, always=True),),
     (Step("correctness", 100), Step("sanitizer", 100), Step("glue", 100)),
     (Step("layers", 110),),
-    (Step("steps", 90),),
+    (Step("steps", 110),),
     (Step("compiled", 80),),
     (Step("svd", 60),),
     (Step("tasks", 40),),
