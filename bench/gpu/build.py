@@ -18,7 +18,7 @@ PACKED = Path("build/gpu/ext")
 PACKAGE = Path("fastspec")
 PARTS = ("_C.so", "_C_cuda.so")
 STAMP = "sources.sha256"
-QUESTION = "from fastspec import _extension; print(_extension.cuda_unavailable_reason() or '')"
+QUESTION = "from fastspec import _extension as e; print(e.load('_C_cuda', build=False) or '')"
 
 
 def reason() -> str:

@@ -14,8 +14,10 @@ from support import TOLERANCE, relative_error
 from torch import Tensor
 
 import fastspec
+from fastspec import _extension
 from fastspec.kernels import dispatch
 from fastspec.ops import aten
+from fastspec.precision import allows_tf32
 from gpu.device import REHEARSING
 
 CHOSEN = "chosen"  # what the dispatcher takes by itself
@@ -48,14 +50,28 @@ def forced(name: str) -> Iterator[None]:
 
 def pair(t: dict, core: str) -> Pair:
     """(forward, backward) of the operators on operands of `kernel_problems.problem`."""
-    s = torch.ones(t["u"].shape[1], device=t["u"].device)
-    plan = (core, "factored", "two_sided")  # "merged" is a candidate beside it
-    factors = (t["w"], t["u"], s, t["vh"], t["delta"])
+    common = {
+        "weight": t["w"], "u": t["u"], "s": torch.ones(t["u"].shape[1], device=t["u"].device),
+        "vh": t["vh"], "delta": t["delta"], "core": core, "gradient": "two_sided",
+        "forward": "factored",  # "merged" is a candidate beside it
+    }  # fmt: skip
     first, second = operators()
     return (
-        lambda: first(t["x"], t["w"], t["bias"], *factors[1:], *plan),
-        lambda p: second(t["g"], None, p, *factors, *plan, True, True),
+        lambda: first(x=t["x"], bias=t["bias"], **common),
+        lambda p: second(g=t["g"], x=None, p=p, **common, needs_dx=True, needs_delta=True),
     )
+
+
+def jacobi_eigh() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The compiled eigensolver.
+
+    Raises:
+        RuntimeError: it is not there; the message says why.
+    """
+    reason = _extension.load("_C" if REHEARSING else "_C_cuda", build=False)
+    if reason is not None:
+        raise RuntimeError(f"no jacobi_eigh: {reason}")
+    return torch.ops.fastspec.jacobi_eigh
 
 
 def operators() -> tuple[Callable, Callable]:
@@ -87,8 +103,7 @@ def errors(t: dict, core: str, name: str) -> dict[str, float]:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    tf32_allowed = torch.backends.cuda.matmul.allow_tf32
-    return TF32_TOLERANCE if dtype == torch.float32 and tf32_allowed else TOLERANCE[dtype]
+    return TF32_TOLERANCE if dtype == torch.float32 and allows_tf32() else TOLERANCE[dtype]
 
 
-__all__ = ["CHOSEN", "Pair", "errors", "forced", "pair", "tf32", "tolerance"]
+__all__ = ["CHOSEN", "Pair", "errors", "forced", "jacobi_eigh", "pair", "tf32", "tolerance"]

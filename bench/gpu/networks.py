@@ -123,6 +123,9 @@ def floor(model: nn.Module, load: Workload) -> nn.Module:
     return model
 
 
+_factors: dict[str, dict[str, tuple[Tensor, ...]]] = {}  # of `spectral`, for others to take
+
+
 def spectral(core: str = "diag") -> Callable[[nn.Module, Workload], nn.Module]:
     def prepare(model: nn.Module, load: Workload) -> nn.Module:
         config = fastspec.SpectralConfig(
@@ -137,6 +140,11 @@ def spectral(core: str = "diag") -> Callable[[nn.Module, Workload], nn.Module]:
         for _, layer in adapted(model):
             drawn = SHIFT * torch.randn(layer.delta.shape, generator=g)
             layer.delta.data.copy_(drawn)
+        if core == "diag":
+            _factors[load.name] = {
+                name: (layer.u, layer.s, layer.vh, layer.delta.detach().clone())
+                for name, layer in adapted(model)
+            }
         return model
 
     return prepare
@@ -154,17 +162,16 @@ def eigentune(model: nn.Module, load: Workload) -> nn.Module:
     from eigentune import EigenTuneConfig, get_eigentune_model
     from eigentune.svd import Bases
 
-    ours = dict(adapted(spectral()(copy.deepcopy(model), load)))
-    bases = {
-        name: Bases(layer.u, layer.s, layer.vh, tuple(range(RANK)), "")
-        for name, layer in ours.items()
-    }
+    if load.name not in _factors:
+        spectral()(copy.deepcopy(model), load)
+    ours = _factors[load.name]
+    bases = {name: Bases(u, s, vh, tuple(range(RANK)), "") for name, (u, s, vh, _) in ours.items()}
     config = EigenTuneConfig(rank=RANK, target_modules=load.targets)
     model = get_eigentune_model(model, config, bases=bases)
     if hasattr(model, "classifier"):
         model.classifier.requires_grad_(True)
-    for name, layer in ours.items():
-        model.get_submodule(name).delta.data.copy_(layer.delta)
+    for name, (*_, delta) in ours.items():
+        model.get_submodule(name).delta.data.copy_(delta)
     return model
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # What travels with the checkout to a machine where nothing can be installed:  bash bench/gpu/pack.sh
 #
-# Into build/gpu, which git ignores: the compiled parts for sm_90, built by $CARD_PYTHON (a Python whose
-# torch is the one there; nvcc is needed, a GPU is not), MiniLM in bfloat16, RTE and CoLA, and EigenTune. $PYTHON is one with
-# the extras [bench] and [demo]; $FASTSPEC_GLUE_DIR the folder of GLUE files. Prints the size of it all.
+# Into build/gpu, which git ignores: the compiled parts for sm_90, MiniLM in bfloat16, RTE and CoLA, and
+# EigenTune. $CARD_PYTHON builds the parts: its torch must be the one of that machine; nvcc is needed, a GPU
+# is not. $PYTHON has the extras [bench] and [demo]; $FASTSPEC_GLUE_DIR is the folder of GLUE files. Prints
+# the size of it all.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-.venv/bin/python}

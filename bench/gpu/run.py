@@ -32,6 +32,7 @@ class Step:
     seconds: float
     command: tuple[str, ...] = ()
     needs: str | None = "versions"  # which step must not have failed in this run
+    always: bool = False  # also where only others are asked for
 
     @property
     def argv(self) -> list[str]:
@@ -41,10 +42,11 @@ class Step:
 # what stands on one line runs together
 PHASES: tuple[tuple[Step, ...], ...] = (
     (Step("versions", 25, needs=None),),
-    (Step("build", 90),),
+    # without it every process would compile for itself
+    (Step("build", 90, always=True),),
     (Step("correctness", 100), Step("sanitizer", 100), Step("glue", 100)),
     (Step("layers", 110),),
-    (Step("steps", 90),),
+    (Step("steps", 110),),
     (Step("compiled", 80),),
     (Step("svd", 60),),
     (Step("tasks", 40),),
@@ -141,11 +143,13 @@ def main(names: Sequence[str], phases: Sequence[Sequence[Step]] = PHASES) -> int
         else:
             outcome[step.name] = run_step(step, ends, log, alone)
         log.line(f"== {step.name}: {outcome[step.name]}")
+        if step.name == "build" and not outcome[step.name].startswith("ok"):
+            os.environ["FASTSPEC_NO_EXT"] = "1"
 
     if rehearsing() and len(phases) > 2:
         phases = [*phases[:2], [step for phase in phases[2:] for step in phase]]  # no time counts
     for phase in phases:
-        chosen = [step for step in phase if not names or step.name in names]
+        chosen = [s for s in phase if not names or s.name in names or s.always]
         threads = [threading.Thread(target=run, args=[step, len(chosen) == 1]) for step in chosen]
         for thread in threads:
             thread.start()

@@ -20,9 +20,10 @@ TWICE = 2.0  # our error over that of the plain formulas in the same dtype
 
 
 def gradients(step: TrainingStep) -> Tensor:
-    """The gradients of all coefficients, one after the other."""
+    """The gradients of all coefficients, ours or EigenTune's, one after the other."""
     step.loss().backward()
-    found = [layer.delta.grad.double().flatten() for _, layer in networks.adapted(step.model)]
+    trained = step.model.named_parameters()
+    found = [p.grad.double().flatten() for name, p in trained if name.endswith(".delta")]
     step.optimizer.zero_grad()
     return torch.cat(found)
 
@@ -39,6 +40,9 @@ def check(load: Workload, base: torch.nn.Module, rows: Record) -> None:
         return float((gradients(step) - want).norm() / want.norm())
 
     own, theirs = error(ours), error(plain)
+    with rows.row(f"{load} gradients of EigenTune"):
+        theirs_too = error(networks.make(networks.eigentune, base, load))
+        rows.add(f"{load} gradients of EigenTune", off=theirs_too)
     del ours, plain, exact
     device.free()
     rows.add(f"{load} gradients", off=own, plain_formulas_off=theirs)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import torch
+from kernel_problems import tf32
 
 import fastspec
 from gpu import device
@@ -72,11 +73,11 @@ def main() -> int:
     target = torch.empty_like(source)
     seconds = median(lambda: target.copy_(source))
     record.add("copy", gb_per_s=2 * COPY / seconds / 1e9, ms=1e3 * seconds)
-    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("tf32", torch.float32, True)):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    for name, dtype, allowed in (("bf16", torch.bfloat16, False), ("tf32", torch.float32, True)):
         a, b = (torch.randn(ORDER, ORDER, device=DEVICE, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
-        seconds = median(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+        with tf32(allowed):
+            seconds = median(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
         record.add(f"{name} product", tflops=2 * ORDER**3 / seconds / 1e12, ms=1e3 * seconds)
     return record.status()
 
