@@ -160,8 +160,8 @@ def _choose_tile(capability: int, kind: Kind, few: bool, block_r: int, tma: bool
 def project_tile(capability: int, kind: Kind, block_r: int) -> Tile:
     """The tile for a projection alone onto `block_r` columns at a time."""
     tile = dataclasses.replace(PROJECT[kind], block_n=block_r)
-    if kind == "16bit" and generation(capability) != "ampere":
-        # with four, ptxas of Triton 3.6 trims registers to 72 for one block more, and spills
+    if kind != "fp32" and generation(capability) != "ampere":
+        # with four, ptxas trims registers for one block more and spills: for some sizes in every Triton
         tile = dataclasses.replace(tile, num_warps=8)
     return fit_stages(tile, _itemsize(kind), 0, chip(capability).block_shared)
 
