@@ -13,12 +13,13 @@ export TOKENIZERS_PARALLELISM ?= false
 # the cores, so a waiting thread sleeps instead of spinning.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-all lint bench cuda-check clean
+.PHONY: help install demo test test-all test-versions lint bench cuda-check clean
 
 help:
 	@echo "make demo    install, build, and adapt a real pretrained model: a table and a picture"
 	@echo "make test    install, build, lint and test"
 	@echo "make test-all    the same with the slow tests, near copies of others: minutes more"
+	@echo "make test-versions   the core and the kernels with other torch and Triton (downloads 10 GB)"
 	@echo "make bench   the benchmarks (pytest bench/), machine otherwise idle"
 	@echo "make lint    ruff, mypy and clang-format alone"
 	@echo "make cuda-check   compile the CUDA part (nvcc, no GPU; downloads a 5 GB torch), into docs/cuda.md"
@@ -43,6 +44,26 @@ test: install lint
 
 test-all: install lint
 	$(PYTEST)
+
+# The oldest torch and Triton, those of pyproject.toml's lower bounds, and those of the cards at hand. What can
+# run without a GPU: the core, tracing, compilation ahead of time for sm_90; from a copy that is not installed,
+# its compiled part built with that torch.
+VERSIONS := 2.8.0-3.4.0 2.11.0-3.6.0
+CORE := ops ops_autograd second_backward nn svd csrc_svd plan reference precision extension tasks_op tasks_bank
+test-versions: $(VERSIONS:%=test-version-%)
+
+test-version-%:
+	test -x build/torch-$*/bin/python || $(PYTHON) -m venv build/torch-$*
+	build/torch-$*/bin/python -m pip install -q "setuptools>=77" wheel ninja numpy safetensors pytest hypothesis transformers tqdm \
+	  torch==$(firstword $(subst -, ,$*)) triton==$(lastword $(subst -, ,$*))
+	rm -rf build/copy-$* && mkdir -p build/copy-$*
+	cp -r fastspec kernels csrc tests bench setup.py pyproject.toml README.md LICENSE build/copy-$*
+	rm -f build/copy-$*/fastspec/*.so
+	cd build/copy-$* && $(abspath build/torch-$*)/bin/python setup.py -q build_ext --inplace
+	cd build/copy-$* && PYTHONPATH=. $(abspath build/torch-$*)/bin/python -m pytest -q -m "not slow" \
+	  $(CORE:%=tests/test_%.py) tests/test_kernels/test_tracing.py tests/test_kernels/test_launch.py
+	cd build/copy-$* && PYTHONPATH=. $(abspath build/torch-$*)/bin/python -m pytest -q \
+	  tests/test_kernels/test_compile.py -k "not sm_80 and not sm_100"
 
 lint: install
 	$(BIN)/ruff check .

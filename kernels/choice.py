@@ -191,25 +191,26 @@ def describe(direction: str, core: str, operands: Sequence[Tensor], *needs: bool
     a, weight, u, _ = operands
     rows = max(0, tiles.hint(a.shape[0]) - 1).bit_length()
     out, d, k = map(tiles.hint, (*weight.shape, u.shape[1]))
-    layouts = tuple(map(layout, operands))
+    traced = tracing()
+    layouts = tuple([layout(t, traced) for t in operands])
     return _kind(direction, core, a.dtype, tiles.kind(a.dtype), rows, d, out, k, needs, layouts)
 
 
-def layout(t: Tensor) -> str:
+def layout(t: Tensor, traced: bool = False) -> str:
     """What a matrix's strides and address mean to its loads.
 
     "r" has rows of neighbours, "c" columns, "e" is expanded and "s" any other; "16" is added to the first
     two where rows (columns) and the first element lie on 16 bytes. The address of a traced tensor is taken
     for that of a new one.
     """
-    down, across = map(tiles.hint, t.stride())
+    down, across = map(tiles.hint, t.stride()) if traced else t.stride()
     if 0 in (down, across):
         return "e"
     if 1 not in (down, across):
         return "s"
     pitch, name = (down, "r") if across == 1 else (across, "c")
     size = t.element_size()
-    address = tiles.hint(t.storage_offset()) * size if tracing() else t.data_ptr()
+    address = tiles.hint(t.storage_offset()) * size if traced else t.data_ptr()
     return name + "16" if (pitch * size | address) % 16 == 0 else name
 
 

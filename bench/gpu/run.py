@@ -128,7 +128,8 @@ def environment() -> None:
 
 def main(names: Sequence[str], phases: Sequence[Sequence[Step]] = PHASES) -> int:
     known = [step.name for phase in phases for step in phase]
-    unknown = sorted(set(names) - set(known))
+    wanted = {name: seconds for name, _, seconds in (n.partition("=") for n in names)}
+    unknown = sorted(set(wanted) - set(known))
     if unknown:
         print(f"no step {unknown[0]!r}; the steps are: {' '.join(known)}", file=sys.stderr)
         return 2
@@ -149,7 +150,11 @@ def main(names: Sequence[str], phases: Sequence[Sequence[Step]] = PHASES) -> int
     if rehearsing() and len(phases) > 2:
         phases = [*phases[:2], [step for phase in phases[2:] for step in phase]]  # no time counts
     for phase in phases:
-        chosen = [s for s in phase if not names or s.name in names or s.always]
+        chosen = [
+            dataclasses.replace(s, seconds=float(wanted.get(s.name) or s.seconds))
+            for s in phase
+            if not wanted or s.name in wanted or s.always
+        ]
         threads = [threading.Thread(target=run, args=[step, len(chosen) == 1]) for step in chosen]
         for thread in threads:
             thread.start()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything about a GPU in one call of less than ten minutes:  bash bench/gpu/run.sh [step ...]
+# Everything about a GPU in one call of less than ten minutes:  bash bench/gpu/run.sh [step[=seconds] ...]
 #
 # Results go to $OUT, or build/gpu/out: results.json, written after every row, and run.log. Nothing is
 # installed: the checkout is used where it lies. FASTSPEC_GPU_REHEARSE=1 runs every step on a CPU, tiny.

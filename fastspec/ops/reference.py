@@ -70,11 +70,10 @@ def task_linear(
     core: str = "diag",
 ) -> Tensor:  # [B, ..., out]
     """Row b is `spectral_linear` with table[task[b]], or the frozen layer where task[b] < 0."""
-    frozen = F.linear(
-        x, weight, bias
-    )  # of the whole batch: a product of fewer rows may round otherwise
+    # of the whole batch: a product of fewer rows may round otherwise
+    frozen = F.linear(x, weight, bias)
     rows = [
         plain if t < 0 else spectral_linear(row, weight, bias, u, vh, table[t], core)
-        for row, plain, t in zip(x, frozen, task.tolist(), strict=True)
+        for row, plain, t in zip(x, frozen, map(int, task), strict=True)
     ]
     return torch.stack(rows) if rows else frozen
