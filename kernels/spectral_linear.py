@@ -169,13 +169,13 @@ def _apply_core(
 
 
 def launch_grid(
-    a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None, tma: bool = False
+    a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None
 ) -> tuple[int, tiles.Tile, tuple[int, int], int]:
     """The rank tile, the tile, the grid and the output tiles that each program walks."""
     beside, own = rank_tile(k) if fuses(a, k) else 0, tile is None
     if tile is None:
         kind, capability = tiles.kind(a.dtype), tiles.capability(a.device)
-        tile = tiles.choose_tile(capability, kind, n, beside, tma)
+        tile = tiles.choose_tile(capability, kind, n, beside)
     rows, columns = tiles.hint(n), tiles.hint(out)
     multiprocessors = tiles.multiprocessors(a.device)
     tile, each = tiles.fill(tile, rows, columns, beside, multiprocessors, own)

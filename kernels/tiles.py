@@ -139,19 +139,25 @@ def fit_stages(tile: Tile, itemsize: int, block_r: int, limit: int) -> Tile:
     return tile
 
 
-def choose_tile(capability: int, kind: Kind, n_rows: int, block_r: int, tma: bool = False) -> Tile:
-    """The tile for `n_rows` rows beside a projection of `block_r` columns (0: none) on this architecture.
+def choose_tile(capability: int, kind: Kind, n_rows: int, block_r: int) -> Tile:
+    """The tile for `n_rows` rows beside a projection of `block_r` columns (0: none) on this architecture."""
+    return _choose_tile(capability, kind, bool(n_rows <= FEW_ROWS), block_r)
 
-    With TMA the hardware keeps the addresses, and the registers they leave are enough for the widest rank
-    beside a full output tile.
+
+def choose_tma_tile(capability: int, kind: Kind, n_rows: int, block_r: int) -> Tile:
+    """The tile of a program that makes one output tile by TMA, beside a projection of `block_r` columns.
+
+    The hardware keeps the addresses, and the registers they leave are enough for the widest rank beside a
+    full output tile.
     """
-    return _choose_tile(capability, kind, bool(n_rows <= FEW_ROWS), block_r, tma)
+    tile = TABLE[generation(capability), kind, bool(n_rows <= FEW_ROWS)]
+    return fit_stages(tile, _itemsize(kind), block_r, chip(capability).block_shared)
 
 
 @functools.cache
-def _choose_tile(capability: int, kind: Kind, few: bool, block_r: int, tma: bool) -> Tile:
+def _choose_tile(capability: int, kind: Kind, few: bool, block_r: int) -> Tile:
     tile = TABLE[generation(capability), kind, few]
-    if not tma and tile.block_n + block_r > COLUMNS:
+    if tile.block_n + block_r > COLUMNS:
         tile = dataclasses.replace(tile, block_n=tile.block_n // 2)
     return fit_stages(tile, _itemsize(kind), block_r, chip(capability).block_shared)
 

@@ -13,15 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastspec.kernels import tiles
+from fastspec.cores import core_storage
+from fastspec.kernels import arrival, tiles
+from fastspec.kernels.arrival import sum_shares
 from fastspec.kernels.launch import launch
 from fastspec.kernels.sigma_grad import (
     dot_precision,
     finish_gradient,
     gradient_slots,
+    rank_tile,
     reduce_gradient,
 )
-from fastspec.kernels.spectral_linear import absent, fuses, kernel_core, launch_grid
+from fastspec.kernels.spectral_linear import absent, fuses, kernel_core
 from fastspec.kernels.tile_program import apply_core
 
 try:
@@ -29,11 +32,27 @@ try:
 except ImportError:  # Triton below 3.4
     TensorDescriptor = None
 AVAILABLE = TensorDescriptor is not None
+GROUP = 8  # row tiles that programs at work at once share columns of
 
 # ----------------------------------------------------------------------------------------- kernels
 
 
 # fmt: off
+@triton.jit
+def place(N, COLUMNS, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The row tile and the column tile of this program.
+
+    Programs that run at once cover GROUP row tiles and neighbouring columns, so that what they fetch of
+    both operands is still in the L2 cache when the next ask for it.
+    """
+    program = tl.program_id(0)
+    row_tiles = tl.cdiv(N, BLOCK_M)
+    width = GROUP * tl.cdiv(COLUMNS, BLOCK_N)
+    first = program // width * GROUP
+    rows = min(row_tiles - first, GROUP)
+    return first + program % width % rows, program % width // rows
+
+
 @triton.jit
 def spectral_linear_fwd_tma_kernel(
     x_desc,           # [N, IN] in tiles [BLOCK_M, BLOCK_K]
@@ -42,46 +61,36 @@ def spectral_linear_fwd_tma_kernel(
     vh_desc,          # [K, IN] in tiles [BLOCK_R, BLOCK_K]
     y_desc,           # [N, OUT] in tiles [BLOCK_M, BLOCK_N]
     bias_ptr, delta_ptr, task_ptr, p_ptr,  # as in the plain kernel
-    N, IN, OUT, K, TASKS, tiles_each,
-    CORE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    N, IN, OUT, K, TASKS,
+    CORE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """y = x W^T + b + core(p) U^T  with  p = x Vh^T, which is stored."""
+    """y = x W^T + b + core(p) U^T  with  p = x Vh^T, which is stored; one output tile a program."""
     dtype: tl.constexpr = p_ptr.dtype.element_ty
-    split = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_M
+    slot, column = place(N, OUT, BLOCK_M, BLOCK_N, GROUP)
+    row = slot * BLOCK_M
+    col = column * BLOCK_N
     row0 = row.to(tl.int64)
     row_ok = tl.arange(0, BLOCK_M) < N - row0
     rank_ok = tl.arange(0, BLOCK_R) < K
-    scaled = tl.zeros([BLOCK_M, BLOCK_R], dtype=dtype)
-    first = split * tiles_each
-    last = min(first + tiles_each, tl.cdiv(OUT, BLOCK_N))
-    for tile in range(first, last):
-        col = tile * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        if tile == first:
-            p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-            for d in range(0, IN, BLOCK_K):
-                x = x_desc.load([row, d])
-                acc = tl.dot(x, w_desc.load([col, d]).T, acc, input_precision=PRECISION)
-                p = tl.dot(x, vh_desc.load([0, d]).T, p, input_precision=PRECISION)
-            if split == 0:
-                cell = tl.arange(0, BLOCK_M)[:, None] * K + tl.arange(0, BLOCK_R)[None, :]
-                p_ok = row_ok[:, None] & rank_ok[None, :]
-                tl.store(p_ptr + row0 * K + cell, p.to(dtype), mask=p_ok)
-            scaled = apply_core(
-                p, delta_ptr, task_ptr, row0=row0, row_ok=row_ok, rank_ok=rank_ok, K=K, TASKS=TASKS,
-                CORE=CORE, FORWARD=True, PRECISION=PRECISION, DTYPE=dtype,
-            )
-        else:
-            for d in range(0, IN, BLOCK_K):
-                x = x_desc.load([row, d])
-                acc = tl.dot(x, w_desc.load([col, d]).T, acc, input_precision=PRECISION)
-        acc = tl.dot(scaled, u_desc.load([col, 0]).T, acc, input_precision=PRECISION)
-        if BIAS:
-            cols = col + tl.arange(0, BLOCK_N)
-            acc += tl.load(bias_ptr + cols, mask=cols < OUT, other=0.0).to(tl.float32)[None, :]
-        y_desc.store([row, col], acc.to(dtype))
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    p = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for d in range(0, IN, BLOCK_K):
+        x = x_desc.load([row, d])
+        acc = tl.dot(x, w_desc.load([col, d]).T, acc, input_precision=PRECISION)
+        p = tl.dot(x, vh_desc.load([0, d]).T, p, input_precision=PRECISION)
+    if column == 0:
+        cell = tl.arange(0, BLOCK_M)[:, None] * K + tl.arange(0, BLOCK_R)[None, :]
+        tl.store(p_ptr + row0 * K + cell, p.to(dtype), mask=row_ok[:, None] & rank_ok[None, :])
+    scaled = apply_core(
+        p, delta_ptr, task_ptr, row0=row0, row_ok=row_ok, rank_ok=rank_ok, K=K, TASKS=TASKS,
+        CORE=CORE, FORWARD=True, PRECISION=PRECISION, DTYPE=dtype,
+    )
+    acc = tl.dot(scaled, u_desc.load([col, 0]).T, acc, input_precision=PRECISION)
+    if BIAS:
+        cols = col + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + cols, mask=cols < OUT, other=0.0).to(tl.float32)[None, :]
+    y_desc.store([row, col], acc.to(dtype))
 
 
 @triton.jit
@@ -91,46 +100,43 @@ def spectral_linear_bwd_tma_kernel(
     u_desc,           # [OUT, K] in tiles [BLOCK_K, BLOCK_R]
     vh_desc,          # [K, IN] in tiles [BLOCK_R, BLOCK_N]
     dx_desc,          # [N, IN] in tiles [BLOCK_M, BLOCK_N]
-    p_ptr, delta_ptr, task_ptr, grad_ptr,  # as in the plain kernel
-    N, IN, OUT, K, TASKS, tiles_each,
-    CORE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    p_ptr, delta_ptr, task_ptr,  # as in the plain kernel
+    shares_ptr,       # float32, as `reduce_gradient` fills it, a slot a row tile; GRAD only
+    grad_ptr,         # float32, the sum of the shares; SUMMED only
+    arrived_ptr,      # int32, zero before and after; SUMMED only
+    N, IN, OUT, K, TASKS,
+    CORE: tl.constexpr, GRAD: tl.constexpr, SUMMED: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, CELLS: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """dx = g W + core(q) Vh  with  q = g U, and from q and p the row tile's share of d delta."""
+    """dx = g W + core(q) Vh  with  q = g U, and from q and p the gradient d delta or its shares."""
     dtype: tl.constexpr = p_ptr.dtype.element_ty
-    slot = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_M
+    slot, column = place(N, IN, BLOCK_M, BLOCK_N, GROUP)
+    row = slot * BLOCK_M
+    col = column * BLOCK_N
     row0 = row.to(tl.int64)
     row_ok = tl.arange(0, BLOCK_M) < N - row0
     rank_ok = tl.arange(0, BLOCK_R) < K
-    scaled = tl.zeros([BLOCK_M, BLOCK_R], dtype=dtype)
-    first = split * tiles_each
-    last = min(first + tiles_each, tl.cdiv(IN, BLOCK_N))
-    for tile in range(first, last):
-        col = tile * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        if tile == first:
-            q = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-            for d in range(0, OUT, BLOCK_K):
-                g = g_desc.load([row, d])
-                acc = tl.dot(g, w_desc.load([d, col]), acc, input_precision=PRECISION)
-                q = tl.dot(g, u_desc.load([d, 0]), q, input_precision=PRECISION)
-            if GRAD and split == 0:
-                reduce_gradient(
-                    q, p_ptr, grad_ptr, slot=slot, row0=row0, row_ok=row_ok, rank0=0, rank_ok=rank_ok,
-                    K=K, CORE=CORE, PRECISION=PRECISION,
-                )
-            scaled = apply_core(
-                q, delta_ptr, task_ptr, row0=row0, row_ok=row_ok, rank_ok=rank_ok, K=K, TASKS=TASKS,
-                CORE=CORE, FORWARD=False, PRECISION=PRECISION, DTYPE=dtype,
-            )
-        else:
-            for d in range(0, OUT, BLOCK_K):
-                g = g_desc.load([row, d])
-                acc = tl.dot(g, w_desc.load([d, col]), acc, input_precision=PRECISION)
-        acc = tl.dot(scaled, vh_desc.load([0, col]), acc, input_precision=PRECISION)
-        dx_desc.store([row, col], acc.to(dtype))
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    q = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for d in range(0, OUT, BLOCK_K):
+        g = g_desc.load([row, d])
+        acc = tl.dot(g, w_desc.load([d, col]), acc, input_precision=PRECISION)
+        q = tl.dot(g, u_desc.load([d, 0]), q, input_precision=PRECISION)
+    if GRAD and column == 0:
+        reduce_gradient(
+            q, p_ptr, shares_ptr, slot=slot.to(tl.int64), row0=row0, row_ok=row_ok, rank0=0,
+            rank_ok=rank_ok, K=K, CORE=CORE, PRECISION=PRECISION,
+        )
+    scaled = apply_core(
+        q, delta_ptr, task_ptr, row0=row0, row_ok=row_ok, rank_ok=rank_ok, K=K, TASKS=TASKS,
+        CORE=CORE, FORWARD=False, PRECISION=PRECISION, DTYPE=dtype,
+    )
+    acc = tl.dot(scaled, vh_desc.load([0, col]), acc, input_precision=PRECISION)
+    dx_desc.store([row, col], acc.to(dtype))
+    if SUMMED and column == 0:
+        cells = K if CORE == "diag" else K * K
+        sum_shares(shares_ptr, grad_ptr, arrived_ptr, tl.cdiv(N, BLOCK_M), cells, CELLS, SLOTS)
 # fmt: on
 
 
@@ -168,7 +174,7 @@ def spectral_linear_fwd(
     (n, d), (out, k) = x.shape, u.shape
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     p = torch.empty(n, k, dtype=x.dtype, device=x.device)
-    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile, tma=True)
+    block_r, tile, grid = _grid(x, out, k, tile)
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     _check(x, w, u, vh, y)
     launch(
@@ -176,8 +182,8 @@ def spectral_linear_fwd(
         x_desc=_descriptor(x, m, s), w_desc=_descriptor(w, c, s), u_desc=_descriptor(u, c, block_r),
         vh_desc=_descriptor(vh, block_r, s), y_desc=_descriptor(y, m, c),
         bias_ptr=absent(bias, x), delta_ptr=table, task_ptr=absent(task, x), p_ptr=p,
-        N=n, IN=d, OUT=out, K=k, TASKS=len(table), tiles_each=tiles_each,
-        CORE=name, BIAS=bias is not None, PRECISION=dot_precision(x.dtype),
+        N=n, IN=d, OUT=out, K=k, TASKS=len(table),
+        CORE=name, BIAS=bias is not None, PRECISION=dot_precision(x.dtype), GROUP=GROUP,
         **tile.blocks(block_r), **tile.options,
     )  # fmt: skip
     return y, p
@@ -200,23 +206,42 @@ def spectral_linear_bwd(
     name, table = kernel_core(g, u, delta, core, task)
     (n, out), (k, d) = g.shape, vh.shape
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
-    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile, tma=True)
+    block_r, tile, grid = _grid(g, d, k, tile)
     m, c, s = tile.block_m, tile.block_n, tile.block_k
-    shares = gradient_slots(name, grid[0], n, k, g.device) if needs_delta else table
     _check(g, w, u, vh, dx)
+    slots, cells = tiles.cdiv(n, m), table.numel()
+    shares = gradient_slots(name, slots, n, k, g.device) if needs_delta else table
+    summed = needs_delta and task is None and arrival.fits(slots, cells)
+    arrived = arrival.counter(g.device) if summed else None
+    grad = table if arrived is None else torch.empty_like(table)
     launch(
         spectral_linear_bwd_tma_kernel, grid,
         g_desc=_descriptor(g, m, s), w_desc=_descriptor(w, s, c), u_desc=_descriptor(u, s, block_r),
         vh_desc=_descriptor(vh, block_r, c), dx_desc=_descriptor(dx, m, c),
-        p_ptr=p, delta_ptr=table, task_ptr=absent(task, g), grad_ptr=shares,
-        N=n, IN=d, OUT=out, K=k, TASKS=len(table), tiles_each=tiles_each,
-        CORE=name, GRAD=needs_delta, PRECISION=dot_precision(g.dtype),
+        p_ptr=p, delta_ptr=table, task_ptr=absent(task, g), shares_ptr=shares, grad_ptr=grad,
+        arrived_ptr=absent(arrived, table), N=n, IN=d, OUT=out, K=k, TASKS=len(table),
+        CORE=name, GRAD=needs_delta, SUMMED=arrived is not None, PRECISION=dot_precision(g.dtype),
+        GROUP=GROUP, **arrival.blocks(1 if arrived is None else cells),
         **tile.blocks(block_r), **tile.options,
     )  # fmt: skip
     if not needs_delta:
         return dx, None
+    if arrived is not None:
+        return dx, core_storage(grad, core, delta.shape[0] // 2) if core == "band" else grad
     n_tasks = len(delta) if task is not None else None
     return dx, finish_gradient(shares, core, task, n_tasks, delta.shape[0] // 2)
+
+
+def _grid(
+    a: Tensor, columns: int, k: int, tile: tiles.Tile | None
+) -> tuple[int, tiles.Tile, tuple[int]]:
+    """The rank tile, the tile and the programs: one for every output tile."""
+    block_r = rank_tile(k)
+    if tile is None:
+        kind, capability = tiles.kind(a.dtype), tiles.capability(a.device)
+        tile = tiles.choose_tma_tile(capability, kind, tiles.hint(a.shape[0]), block_r)
+    programs = tiles.cdiv(a.shape[0], tile.block_m) * tiles.cdiv(columns, tile.block_n)
+    return block_r, tile, (programs,)
 
 
 def _check(*operands: Tensor) -> None:

@@ -21,7 +21,8 @@ from triton.compiler import ASTSource
 from fastspec.kernels import tiles
 
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-FLOAT32_POINTERS = ("delta_ptr", "grad_ptr", "shares_ptr")
+FLOAT32_POINTERS = ("delta_ptr", "grad_ptr", "shares_ptr", "sum_ptr")
+INT32_POINTERS = ("arrived_ptr",)
 INT64_POINTERS = ("task_ptr", "order_ptr", "bounds_ptr")
 COUNTS = ("N", "TASKS", "tiles_each", "steps")  # what no shape makes a multiple of 16
 
@@ -90,6 +91,8 @@ def compile_kernel(
             signature[name], divisible = f"tensordesc<{element}[{shape}]>", False
         elif name.endswith("_table") or name in INT64_POINTERS:
             signature[name] = "*i64"
+        elif name in INT32_POINTERS:
+            signature[name], divisible = "*i32", False
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if name in FLOAT32_POINTERS else f"*{element}"
         else:

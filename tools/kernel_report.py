@@ -17,7 +17,7 @@ import torch
 import triton
 from compilation import TYPE_NAMES, Compiled, compile_kernel
 
-from fastspec.kernels import merge, sigma_grad, tile_program, tiles, tma
+from fastspec.kernels import arrival, merge, sigma_grad, tile_program, tiles, tma
 
 CAPABILITIES = (80, 90, 100)
 KINDS: dict[tiles.Kind, tuple[torch.dtype, ...]] = {
@@ -76,7 +76,7 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     if capability >= 90:
         for rank in ranks:
             for core in ("diag", "task", "dense"):
-                tile = tiles.choose_tile(capability, kind, MANY, rank, tma=True)
+                tile = tiles.choose_tma_tile(capability, kind, MANY, rank)
                 yield from _tma_variants(core, rank, tile, precision)
     tile = tiles.project_tile(capability, kind, 64)
     for core in ("store", "diag", "task", *(["dense"] if fused >= 64 else [])):
@@ -101,7 +101,8 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
 
 def _tma_variants(core: str, rank: int, tile: tiles.Tile, precision: str) -> Iterator[Variant]:
     m, n, k = tile.block_m, tile.block_n, tile.block_k
-    constants: dict[str, Any] = {"CORE": core, "PRECISION": precision, **tile.blocks(rank)}
+    constants: dict[str, Any] = {"CORE": core, "PRECISION": precision, "GROUP": tma.GROUP}
+    constants |= tile.blocks(rank)
     label = f"tma, {core}, rank tile {rank}"
     forward = {"x_desc": (m, k), "w_desc": (n, k), "u_desc": (n, rank), "vh_desc": (rank, k)}
     kernel = tma.spectral_linear_fwd_tma_kernel
@@ -110,7 +111,10 @@ def _tma_variants(core: str, rank: int, tile: tiles.Tile, precision: str) -> Ite
     backward = {"g_desc": (m, k), "w_desc": (k, n), "u_desc": (k, rank), "vh_desc": (rank, n)}
     kernel = tma.spectral_linear_bwd_tma_kernel
     blocks = {**backward, "dx_desc": (m, n)}
-    yield Variant(f"bwd: {label}", kernel, {**constants, "GRAD": True}, tile, blocks)
+    summed = core != "task"
+    constants |= {"GRAD": True, "SUMMED": summed}
+    constants |= arrival.blocks({"diag": rank, "task": 1, "dense": rank * rank}[core])
+    yield Variant(f"bwd: {label}", kernel, constants, tile, blocks)
 
 
 # ------------------------------------------------------------------------------------------ output

@@ -33,6 +33,7 @@ class Step:
     command: tuple[str, ...] = ()
     needs: str | None = "versions"  # which step must not have failed in this run
     always: bool = False  # also where only others are asked for
+    extra: bool = False  # only where it is asked for
 
     @property
     def argv(self) -> list[str]:
@@ -45,6 +46,7 @@ PHASES: tuple[tuple[Step, ...], ...] = (
     # without it every process would compile for itself
     (Step("build", 90, always=True),),
     (Step("correctness", 100), Step("sanitizer", 100), Step("glue", 100)),
+    (Step("tune", 90, extra=True),),
     (Step("layers", 110),),
     (Step("steps", 110),),
     (Step("compiled", 80),),
@@ -153,7 +155,7 @@ def main(names: Sequence[str], phases: Sequence[Sequence[Step]] = PHASES) -> int
         chosen = [
             dataclasses.replace(s, seconds=float(wanted.get(s.name) or s.seconds))
             for s in phase
-            if not wanted or s.name in wanted or s.always
+            if s.name in wanted or (not wanted and not s.extra) or s.always
         ]
         threads = [threading.Thread(target=run, args=[step, len(chosen) == 1]) for step in chosen]
         for thread in threads:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_problems import CORES, exact, problem, tf32
 from kernel_sanitizer import sanitized
 from support import assert_close, relative_error
 
+from fastspec.kernels import arrival, tiles, tma
 from fastspec.kernels import merge as merging
-from fastspec.kernels import tiles, tma
 from fastspec.kernels.merge import merge
 from fastspec.kernels.sigma_grad import dot_precision, project, sigma_grad
 from fastspec.kernels.tiles import Tile
@@ -108,6 +110,44 @@ def test_tma(size, core, dtype):
         assert_close(got, want, dtype)
     assert torch.equal(again, dx)
     assert none is None
+
+
+@pytest.mark.parametrize("cells", [1, 13, 32, 1024, 4096])
+@pytest.mark.parametrize("slots", [1, 2, 9, 67])
+def test_the_last_program_sums_all_shares(slots, cells):
+    shares = torch.randn(slots, cells, generator=torch.Generator().manual_seed(0))
+    assert arrival.fits(slots, cells) == (slots <= 8 * arrival.blocks(cells)["SLOTS"])
+    total, counter = torch.full((cells,), float("nan")), arrival.counter(shares.device)
+    for place in range(slots):
+        assert counter.item() == place
+        assert total.isnan().all()  # nobody else has written
+        count_in[(1,)](shares, total, counter, slots, cells, **arrival.blocks(cells))
+    assert counter.item() == 0  # ready for the next launch
+    assert_close(total, shares.double().sum(0), torch.float32)
+
+
+@triton.jit
+def count_in(shares, total, counter, slots, cells, CELLS: tl.constexpr, SLOTS: tl.constexpr):
+    """One program of a launch of `slots` of them."""
+    arrival.sum_shares(shares, total, counter, slots, cells, CELLS, SLOTS)
+
+
+def test_launches_at_work_have_counters_of_their_own():
+    device = torch.device("cpu")
+    first = [arrival.counter(device).data_ptr() for _ in range(1000)]
+    assert len(set(first)) == 1000
+
+
+@pytest.mark.parametrize("core", ["diag", "dense", "band"])
+def test_tma_sums_by_itself_or_by_another_launch(core, monkeypatch):
+    t, tile = problem(70, 136, 40, 32, core, torch.bfloat16), Tile(32, 32, 32, 4, 2)
+    factors = (t["w"], t["u"], t["vh"], t["delta"], core)
+    p = (t["x"] @ t["vh"].mT).contiguous()
+    _, own = tma.spectral_linear_bwd(t["g"], p, *factors, tile=tile)
+    monkeypatch.setattr(arrival, "counter", lambda device: None)
+    _, other = tma.spectral_linear_bwd(t["g"], p, *factors, tile=tile)
+    assert own.shape == other.shape
+    assert_close(own, other.double(), torch.float32)
 
 
 def test_tma_refuses_what_it_cannot_address():
