@@ -214,7 +214,8 @@ def finish_gradient(
     if task is not None:
         assert n_tasks is not None
         return sum_by_task(shares, task, n_tasks)
-    return core_storage(shares.sum(0), core, half_width) if core == "band" else shares.sum(0)
+    total = shares[0] if len(shares) == 1 else shares.sum(0)  # of one row tile nothing is left to sum
+    return core_storage(total, core, half_width) if core == "band" else total
 
 
 def sum_by_task(shares: Tensor, task: Tensor, n_tasks: int) -> Tensor:

@@ -15,8 +15,8 @@ The rule, and why:
    projection, and a wave that is not full takes as long as a full one (`split_columns`). With few rows the
    tile narrows too where that leaves fewer multiprocessors idle (`fill`).
 
-Nothing here was timed on a GPU: the sizes follow from these limits and from the compiler's register
-and shared-memory figures (docs/kernels.md).
+The tiles of the TMA kernels in 16 bits were chosen by measurement (`choose_tma_tile`). The others follow
+from these limits and from the compiler's register and shared-memory figures (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ TABLE = {
 }
 FEW_ROWS = 32
 NARROWEST = 32  # columns of an output tile
+DEEP = 2048  # steps of the sum from which a wide tile pays
 MANY_ROWS = 4096  # what a number of rows that nobody knows yet is taken for
 COLUMNS = 160  # of 128 rows in 8 warps: 80 registers a thread hold accumulators
 FUSED_RANK: dict[Kind, int] = {"16bit": 64, "tf32": 32, "fp32": 0}
@@ -144,13 +145,32 @@ def choose_tile(capability: int, kind: Kind, n_rows: int, block_r: int) -> Tile:
     return _choose_tile(capability, kind, bool(n_rows <= FEW_ROWS), block_r)
 
 
-def choose_tma_tile(capability: int, kind: Kind, n_rows: int, block_r: int) -> Tile:
+@functools.lru_cache(4096)
+def choose_tma_tile(
+    capability: int,
+    kind: Kind,
+    n: int,
+    columns: int,
+    depth: int,
+    block_r: int,
+    multiprocessors: int,
+) -> Tile:
     """The tile of a program that makes one output tile by TMA, beside a projection of `block_r` columns.
 
-    The hardware keeps the addresses, and the registers they leave are enough for the widest rank beside a
-    full output tile.
+    The hardware keeps the addresses, and the registers they leave are enough for a full output tile. The
+    rule in 16 bits is what the step `tune` of bench/gpu measured on an H200 (docs/gpu.md): small tiles where
+    larger ones would leave multiprocessors idle; of 128 x 128 two share a multiprocessor, and one hides the
+    other's start and end; a deep product prefers the wider tile, whose operands are read less often.
     """
-    tile = TABLE[generation(capability), kind, bool(n_rows <= FEW_ROWS)]
+    few = n <= FEW_ROWS
+    tile = TABLE[generation(capability), kind, few]
+    if kind == "16bit" and not few and capability >= 90:
+        if cdiv(n, 128) * cdiv(columns, 128) < multiprocessors:
+            tile = Tile(64, 64, 64, 4, 4)
+        elif depth >= DEEP:
+            tile = Tile(128, 256, 64, 8, 4)
+        else:  # four warps have no registers for the widest rank
+            tile = Tile(128, 128, 64, 4 if block_r <= 32 else 8, 3)
     return fit_stages(tile, _itemsize(kind), block_r, chip(capability).block_shared)
 
 

@@ -239,7 +239,11 @@ def _grid(
     block_r = rank_tile(k)
     if tile is None:
         kind, capability = tiles.kind(a.dtype), tiles.capability(a.device)
-        tile = tiles.choose_tma_tile(capability, kind, tiles.hint(a.shape[0]), block_r)
+        n, depth = map(tiles.hint, a.shape)
+        multiprocessors = tiles.multiprocessors(a.device)
+        tile = tiles.choose_tma_tile(
+            capability, kind, n, tiles.hint(columns), depth, block_r, multiprocessors
+        )
     programs = tiles.cdiv(a.shape[0], tile.block_m) * tiles.cdiv(columns, tile.block_n)
     return block_r, tile, (programs,)
 

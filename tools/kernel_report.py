@@ -26,6 +26,8 @@ KINDS: dict[tiles.Kind, tuple[torch.dtype, ...]] = {
     "fp32": (torch.float32,),
 }
 MANY, FEW = 4096, 16  # rows: which of the table's tiles
+# output columns and depth of TMA launches: one that fills no chip, a shallow one, a deep one
+TMA_SIZES = ((384, 384), (3072, 768), (4096, 4096))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +78,16 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     if capability >= 90:
         for rank in ranks:
             for core in ("diag", "task", "dense"):
-                tile = tiles.choose_tma_tile(capability, kind, MANY, rank)
-                yield from _tma_variants(core, rank, tile, precision)
+                for columns, depth in TMA_SIZES if kind == "16bit" else TMA_SIZES[-1:]:
+                    sizes = (
+                        MANY // 2,
+                        columns,
+                        depth,
+                        rank,
+                        tiles.chip(capability).multiprocessors,
+                    )
+                    tile = tiles.choose_tma_tile(capability, kind, *sizes)
+                    yield from _tma_variants(core, rank, tile, precision)
     tile = tiles.project_tile(capability, kind, 64)
     for core in ("store", "diag", "task", *(["dense"] if fused >= 64 else [])):
         constants = {"stride_ad": 1, "stride_vk": 1, "CORE": core, "PRECISION": precision}
@@ -103,7 +113,7 @@ def _tma_variants(core: str, rank: int, tile: tiles.Tile, precision: str) -> Ite
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     constants: dict[str, Any] = {"CORE": core, "PRECISION": precision, "GROUP": tma.GROUP}
     constants |= tile.blocks(rank)
-    label = f"tma, {core}, rank tile {rank}"
+    label = f"tma {m}x{n}, {core}, rank tile {rank}"
     forward = {"x_desc": (m, k), "w_desc": (n, k), "u_desc": (n, rank), "vh_desc": (rank, k)}
     kernel = tma.spectral_linear_fwd_tma_kernel
     blocks = {**forward, "y_desc": (m, n)}
