@@ -214,7 +214,9 @@ def finish_gradient(
     if task is not None:
         assert n_tasks is not None
         return sum_by_task(shares, task, n_tasks)
-    total = shares[0] if len(shares) == 1 else shares.sum(0)  # of one row tile nothing is left to sum
+    total = (
+        shares[0] if len(shares) == 1 else shares.sum(0)
+    )  # of one row tile nothing is left to sum
     return core_storage(total, core, half_width) if core == "band" else total
 
 

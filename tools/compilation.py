@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from fastspec.kernels import tiles
 
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-FLOAT32_POINTERS = ("delta_ptr", "grad_ptr", "shares_ptr", "sum_ptr")
+FLOAT32_POINTERS = ("delta_ptr", "grad_ptr", "shares_ptr", "sum_ptr", "made_for_ptr")
 INT32_POINTERS = ("arrived_ptr",)
 INT64_POINTERS = ("task_ptr", "order_ptr", "bounds_ptr")
 COUNTS = ("N", "TASKS", "tiles_each", "steps")  # what no shape makes a multiple of 16

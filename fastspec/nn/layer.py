@@ -14,6 +14,7 @@ from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.parts import FrozenFactors, kept_in_float32, merged_weight, same_values
 from fastspec.ops import reference
 from fastspec.ops.functional import spectral_linear, task_linear
+from fastspec.ops.kept import CORES as KEPT_CORES
 from fastspec.ops.plan import LayerCall, Plan, make_plan, why_not
 from fastspec.svd.factors import Directions, Factors, factorize
 
@@ -30,7 +31,8 @@ class SpectralLayer(FrozenFactors):
     delta: Tensor
     delta_table: Tensor
     base_weight: Tensor | None
-    _kept: tuple[Tensor, Tensor] | None  # W + U C Vh and the coefficients it is for (`keep_merged`)
+    # W + U C Vh, the coefficients it is for and, on a device, which tensor and version of it they were
+    _kept: tuple[Tensor, Tensor, Any] | None
     task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
 
     @staticmethod
@@ -144,9 +146,13 @@ class SpectralLayer(FrozenFactors):
         """Keep one copy of W + U C Vh between calls, made again only when the coefficients changed.
 
         It saves both merges of a step: for evaluation, and for training where many batches pass between
-        two optimiser steps. It costs the memory of one more weight. It has no effect where it can't help
-        or could not be checked for free: on a GPU, in 16 bits, under autocast, while compiling, or with
-        a forced plan.
+        two optimiser steps. It costs the memory of one more weight. In 16 bits and on a GPU it replaces the
+        two thin products that a layer adds: a wide layer's step then costs little more than the frozen
+        one's. In 16 bits each entry of the copy is rounded up or down by a threshold of its own
+        (`fastspec.ops.kept`). A CUDA graph holds the comparison, so that its replays see new coefficients.
+
+        It has no effect under autocast, while compiling, with a forced plan, and, in 16 bits or on a GPU,
+        with a band core.
         """
         self.keeps_merged = keep
         self._kept = None
@@ -157,18 +163,42 @@ class SpectralLayer(FrozenFactors):
         if (
             torch.compiler.is_compiling()
             or self.forced_plan is not None
-            or weight.device.type != "cpu"
-            or weight.dtype.itemsize < 4
-            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled(weight.device.type)
         ):
             return None
+        if weight.device.type != "cpu" or weight.dtype.itemsize < 4:
+            return self._kept_on_device(delta)
         if not delta.any():
             return self._matrix(weight)  # bit for bit the pretrained layer, without a copy
         if self._kept is None or not torch.equal(self._kept[1], delta):
             # a new tensor: a graph may still hold the old one for its backward
             with torch.inference_mode(False):  # kept beyond it, for training too
-                self._kept = (self._merged_weight(), delta.clone())
+                self._kept = (self._merged_weight(), delta.clone(), None)
         return self._matrix(self._kept[0])
+
+    def _kept_on_device(self, delta: Tensor) -> Tensor | None:
+        """The same without a look at values: the operator compares, where the weight is."""
+        if self.core not in KEPT_CORES:
+            return None
+        state = (id(self.delta), self.delta._version)
+        changed = self._kept is None or self._kept[2] != state
+        if self._kept is None or changed:
+            # a new tensor: a graph may still hold the old one for its backward
+            with torch.inference_mode(False):
+                copy, made_for = torch.empty_like(self.weight), torch.empty_like(delta)
+            self._kept = (copy.detach(), made_for, state)
+        copy, made_for, _ = self._kept
+        torch.ops.fastspec.keep_merged(
+            self._matrix(copy),
+            made_for,
+            self._matrix(self.weight.detach()),
+            self.u,
+            self.vh,
+            delta,
+            self.core,
+            changed,
+        )
+        return self._matrix(copy)
 
     def _with_tasks(self, x: Tensor, task: Tensor) -> Tensor:
         """Every row of the batch x [B, ..., in] with its own task's core; `delta` plays no part."""

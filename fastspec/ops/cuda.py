@@ -19,9 +19,15 @@ DEVICE = "cuda"  # whose tensors are traced through; tests trace on a CPU
 
 
 @functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not loaded."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
 def _dispatch() -> Any:
     """The dispatcher, or None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return None
     from fastspec.kernels import dispatch
 

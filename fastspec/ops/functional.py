@@ -45,7 +45,7 @@ def spectral_linear(
             as nothing was cast since. Allows the short-side gradient (design section 2, F3).
         plan: forces a plan; None takes the cost model's. A plan that is not legal here (a short side
             without a singular basis) is refused.
-        effective: W + U C Vh for this very `delta`, in float32 or float64, where the caller keeps it: it
+        effective: W + U C Vh for this very `delta`, in the weight's dtype, where the caller keeps it: it
             is then not made again. Excludes `plan`.
 
     Returns:
