@@ -78,18 +78,15 @@ _counters: dict[torch.device, _Counters] = {}
 
 
 def counter(device: torch.device) -> Tensor | None:
-    """A counter [1] that is zero, or None where none may be had: then the sum takes a launch of its own.
-
-    So it is while something traces, and in the capture of a CUDA graph before the first eager call (memory
-    of the graph is not zero before it runs) or after all that graphs may have.
-    """
+    """A counter [1] that is zero when its launch begins; None while something traces."""
     if tracing():
         return None
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     own = _counters.get(device)
-    if own is None:
-        if capturing:
-            return None
+    if own is None and not capturing:
         own = _counters.setdefault(device, _Counters(device))
-    place = next(own.captured, None) if capturing else next(own.eager)
-    return None if place is None else own.memory[place : place + 1]
+    place = None if own is None else next(own.captured, None) if capturing else next(own.eager)
+    if place is None:  # in a graph: memory of its own, and one more node, which sets it to zero
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    assert own is not None
+    return own.memory[place : place + 1]

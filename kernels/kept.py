@@ -109,11 +109,10 @@ def keep(
     delta: Tensor,  # [k] or [k, k] float32
     core: str,
     forced: bool,
-) -> bool:
-    """Let `out` hold W + U C Vh and `made_for` the delta it was made for; False where no counter is free."""
+) -> None:
+    """Let `out` hold W + U C Vh and `made_for` the delta it was made for."""
     arrived = arrival.counter(weight.device)
-    if arrived is None:
-        return False
+    assert arrived is not None, "nothing traces through this operator"
     (rows, columns), k = weight.shape, u.shape[1]
     grid = (tiles.cdiv(rows, TILE.block_m), tiles.cdiv(columns, TILE.block_n))
     launch(
@@ -126,4 +125,3 @@ def keep(
         CORE=core, CELLS=AT_ONCE, BLOCK_M=TILE.block_m, BLOCK_N=TILE.block_n,
         BLOCK_R=min(rank_tile(k), 32), **TILE.options,
     )  # fmt: skip
-    return True

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastspec.cores import core_storage
 from fastspec.kernels import tiles
-from fastspec.kernels.launch import launch
+from fastspec.kernels.launch import launch, tracing
 
 RANK_TILE = 64  # columns of a rank tile at most; more come in chunks
 

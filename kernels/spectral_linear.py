@@ -120,7 +120,7 @@ def spectral_linear_bwd(
         launch(
             spectral_linear_bwd_kernel, grid,
             g_ptr=g, p_ptr=p, w_ptr=w, u_ptr=u, vh_ptr=vh, delta_ptr=table,
-            task_ptr=absent(task, g), precomputed_ptr=precomputed, dx_ptr=dx, grad_ptr=shares,
+            task_ptr=absent(task, g), precomputed_ptr=precomputed, dx_ptr=dx, shares_ptr=shares,
             N=n, IN=d, OUT=out, K=k, TASKS=len(table), tiles_each=tiles_each,
             stride_gn=g.stride(0), stride_go=g.stride(1), **_factor_strides(w, u, vh),
             CORE=name, GRAD=in_kernel, PRECISION=dot_precision(g.dtype),

@@ -222,7 +222,7 @@ def spectral_linear_bwd_kernel(
     task_ptr,         # [N] contiguous; CORE="task" only
     precomputed_ptr,  # [N, K] contiguous; CORE="precomputed" only
     dx_ptr,           # [N, IN] contiguous
-    grad_ptr,         # float32, as in `reduce_gradient`, a slot a row tile; GRAD only
+    shares_ptr,       # float32, as in `reduce_gradient`, a slot a row tile; GRAD only
     N, IN, OUT, K, TASKS, tiles_each,
     stride_gn, stride_go, stride_wo, stride_wi, stride_uo, stride_uk, stride_vk, stride_vi,
     CORE: tl.constexpr, GRAD: tl.constexpr,
@@ -259,7 +259,7 @@ def spectral_linear_bwd_kernel(
             )
             if GRAD and split == 0:
                 reduce_gradient(
-                    q, p_ptr, grad_ptr, slot=slot, row0=row0, row_ok=row_ok, rank0=0, rank_ok=rank_ok,
+                    q, p_ptr, shares_ptr, slot=slot, row0=row0, row_ok=row_ok, rank0=0, rank_ok=rank_ok,
                     K=K, CORE=CORE, PRECISION=PRECISION,
                 )
             scaled = apply_core(

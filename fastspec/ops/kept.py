@@ -82,9 +82,9 @@ def _keep_on_cuda(
         from fastspec.kernels.kept import keep
 
         with torch.cuda.device_of(weight):
-            if keep(*operands, core, forced):
-                return
-    _keep(*operands, core, forced)
+            keep(*operands, core, forced)
+    else:
+        _keep(*operands, core, forced)
 
 
 torch.library.impl("fastspec::keep_merged", "CompositeExplicitAutograd", _keep)
