@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastspec.kernels import MAX_RANK, tiles, tma
 from fastspec.kernels import spectral_linear as plain
-from fastspec.kernels.choice import Call, describe, layout
+from fastspec.kernels.choice import Call, describe
 from fastspec.kernels.launch import tracing
 from fastspec.kernels.sigma_grad import sigma_grad
 
@@ -238,21 +238,14 @@ def _by_p(forward: str, gradient: str) -> bool:
 
 
 def _kernels_serve(delta: Tensor, k: int, *operands: Tensor) -> bool:
-    """Whether Triton can take the operands: one 16- or 32-bit dtype, rank, nothing empty.
-
-    And whether the two large ones, first, lie so that they are fetched 16 bytes at a time. Otherwise each
-    element takes a load and an address of its own: registers spill (up to 1.3 KB a thread), and of such a
-    kernel a GPU has given wrong results. cuBLAS takes these layouts.
-    """
+    """Whether Triton can take the operands: one 16- or 32-bit dtype, rank, nothing empty."""
     dtypes = {t.dtype for t in operands}
-    traced = tracing()
     return (
         len(dtypes) == 1
         and dtypes <= {torch.float32, torch.bfloat16, torch.float16}
         and delta.dtype == torch.float32
         and k <= MAX_RANK
         and all(t.numel() for t in operands)
-        and all(layout(t, traced).endswith("16") for t in operands[:2])
     )
 
 

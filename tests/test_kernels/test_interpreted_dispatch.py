@@ -200,18 +200,3 @@ def test_what_kernels_cannot_serve_goes_to_aten(timed):
     y, _ = spectral_linear(t["x"].double(), *rest)
     assert_close(y, exact(t, "diag")[0], torch.float32)
     assert not timed
-
-
-@pytest.mark.parametrize("size", [(9, 24, 36, 8), (9, 36, 24, 8)], ids=["g", "x and the weight"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_rows_off_16_bytes_are_left_to_aten(size, direction):
-    """Of 36 columns in 16 bits every row but the first is. Kernels for them spill their registers."""
-    t = problem(*size, "diag", torch.bfloat16)
-    operands = (t["u"], t["vh"], t["delta"], "diag", None)
-    if direction == "forward":
-        found = dispatch._fused_forward(t["x"], t["w"], t["bias"], *operands, True)
-        assert bool(found) == (size[1] == 24)
-    else:
-        p = t["x"] @ t["vh"].mT
-        found = dispatch._fused_backward(t["g"], p, t["w"], *operands, True, True)
-        assert not found
