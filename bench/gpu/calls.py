@@ -17,10 +17,12 @@ import fastspec
 from fastspec import _extension
 from fastspec.kernels import dispatch
 from fastspec.ops import aten
+from fastspec.ops.kept import keep_merged
 from fastspec.precision import allows_tf32
 from gpu.device import REHEARSING
 
 CHOSEN = "chosen"  # what the dispatcher takes by itself
+KEPT = "kept"  # with a copy of W + U C Vh that was made before (`fastspec.keep_merged`)
 TF32_TOLERANCE = 2e-3
 Pair = tuple[Callable[[], tuple], Callable[[Tensor], tuple]]
 
@@ -31,7 +33,7 @@ fastspec.spectral_linear  # noqa: B018  (registers the operators)
 def forced(name: str) -> Iterator[None]:
     """Only this candidate; ValueError where it can't serve a call inside."""
     before = os.environ.pop("FASTSPEC_BACKEND", None)
-    if name != CHOSEN:
+    if name not in (CHOSEN, KEPT):
         os.environ["FASTSPEC_BACKEND"] = name
     elif REHEARSING:
         os.environ["FASTSPEC_BACKEND"] = "aten"  # there are no events to time by
@@ -48,12 +50,16 @@ def forced(name: str) -> Iterator[None]:
             os.environ["FASTSPEC_BACKEND"] = before
 
 
-def pair(t: dict, core: str) -> Pair:
+def pair(t: dict, core: str, kept: bool = False) -> Pair:
     """(forward, backward) of the operators on operands of `kernel_problems.problem`."""
+    weight, forward = t["w"], "factored"  # "merged" is a candidate beside it
+    if kept:
+        weight, forward = torch.empty_like(t["w"]), "resident"
+        factors = (t["w"], t["u"], t["vh"], t["delta"], core, True)
+        keep_merged(weight, torch.empty_like(t["delta"]), *factors)
     common = {
-        "weight": t["w"], "u": t["u"], "s": torch.ones(t["u"].shape[1], device=t["u"].device),
-        "vh": t["vh"], "delta": t["delta"], "core": core, "gradient": "two_sided",
-        "forward": "factored",  # "merged" is a candidate beside it
+        "weight": weight, "u": t["u"], "s": torch.ones(t["u"].shape[1], device=t["u"].device),
+        "vh": t["vh"], "delta": t["delta"], "core": core, "gradient": "two_sided", "forward": forward,
     }  # fmt: skip
     first, second = operators()
     return (
@@ -94,7 +100,7 @@ def errors(t: dict, core: str, name: str) -> dict[str, float]:
         ValueError: the candidate can't serve this layer.
     """
     with forced(name):
-        forward, backward = pair(t, core)
+        forward, backward = pair(t, core, name == KEPT)
         y, p = forward()
         dx, grad = backward(p)
     want = exact(t, core)
@@ -106,4 +112,4 @@ def tolerance(dtype: torch.dtype) -> float:
     return TF32_TOLERANCE if dtype == torch.float32 and allows_tf32() else TOLERANCE[dtype]
 
 
-__all__ = ["CHOSEN", "Pair", "errors", "forced", "jacobi_eigh", "pair", "tf32", "tolerance"]
+__all__ = ["CHOSEN", "KEPT", "Pair", "errors", "forced", "jacobi_eigh", "pair", "tf32", "tolerance"]

@@ -22,7 +22,7 @@ from support import relative_error
 from fastspec.kernels import choice
 from fastspec.kernels.merge import merge
 from gpu import device, record, workers
-from gpu.calls import CHOSEN, errors, forced, pair, tf32, tolerance
+from gpu.calls import CHOSEN, KEPT, errors, forced, pair, tf32, tolerance
 from gpu.device import DEVICE, pick
 from gpu.record import Record
 
@@ -64,6 +64,7 @@ def grid() -> list[Layer]:
     small = [(384, 384), (384, 1536), (1536, 384)]
     found = [Layer(4096, *size) for size in base]
     found += [Layer(8192, *size) for size in large]
+    found += [Layer(8192, 2048, 2048)]  # where cuBLAS's lead begins
     found += [Layer(2048, *size) for size in small]
     found += [Layer(n, 768, 768) for n in (8, 512, 16384)]
     found += [Layer(n, 4096, 4096) for n in (8, 512, 16384)]
@@ -82,7 +83,8 @@ def check(index: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tf32(layer.dtype == FP32):
         t = problem(layer.n, layer.d, layer.out, layer.k, layer.core, layer.dtype, device=DEVICE)
-        for name in choice.NAMES:
+        kept = [KEPT] if layer.dtype == BF16 and layer.core != "band" else []
+        for name in (*choice.NAMES, *kept):
             try:
                 found[name] = max(errors(t, layer.core, name).values())
             except ValueError as error:
@@ -156,7 +158,7 @@ def in_graph(everything: list[dict], core: str, name: str | None, phase: str) ->
 
     Every result has memory of its own, as in a model.
     """
-    pairs = [frozen(t) if name is None else pair(t, core) for t in everything]
+    pairs = [frozen(t) if name is None else pair(t, core, name == KEPT) for t in everything]
 
     def step() -> list:
         kept: list[Any] = []

@@ -150,6 +150,11 @@ def spectral(core: str = "diag") -> Callable[[nn.Module, Workload], nn.Module]:
     return prepare
 
 
+def kept(model: nn.Module, load: Workload) -> nn.Module:
+    """`spectral` with a copy of every adapted weight, made again after each optimiser step."""
+    return fastspec.keep_merged(spectral()(model, load))
+
+
 def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules of spectral layers."""
     for name, module in model.named_modules():
@@ -193,10 +198,11 @@ def full(model: nn.Module, load: Workload) -> nn.Module:
 
 
 OURS = "fastspec"
+KEPT = "fastspec, copies kept"
 FLOOR = "frozen floor"
 CANDIDATES: dict[str, Callable[[nn.Module, Workload], nn.Module]] = {
     OURS: spectral(),
-    "fastspec, dense core": spectral("dense"),
+    KEPT: kept,
     "EigenTune": eigentune,
     "PEFT LoRA r8": lora,
     "full finetuning": full,

@@ -15,6 +15,7 @@ from fastspec.nn.parts import FrozenFactors, kept_in_float32, merged_weight, sam
 from fastspec.ops import reference
 from fastspec.ops.functional import spectral_linear, task_linear
 from fastspec.ops.kept import CORES as KEPT_CORES
+from fastspec.ops.kept import keep_merged
 from fastspec.ops.plan import LayerCall, Plan, make_plan, why_not
 from fastspec.svd.factors import Directions, Factors, factorize
 
@@ -188,7 +189,7 @@ class SpectralLayer(FrozenFactors):
                 copy, made_for = torch.empty_like(self.weight), torch.empty_like(delta)
             self._kept = (copy.detach(), made_for, state)
         copy, made_for, _ = self._kept
-        torch.ops.fastspec.keep_merged(
+        keep_merged(
             self._matrix(copy),
             made_for,
             self._matrix(self.weight.detach()),

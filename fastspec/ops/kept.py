@@ -89,3 +89,4 @@ def _keep_on_cuda(
 
 torch.library.impl("fastspec::keep_merged", "CompositeExplicitAutograd", _keep)
 torch.library.impl("fastspec::keep_merged", "CUDA", _keep_on_cuda)
+keep_merged = torch.ops.fastspec.keep_merged.default

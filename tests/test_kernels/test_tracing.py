@@ -108,7 +108,10 @@ def test_a_training_step_is_seen_whole(core):
     assert y.shape == (8, 20, 256)
     assert t["x"].grad.shape == (8, 20, 768)
     assert t["delta"].grad.shape == t["delta"].shape
-    assert backend.launches() == [(FORWARD, {"y_ptr", "p_ptr"}), (BACKWARD, {"dx_ptr", "shares_ptr"})]
+    assert backend.launches() == [
+        (FORWARD, {"y_ptr", "p_ptr"}),
+        (BACKWARD, {"dx_ptr", "shares_ptr"}),
+    ]
     assert "fastspec" not in backend.targets()
 
 
