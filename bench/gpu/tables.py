@@ -50,10 +50,8 @@ def machine_line(machine: Mapping[str, Any]) -> str:
         if version != "none"
     )
     card = machine.get("cuda") or "no GPU: a rehearsal"
-    return (
-        f"{card}, {machine.get('multiprocessors', '?')} multiprocessors; torch {machine.get('torch')}, "
-        f"Python {machine.get('python')}, {libraries}. Command: `bash bench/gpu/run.sh`."
-    )
+    known = [card, f"torch {machine.get('torch')}", f"Python {machine.get('python')}", libraries]
+    return ", ".join(part for part in known if part) + ". Command: `bash bench/gpu/run.sh`."
 
 
 def ceilings(rows: Mapping[str, Any]) -> str:
@@ -138,6 +136,24 @@ def glue(rows: Mapping[str, Any]) -> str:
     return table(["run", "steps", "last loss", "last score", "best score"], lines)
 
 
+def tune(rows: Mapping[str, Any]) -> str:
+    """The three fastest tiles of every direction, and the products that a layer may be made of."""
+    lines = []
+    for name, row in rows.items():
+        if "ratios" not in row:
+            continue
+        tiles = {n: r for n, r in row["ratios"].items() if "," not in n}
+        best = sorted(tiles, key=lambda n: tiles[n])[:3]
+        way = name.split()[-1]
+        parts = {n.removeprefix(f"{way}, "): r for n, r in row["ratios"].items() if n not in tiles}
+        both = next((r for n, r in parts.items() if n.endswith("in one product")), None)
+        fastest = [f"{n}: {tiles[n]:.3f}" for n in best]
+        products = [ratio(parts.get("thin product first")), ratio(both)]
+        lines.append([name, number(row["frozen_us"]), *fastest, *products])
+    header = ["layer and direction", "frozen, us", "fastest tile", "second", "third"]
+    return table([*header, "cuBLAS, thin product first", "W and factor in one product"], lines)
+
+
 def failures(steps: Mapping[str, Any]) -> str:
     lines = [
         [step, name, str(row["error"]).replace("\n", " ").replace("|", "/")[:160]]
@@ -148,13 +164,15 @@ def failures(steps: Mapping[str, Any]) -> str:
     return table(["step", "what failed", "how"], lines) if lines else "Nothing failed."
 
 
-def section(data: Mapping[str, Any]) -> Iterator[str]:
+def section(name: str, data: Mapping[str, Any]) -> Iterator[str]:
     steps = data["steps"]
-    yield f"### {data['machine'].get('cuda') or 'Rehearsal'}"
+    yield f"### {name}"
     yield machine_line(data["machine"])
-    yield "#### Bars\n\n" + bar_table(steps)
+    if any(bar.value is not None for bar in bars(steps)):
+        yield "#### Bars\n\n" + bar_table(steps, measured_only=True)
     parts = {
         "versions": ("Ceilings", ceilings),
+        "tune": ("Tiles, over the frozen layer", tune),
         "layers": ("Single layers, forward and backward, over the frozen layer", layers),
         "steps": ("Training steps over the frozen floor's", lambda rows: ratios(rows, "floor_ms")),
         "compiled": ("Training steps, compiled", lambda rows: ratios(rows, "floor_ms")),
@@ -166,13 +184,14 @@ def section(data: Mapping[str, Any]) -> Iterator[str]:
         "glue": ("GLUE", glue),
     }
     for step, (title, make) in parts.items():
-        if steps.get(step):
-            yield f"#### {title}\n\n{make(steps[step])}"
-        if step == "steps" and steps.get(step):
-            yield memory(steps[step])
+        made = make(steps[step]) if steps.get(step) else ""
+        if made.count("\n") > 1:  # more than a header
+            yield f"#### {title}\n\n{made}"
+            if step == "steps":
+                yield memory(steps[step])
     checked = {name: len(steps[name]) for name in ("correctness", "sanitizer") if name in steps}
     counts = ", ".join(f"{name}: {count} checks" for name, count in checked.items())
-    yield f"#### Failures\n\n{counts}\n\n{failures(steps)}"
+    yield "\n\n".join(part for part in ("#### Failures", counts, failures(steps)) if part)
 
 
 def page(files: Sequence[Path]) -> str:
@@ -180,7 +199,10 @@ def page(files: Sequence[Path]) -> str:
     if not files:
         return NONE_YET
     return (
-        "\n\n".join(part for file in files for part in section(json.loads(file.read_text()))) + "\n"
+        "\n\n".join(
+            part for file in files for part in section(file.stem, json.loads(file.read_text()))
+        )
+        + "\n"
     )
 
 
