@@ -4,7 +4,7 @@
 
 One kernel: a row tile times a chunk of the rank, over one part of the depth. The gradient is linear in
 q, so parts of the depth are simply more partials and a thin projection still fills a device. Partials
-are summed in a second, fixed order; no atomics, so a second run gives the same bits.
+are summed in a second, fixed order, so a second run gives the same bits.
 """
 
 from __future__ import annotations
