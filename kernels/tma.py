@@ -168,7 +168,7 @@ def spectral_linear_fwd(
     (n, d), (out, k) = x.shape, u.shape
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     p = torch.empty(n, k, dtype=x.dtype, device=x.device)
-    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile, tma=True)
+    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile)
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     _check(x, w, u, vh, y)
     launch(
@@ -200,7 +200,7 @@ def spectral_linear_bwd(
     name, table = kernel_core(g, u, delta, core, task)
     (n, out), (k, d) = g.shape, vh.shape
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
-    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile, tma=True)
+    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile)
     m, c, s = tile.block_m, tile.block_n, tile.block_k
     shares = gradient_slots(name, grid[0], n, k, g.device) if needs_delta else table
     _check(g, w, u, vh, dx)
