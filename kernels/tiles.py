@@ -104,7 +104,7 @@ TABLE = {
 }
 UNALIGNED: dict[Kind, Tile] = {
     "16bit": Tile(32, 32, 32, 8, 3),
-    "tf32": Tile(32, 64, 32, 8, 1),
+    "tf32": Tile(32, 32, 32, 8, 1),
     "fp32": Tile(32, 64, 16, 8, 3),
 }
 FEW_ROWS = 32
