@@ -17,7 +17,7 @@ from torch import Tensor
 from fastspec.cores import core_matrix
 from fastspec.kernels import tiles
 from fastspec.kernels.launch import launch
-from fastspec.kernels.sigma_grad import dot_precision
+from fastspec.kernels.sigma_grad import dot_precision, rounded
 from fastspec.kernels.spectral_linear import transposed
 from fastspec.kernels.tile_program import through_registers
 
@@ -65,7 +65,7 @@ def merge_kernel(
         vh = tl.load(vh_ptrs, mask=rank_ok[:, None] & col_ok, other=0.0)  # [BLOCK_R, BLOCK_N]
         if SCALED:
             delta = tl.load(delta_ptr + ranks, mask=rank_ok, other=0.0)
-            u = (u.to(tl.float32) * delta[None, :]).to(DTYPE)
+            u = rounded((u.to(tl.float32) * delta[None, :]).to(DTYPE), PRECISION)
         acc = tl.dot(u, through_registers(vh, TRANSPOSED), acc, input_precision=PRECISION)
     w_ptrs = w_ptr + rows[:, None] * stride_wo + cols[None, :] * stride_wi
     w = tl.load(w_ptrs, mask=row_ok & col_ok, other=0.0)

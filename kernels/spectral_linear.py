@@ -65,7 +65,7 @@ def spectral_linear_fwd(
         name = "precomputed"
     if n == 0:
         return y, p
-    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile)
+    block_r, tile, grid, tiles_each = launch_grid(x, n, out, k, tile, w)
     launch(
         spectral_linear_fwd_kernel, grid,
         x_ptr=x, w_ptr=w, bias_ptr=absent(bias, x), u_ptr=u, vh_ptr=vh, delta_ptr=delta,
@@ -109,7 +109,7 @@ def spectral_linear_bwd(
     if not needs_dx:
         return None, grad
     dx = torch.empty(n, d, dtype=g.dtype, device=g.device)
-    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile)
+    block_r, tile, grid, tiles_each = launch_grid(g, n, d, k, tile, w)
     in_kernel = needs_delta and fused
     shares = gradient_slots(name, grid[0], n, k, g.device) if in_kernel else dx
     precomputed = g
@@ -169,13 +169,14 @@ def _apply_core(
 
 
 def launch_grid(
-    a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None
+    a: Tensor, n: int, out: int, k: int, tile: tiles.Tile | None, weight: Tensor
 ) -> tuple[int, tiles.Tile, tuple[int, int], int]:
     """The rank tile, the tile, the grid and the output tiles that each program walks."""
     beside, own = rank_tile(k) if fuses(a, k) else 0, tile is None
     if tile is None:
         kind, capability = tiles.kind(a.dtype), tiles.capability(a.device)
-        tile = tiles.choose_tile(capability, kind, n, beside)
+        unaligned = not tiles.aligned(a, weight)
+        tile = tiles.choose_tile(capability, kind, n, beside, unaligned)
     rows, columns = tiles.hint(n), tiles.hint(out)
     multiprocessors = tiles.multiprocessors(a.device)
     tile, each = tiles.fill(tile, rows, columns, beside, multiprocessors, own)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastspec.kernels.sigma_grad import reduce_gradient
+from fastspec.kernels.sigma_grad import reduce_gradient, rounded
 
 
 # fmt: off
@@ -58,8 +58,9 @@ def apply_core(
         i = ranks[None, :] if FORWARD else ranks[:, None]
         j = ranks[:, None] if FORWARD else ranks[None, :]
         core = tl.load(delta_ptr + i * K + j, mask=rank_ok[:, None] & rank_ok[None, :], other=0.0)
-        scaled = tl.dot(proj.to(DTYPE), core.to(DTYPE), input_precision=PRECISION)
-    return scaled.to(DTYPE)
+        proj = rounded(proj.to(DTYPE), PRECISION)
+        scaled = tl.dot(proj, rounded(core.to(DTYPE), PRECISION), input_precision=PRECISION)
+    return rounded(scaled.to(DTYPE), PRECISION)
 
 
 @triton.jit
@@ -68,9 +69,10 @@ def through_registers(t, TRANSPOSED: tl.constexpr):
 
     wgmma and tcgen05 read 4-byte operands with the depth contiguous only. A tile whose rows run the other
     way would be transposed by its copies into shared memory, 4 bytes each. What arithmetic has touched comes
-    from registers: the copies are of 16 bytes then, and the tile is transposed on its way back.
+    from registers: the copies are of 16 bytes then, and the tile is transposed on its way back. What is to be
+    done there is rounding.
     """
-    return t + 0.0 if TRANSPOSED else t
+    return rounded(t, "tf32") if TRANSPOSED else t
 
 
 @triton.jit

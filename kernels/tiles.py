@@ -14,6 +14,9 @@ The rule, and why:
 5. Output columns are spread over as many programs as make the whole launch shortest: each repeats the thin
    projection, and a wave that is not full takes as long as a full one (`split_columns`). With few rows the
    tile narrows too where that leaves fewer multiprocessors idle (`fill`).
+6. Operands that are not `aligned` come one element at a time, each with an address and a mask in registers:
+   in a large tile they spill, and the assembler of Triton 3.6 (ptxas 12.8) then loses a descriptor of
+   `wgmma`. Small tiles by `mma.sync`, which reads registers, have neither fault (`UNALIGNED`).
 
 The tiles of the TMA kernels in 16 bits were chosen by measurement (`choose_tma_tile`). The others follow
 from these limits and from the compiler's register and shared-memory figures (docs/kernels.md).
@@ -99,6 +102,11 @@ TABLE = {
     **{(g, "tf32", True): Tile(16, 64, 32, 4, 3) for g in ("ampere", "hopper", "blackwell")},
     **{(g, "fp32", True): Tile(16, 64, 16, 4, 3) for g in ("ampere", "hopper", "blackwell")},
 }
+UNALIGNED: dict[Kind, Tile] = {
+    "16bit": Tile(32, 32, 32, 8, 3),
+    "tf32": Tile(32, 32, 32, 8, 1),
+    "fp32": Tile(32, 64, 16, 8, 3),
+}
 FEW_ROWS = 32
 NARROWEST = 32  # columns of an output tile
 DEEP = 2048  # steps of the sum from which a wide tile pays
@@ -140,8 +148,15 @@ def fit_stages(tile: Tile, itemsize: int, block_r: int, limit: int) -> Tile:
     return tile
 
 
-def choose_tile(capability: int, kind: Kind, n_rows: int, block_r: int) -> Tile:
-    """The tile for `n_rows` rows beside a projection of `block_r` columns (0: none) on this architecture."""
+def choose_tile(
+    capability: int, kind: Kind, n_rows: int, block_r: int, unaligned: bool = False
+) -> Tile:
+    """The tile for `n_rows` rows beside a projection of `block_r` columns (0: none) on this architecture.
+
+    `unaligned`: some large operand is not `aligned`.
+    """
+    if unaligned:
+        return UNALIGNED[kind]
     return _choose_tile(capability, kind, bool(n_rows <= FEW_ROWS), block_r)
 
 
@@ -209,6 +224,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def aligned(*operands: torch.Tensor) -> bool:
+    """Whether Triton loads these 16 bytes at a time: it looks for strides in multiples of 16 elements."""
+    return all(
+        all(stride == 1 or hint(stride) % 16 == 0 for stride in t.stride())
+        and hint(t.storage_offset()) * t.element_size() % 16 == 0
+        for t in operands
+    )
 
 
 def cdiv(n: int, size: int) -> int:

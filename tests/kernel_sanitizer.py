@@ -17,9 +17,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
+
+from fastspec.kernels import merge, sigma_grad, tile_program
 
 MARGIN = 64
 
@@ -81,6 +84,33 @@ def _bfloat16_values(t: interpreter.TensorHandle) -> interpreter.TensorHandle:
     if t.dtype.scalar != tl.bfloat16:
         return t
     return interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+@triton.jit
+def _itself(t, PRECISION: tl.constexpr):
+    return t
+
+
+def without_rounding(patch: pytest.MonkeyPatch) -> None:
+    """Operands of TF32 stay as they are: the interpreter multiplies in full float32, which shows all else."""
+    for module in (sigma_grad, tile_program, merge):
+        patch.setattr(module, "rounded", _itself)
+
+
+def as_matrix_units(patch: pytest.MonkeyPatch) -> None:
+    """Products in TF32 cut the low 13 bits of their operands off, as the matrix units do."""
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def cut(t: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        bits = np.ascontiguousarray(t.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot_in_tf32(self, a, b, d, precision, *args):
+        if "TF32" in str(precision):
+            a, b = cut(a), cut(b)
+        return dot(self, a, b, d, precision, *args)
+
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_in_tf32)
 
 
 @contextlib.contextmanager

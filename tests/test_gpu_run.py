@@ -67,7 +67,7 @@ def test_a_rehearsal_of_every_step(out, steps):
 
 
 def glue_files() -> bool:
-    return "FASTSPEC_GLUE_DIR" in os.environ or (ROOT / "build/gpu/glue/RTE").is_dir()
+    return "FASTSPEC_GLUE_DIR" in os.environ or (ROOT / "build/gpu/glue/SST-2").is_dir()
 
 
 def command(code: str) -> tuple[str, ...]:

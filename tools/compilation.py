@@ -25,6 +25,7 @@ FLOAT32_POINTERS = ("delta_ptr", "grad_ptr", "shares_ptr", "sum_ptr", "made_for_
 INT32_POINTERS = ("arrived_ptr",)
 INT64_POINTERS = ("task_ptr", "order_ptr", "bounds_ptr")
 COUNTS = ("N", "TASKS", "tiles_each", "steps")  # what no shape makes a multiple of 16
+SIZES = ("IN", "OUT", "K", "D")  # with the strides, what makes operands aligned
 
 # The matrix instructions of the three generations, newest first; `fma` is the scalar units'.
 INSTRUCTIONS = {
@@ -48,6 +49,9 @@ class Compiled:
     bulk_loads: int  # tiles fetched by TMA (cp.async.bulk.tensor)
     wide_loads: int  # 16-byte loads and asynchronous copies in the code
     narrow_copies: int  # asynchronous copies of less than 16 bytes
+    undefined: tuple[
+        str, ...
+    ]  # instructions that read a uniform register which none before has written
 
     def occupancy(self, chip: tiles.Chip) -> float:
         """Share of a multiprocessor's warps that the blocks which fit on it bring (theoretical)."""
@@ -66,23 +70,27 @@ def compile_kernel(
     dtype: torch.dtype,
     options: Mapping[str, int],
     descriptors: Mapping[str, tuple[int, int]] | None = None,
+    aligned: bool = True,
 ) -> Compiled:
-    """Compile for a capability such as 90, as a launch with aligned, row-major operands would.
+    """Compile for a capability such as 90, as a launch with row-major operands would.
 
     Args:
         kernel: a `triton.jit` function whose parameters follow this package's names.
         constants: values of its `constexpr` parameters, and of strides that are 1.
         options: `num_warps` and `num_stages`.
         descriptors: block shapes of its `_desc` parameters.
+        aligned: whether sizes and strides are multiples of 16.
 
     Raises:
         triton.CompilationError, RuntimeError: the compiler refused it for this chip.
     """
     element = TYPE_NAMES[dtype]
     signature: dict[str, str] = {}
-    aligned: dict[tuple[int, ...], list] = {}
+    attributes: dict[tuple[int, ...], list] = {}
     for place, name in enumerate(kernel.arg_names):
         divisible = name not in COUNTS
+        if name in SIZES or name.startswith("stride"):
+            divisible = aligned
         if name in constants:
             signature[name], divisible = "constexpr", False
         elif name.endswith("_desc"):
@@ -98,8 +106,8 @@ def compile_kernel(
         else:
             signature[name] = "i32"
         if divisible:
-            aligned[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, dict(constants), aligned)
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, dict(constants), attributes)
     target = GPUTarget("cuda", capability, 32)
     built = triton.compile(source, target=target, options=dict(options))
     return read(built.asm["ptx"], built.asm["cubin"], built.metadata)
@@ -111,8 +119,12 @@ def read(ptx: str, cubin: bytes, metadata: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run(
+                [str(tool), what, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     copies = [int(size, 0) for size in re.findall(COPY, ptx)]
     return Compiled(
@@ -125,4 +137,44 @@ def read(ptx: str, cubin: bytes, metadata: Any) -> Compiled:
         wide_loads=sum(size == 16 for size in copies)
         + len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64|v4\.f32)", ptx)),
         narrow_copies=sum(size < 16 for size in copies),
+        undefined=undefined_reads(code),
     )
+
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)\s*(.*?);")
+# the matrix instruction's descriptors: of both operands, or where the first comes from registers of the
+# second alone, in the upper half of the four
+BOTH, SECOND = (0, 1, 2, 3), (2, 3)
+
+
+def undefined_reads(code: str) -> tuple[str, ...]:
+    """Instructions of sm_90 machine code that read a uniform register before any, in order, writes it.
+
+    ptxas 12.8 makes such code of a few correct kernels with many spills (its 12.4, 12.9 and 13.0 do not):
+    a descriptor of `wgmma` is then whatever ran before has left, and the product one of other operands.
+    """
+    if "HGMMA" not in code:
+        return ()
+    written: set[int] = set()
+    found = []
+    for operation, text in INSTRUCTION.findall(code):
+        operands = [operand.strip() for operand in text.split(",")]
+        uniform = operation.startswith(("U", "R2UR", "S2UR", "CS2UR", "VOTEU", "REDUX"))
+        target = re.fullmatch(r"UR(\d+)", operands[0]) if uniform else None
+        reads: set[int] = set()
+        for place, operand in enumerate(operands[1 if target else 0 :]):
+            for first in map(int, re.findall(r"\bUR(\d+)", operand)):
+                if "gdesc" in operand:
+                    parts: tuple[int, ...] = BOTH if place == 1 else SECOND
+                else:
+                    pair = "desc[" in operand or re.fullmatch(r"U\S+\.64", operation)
+                    parts = (0, 1) if pair else (0,)
+                reads |= {first + part for part in parts}
+        if reads - written:
+            found.append(f"{operation} {text.strip()}")
+            written |= reads  # named once
+        if target:
+            wide = re.search(r"\.(64|WIDE|128)", operation)
+            count = 1 if wide is None else 4 if wide[1] == "128" else 2
+            written |= set(range(int(target[1]), int(target[1]) + count))
+    return tuple(found)

@@ -40,10 +40,12 @@ class Variant:
     tile: tiles.Tile
     descriptors: dict[str, tuple[int, int]] | None = None
     loads_tiles: bool = True  # False: a reduction of vectors, whose loads need not be wide
+    aligned: bool = True
 
     def compile(self, capability: int, dtype: torch.dtype) -> Compiled:
+        options = self.tile.options
         return compile_kernel(
-            self.kernel, self.constants, capability, dtype, self.tile.options, self.descriptors
+            self.kernel, self.constants, capability, dtype, options, self.descriptors, self.aligned
         )
 
 

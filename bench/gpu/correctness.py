@@ -17,9 +17,10 @@ from kernel_problems import CORES, exact, problem
 from support import relative_error
 
 import fastspec
-from fastspec.kernels import dispatch, spectral_linear, tma
+from fastspec.kernels import dispatch, spectral_linear, tiles, tma
 from fastspec.kernels.merge import merge
 from fastspec.kernels.sigma_grad import sigma_grad
+from fastspec.svd.options import residual_floor
 from gpu import calls, device, record, workers
 from gpu.device import DEVICE, pick
 from gpu.record import Record
@@ -87,6 +88,34 @@ def kernels(size: tuple, core: str, dtype: torch.dtype) -> tuple[dict[str, float
     return found, calls.tolerance(dtype)
 
 
+def lost_descriptors(core: str, dtype: torch.dtype) -> tuple[dict[str, float], float]:
+    """What the large tile does to operands that are not aligned: no launcher takes it (`tiles.UNALIGNED`).
+
+    The assembler of Triton 3.6 leaves a uniform register of this kernel unwritten; what ran before decides.
+    So the launches alternate with kernels of all sorts, and the row tells how many went wrong. None counts
+    as a failure: it is the compiler's.
+    """
+    t = problem(257, 100, 131, 13, core, dtype, device=DEVICE)
+    tile, want = pick(tiles.TABLE["hopper", "16bit", False], None), exact(t, core)
+    factors = (t["u"], t["vh"], t["delta"], core)
+    wrong = dict.fromkeys(("its forward", "a product", "nothing", "itself"), 0.0)  # what ran before
+    p = torch.empty(0)
+    results = []  # compared at the end: that runs kernels too
+    for name in [name for name in wrong for _ in range(pick(10, 1))]:
+        if name == "its forward":
+            _, p = spectral_linear.spectral_linear_fwd(t["x"], t["w"], None, *factors, tile=tile)
+        elif name == "a product":
+            t["x"].mT @ t["x"]
+        elif name == "nothing":
+            device.synchronise()
+            time.sleep(0.05)
+        dx, _ = spectral_linear.spectral_linear_bwd(t["g"], p, t["w"], *factors, tile=tile)
+        results.append((name, dx))
+    for name, dx in results:
+        wrong[name] += relative_error(dx, want[2]) > calls.tolerance(dtype)
+    return wrong, float("inf")
+
+
 def operators(core: str, dtype: torch.dtype, how: str) -> tuple[dict[str, float], float]:
     """The public functions: eager, compiled, or in a CUDA graph."""
     rows, d, out, k = pick((6 * 50, 384, 768, 32), (6 * 3, 24, 32, 8))
@@ -143,7 +172,10 @@ def triplets(m: int, n: int, k: int) -> tuple[dict[str, float], float]:
     found = fastspec.topk_svd(w, k, progress=False)
     s = torch.linalg.svdvals(w.double())[:, :k]
     back = w.double() @ found.vh.double().mT - found.u.double() * found.s.double()[:, None]
-    residual = (back.norm(dim=1) / s).max().item()
+    # as `TopkSVD.residual` promises: rounding exact vectors to float32 leaves 3e-8 s_1, which over the last
+    # of 768 values, 1e-4 s_1, is 4e-5 whoever computed them
+    allowed = s.clamp_min(residual_floor(torch.float32) * s[:, :1])
+    residual = (back.norm(dim=1) / allowed).max().item()
     return {"s": relative_error(found.s, s), "residual": residual}, 1e-5
 
 
@@ -219,6 +251,12 @@ def _checks() -> Iterator[Check]:
                 kind = "tf32" if tf32 else str(dtype).removeprefix("torch.")
                 run = in_tf32(tf32, lambda s=size, c=core, d=dtype: kernels(s, c, d))
                 yield Check(f"kernels {size} {core} {kind}", run)
+    for core in ("diag", "dense"):
+        for dtype in pick((BF16, FP16), (FP32,)):
+            yield Check(
+                f"large tile, unaligned, {core} {dtype}: launches of 40 that went wrong",
+                lambda c=core, d=dtype: lost_descriptors(c, d),
+            )
     for core in CORES:
         for dtype, tf32 in KINDS:
             kind = "tf32" if tf32 else str(dtype).removeprefix("torch.")
@@ -257,7 +295,8 @@ def main() -> int:
             rows.fail(name, f"over {result['limit']:g}: {over}")
         else:
             worst = max(result["errors"].values())
-            rows.add(name, worst=worst, limit=result["limit"], seconds=result["seconds"])
+            found = {"errors": result["errors"]} if result["limit"] == float("inf") else {}
+            rows.add(name, worst=worst, limit=result["limit"], seconds=result["seconds"], **found)
 
     ends = time.time() + record.left()
     workers.run("gpu.correctness", range(len(everything)), PROCESSES, PATIENCE, answered, ends)

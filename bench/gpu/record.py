@@ -65,10 +65,10 @@ class Record:
         with _editing() as data:
             data["machine"] |= about
 
-    def fail(self, name: str, error: object) -> None:
+    def fail(self, name: str, error: object, **figures: Any) -> None:
         """Keep a failure as the row; the step goes on and ends with a non-zero status."""
         self.failures += 1
-        self.add(name, error=str(error)[-1500:])
+        self.add(name, error=str(error)[-1500:], **figures)
 
     @contextlib.contextmanager
     def row(self, name: str) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """A program for the sanitizer and the profiler: every kernel of the package, a few launches.
 
-python -m gpu.small tiny     problems that a checker which slows kernels a hundredfold can take
+python -m gpu.small kernels  problems that a checker which slows kernels a hundredfold can take
+python -m gpu.small jacobi   the same for the eigensolver
 python -m gpu.small large    kernels worth a profile, between marks for it
 """
 
@@ -55,12 +56,16 @@ def jacobi(order: int, dtype: torch.dtype, count: int = 2) -> None:
     print(f"jacobi_eigh {order} {dtype}: {error:.1e}")
 
 
-def tiny() -> None:
+def tiny_kernels() -> None:
     for dtype in pick((BF16, FP32), (FP32,)):
         for core in ("diag", "dense", "task"):
             launch(*pick((70, 136, 200, 32), (5, 24, 16, 8)), core, dtype)
         launch(*pick((3, 40, 72, 13), (3, 8, 16, 5)), "band", dtype)
     merge_some(2, *pick((136, 72, 32), (16, 8, 4)))
+    synchronise()
+
+
+def tiny_jacobi() -> None:
     try:
         jacobi_eigh()
     except RuntimeError as error:  # the other kernels are checked all the same
@@ -87,4 +92,4 @@ def large() -> None:
 
 
 if __name__ == "__main__":
-    {"tiny": tiny, "large": large}[sys.argv[1]]()
+    {"kernels": tiny_kernels, "jacobi": tiny_jacobi, "large": large}[sys.argv[1]]()

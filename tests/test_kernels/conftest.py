@@ -4,8 +4,19 @@ it. So each kind is collected only in its own environment; `test_interpreter.py`
 
 import os
 
+import pytest
+
 collect_ignore_glob = (
     ["test_compile.py", "test_interpreter.py", "test_launch.py", "test_tracing.py"]
     if os.environ.get("TRITON_INTERPRET") == "1"
     else ["test_interpreted_*.py"]
 )
+
+
+@pytest.fixture(autouse=True)
+def exact_tf32(request, monkeypatch):
+    """Without rounding tests of TF32 keep float32's tolerance: the interpreter has full precision."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and "matrix_units" not in request.fixturenames:
+        from kernel_sanitizer import without_rounding
+
+        without_rounding(monkeypatch)

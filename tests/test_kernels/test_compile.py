@@ -11,7 +11,7 @@ import sys
 import kernel_report as report
 import pytest
 import torch
-from compilation import TYPE_NAMES, compile_kernel
+from compilation import TYPE_NAMES, compile_kernel, undefined_reads
 
 pytest.importorskip("triton")
 from fastspec.kernels import tiles
@@ -48,6 +48,7 @@ def expected_instruction(capability: int, kind: str, rows: int) -> set[str]:
 def test_variant(capability, kind, dtype, variant):
     made = variant.compile(capability, dtype)
     assert made.spills == 0
+    assert not made.undefined
     assert made.shared <= tiles.chip(capability).block_shared
     assert 0 < made.occupancy(tiles.chip(capability)) <= 1
     if not variant.loads_tiles:
@@ -62,6 +63,54 @@ def test_variant(capability, kind, dtype, variant):
         assert made.wide_loads >= 3  # A, B and V
     if kind == "tf32" and main_loop:
         assert made.narrow_copies == 0
+
+
+@pytest.mark.parametrize("kind", report.KINDS)
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_unaligned_operands(kind, rank, direction):
+    """Sizes and strides that are multiples of nothing: where Triton 3.6's assembler lost a descriptor."""
+    fused = min(rank, tiles.FUSED_RANK[kind])
+    tile = tiles.choose_tile(90, kind, report.MANY, fused, unaligned=True)
+    dtype = report.KINDS[kind][-1]
+    made = unaligned(direction, kind, fused, tile).compile(90, dtype)
+    assert made.spills == 0
+    assert not made.undefined
+
+
+def unaligned(direction, kind, rank, tile):
+    constants = {
+        "stride_wi": 1,
+        "stride_uk": 1,
+        "stride_vi": 1,
+        **tile.blocks(rank or tile.block_k),
+    }
+    constants |= {"CORE": "dense" if rank else "precomputed", "WIDE": False}
+    constants["PRECISION"] = "tf32" if kind == "tf32" else "ieee"
+    constants["TRANSPOSED"] = kind == "tf32" and direction == "bwd"
+    own = (
+        {"BIAS": True, "stride_xi": 1} if direction == "fwd" else {"GRAD": rank > 0, "stride_go": 1}
+    )
+    kernel = getattr(report.tile_program, f"spectral_linear_{direction}_kernel")
+    return report.Variant("unaligned", kernel, constants | own, tile, aligned=False)
+
+
+def test_a_lost_descriptor_is_seen():
+    """Negative control, from ptxas 12.8: UR34 of the second product's descriptor was never written."""
+    lost = """
+        /*00c0*/ UMOV UR6, 0x400 ;
+        /*5280*/ UIADD3 UR9, UR6, 0x4000, URZ ;
+        /*52e0*/ UIADD3 UR34, UP0, UR34, 0x20, URZ ;
+        /*74b0*/ UMOV UR32, UR6 ;
+        /*74c0*/ UMOV UR33, 0x40000040 ;
+        /*7560*/ UMOV UR35, 0x40000040 ;
+        /*78b0*/ HGMMA.64x16x16.F32 R88, gdesc[UR32].tnspB, R88 ;
+    """
+    assert undefined_reads(lost) == ("UIADD3 UR34, UP0, UR34, 0x20, URZ",)
+    assert undefined_reads("/*0000*/ UMOV UR34, URZ ;" + lost) == ()
+    # where the first operand comes from registers, the lower half of the four is not read
+    of_two = "/*0*/ UMOV UR34, URZ ; /*1*/ UMOV UR35, URZ ; /*2*/ HGMMA.64x16x16 R88, R112, gdesc[UR32] ;"
+    assert undefined_reads(of_two.replace("/*", "/*000")) == ()
 
 
 def test_spills_are_seen():
