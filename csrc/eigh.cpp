@@ -15,13 +15,13 @@ namespace {
 
 template <typename T>
 void jacobi_one(const at::Tensor& a, const at::Tensor& values, const at::Tensor& rows) {
-  const int n = a.size(0), pairs = jacobi_even(n) / 2;
+  const int n = a.size(0), padded = jacobi_padded(n);
   std::vector<T> packed(jacobi_triangle(n));
-  std::vector<JacobiFour<T>> vectors(n * jacobi_quads(n));
-  std::vector<JacobiRotation<T>> rotations(pairs);
-  std::vector<JacobiPair> round(pairs);
+  std::vector<JacobiFour<T>> vectors(padded * padded / 4);
+  std::vector<JacobiTurn<T>> turns(padded / 4);
+  std::vector<JacobiGroup> groups(padded / 4);
   std::vector<int> place(n);
-  const JacobiScratch<T> own{packed.data(), vectors.data(), rotations.data(), round.data(), place.data()};
+  const JacobiScratch<T> own{packed.data(), vectors.data(), turns.data(), groups.data(), place.data()};
   jacobi_eigh(JacobiOneLane{}, a.const_data_ptr<T>(), n, own, values.mutable_data_ptr<T>(),
               rows.mutable_data_ptr<T>());
 }

@@ -24,8 +24,8 @@ constexpr int kVectorsOrder = 128;
 // The same of the matrix: 132 kB in float32, 66 kB in float64.
 template <typename T>
 constexpr int kMatrixOrder = sizeof(T) == 4 ? kJacobiOrder : 128;
-// Most threads of a block, which leaves each 64 registers.
-constexpr int kThreads = 1024;
+// Most threads of a block, which leaves each 128 registers.
+constexpr int kThreads = 512;
 
 enum Shared { kNothing, kMatrix, kMatrixAndVectors };  // what lies in shared memory
 
@@ -36,7 +36,7 @@ struct ThreadBlock {
   __device__ bool any(bool mine) const { return __syncthreads_or(mine); }
 };
 
-constexpr int64_t vectors_of(int n) { return int64_t(n) * jacobi_quads(n); }
+constexpr int64_t vectors_of(int n) { return int64_t(jacobi_padded(n)) * jacobi_padded(n) / 4; }
 
 template <typename T>
 constexpr int64_t shared_bytes(int n, Shared what) {
@@ -49,15 +49,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     jacobi_eigh_kernel(const T* a,  // [L, n, n]
                        int n,
                        T* triangles,            // [L, N (N + 1) / 2], unused where the matrix is in shared memory
-                       JacobiFour<T>* vectors,  // [L, n, quads], likewise
+                       JacobiFour<T>* vectors,  // [L, N, N / 4], likewise
                        T* values,               // [L, n]
                        T* rows) {               // [L, n, n]
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ JacobiRotation<T> rotations[kJacobiOrder / 2];
-  __shared__ JacobiPair pairs[kJacobiOrder / 2];
+  __shared__ JacobiTurn<T> turns[kJacobiOrder / 4];
+  __shared__ JacobiGroup groups[kJacobiOrder / 4];
   __shared__ int place[kJacobiOrder];
   const int64_t l = blockIdx.x, size = int64_t(n) * n;
-  JacobiScratch<T> own{nullptr, nullptr, rotations, pairs, place};
+  JacobiScratch<T> own{nullptr, nullptr, turns, groups, place};
   if constexpr (what == kMatrixAndVectors) {
     own.vectors = reinterpret_cast<JacobiFour<T>*>(shared);
     own.packed = reinterpret_cast<T*>(own.vectors + vectors_of(n));
@@ -72,12 +72,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   jacobi_eigh(ThreadBlock{}, a + l * size, n, own, values + l * n, rows + l * size);
 }
 
-// Threads of a block, so that some thousand are resident on a multiprocessor, whose shared memory holds fewer
-// of the larger matrices.
+// Threads of a block with so much shared memory: a multiprocessor of 227 kB holds seven blocks, or three, or few.
 int threads_of(int64_t bytes) {
   constexpr int64_t kKilobyte = 1024;
-  if (bytes == 0 || bytes > 108 * kKilobyte) return kThreads;
-  return bytes > 72 * kKilobyte ? 512 : bytes > 32 * kKilobyte ? 256 : 128;
+  if (bytes == 0 || bytes > 72 * kKilobyte) return kThreads;
+  return bytes > 32 * kKilobyte ? 256 : 128;
 }
 
 template <typename T, Shared what>

@@ -1,15 +1,17 @@
 // The eigenproblem of one small symmetric matrix by two-sided Jacobi rotations, for a CUDA thread block or
 // a CPU thread: the same body compiles for both, so what a GPU runs is tested on the CPU.
 //
-// Each step rotates N/2 disjoint index pairs at once, in the order of a round-robin tournament (Brent and Luk,
-// SIAM J. Sci. Stat. Comput. 6, 1985), so that every 2 x 2 block of the matrix is changed by one lane alone;
-// angles as in Golub and Van Loan, Matrix Computations, section 8.5; rotations in Rutishauser's form, whose
-// errors shrink with the angle (Handbook for Automatic Computation II, contribution 1): c and s themselves,
-// rounded, would change the length of every row by the same factor in each of a thousand steps.
+// Indices are taken two by two. A step brings each of the N/2 twos together with another, in the order of a
+// round-robin tournament (Brent and Luk, SIAM J. Sci. Stat. Comput. 6, 1985), and rotates the four index pairs
+// across, disjoint ones at once, so that every 4 x 4 block of the matrix is changed by one lane alone; the first
+// step of a sweep rotates the pairs inside the twos too. Angles as in Golub and Van Loan, Matrix Computations,
+// section 8.5; rotations in Rutishauser's form, whose errors shrink with the angle (Handbook for Automatic
+// Computation II, contribution 1): c and s themselves, rounded, would change the length of every row by the same
+// factor in each of a thousand steps.
 //
-// A GPU is kept busy here by shared memory's bandwidth, at some 16 reads or writes of a number to 16
-// multiplications: what surrounds them has to stay small. So the inner loops walk their grids by addition, the
-// indices of a step are worked out once, and the vectors move four numbers at a time.
+// What a GPU is short of here are instructions and the bandwidth of shared memory: a 4 x 4 block is read and
+// written once for eight rotations, the inner loops walk their grids without dividing, the indices of a step are
+// worked out once, and the vectors move four numbers at a time.
 #pragma once
 
 #include <cmath>
@@ -28,13 +30,10 @@ constexpr int kJacobiOrder = 256;
 // Round-robin Jacobi ends after some ten sweeps at this order; the limit only bounds the loop.
 constexpr int kJacobiSweeps = 40;
 
-// Odd orders get one zero row, which no rotation ever touches.
-constexpr int jacobi_even(int n) { return n + (n & 1); }
+// Orders are filled up with zero rows, which no rotation ever touches.
+constexpr int jacobi_padded(int n) { return (n + 3) / 4 * 4; }
 
-constexpr int jacobi_triangle(int n) { return jacobi_even(n) * (jacobi_even(n) + 1) / 2; }
-
-// `JacobiFour`s that hold n numbers.
-constexpr int jacobi_quads(int n) { return (n + 3) / 4; }
+constexpr int jacobi_triangle(int n) { return jacobi_padded(n) * (jacobi_padded(n) + 1) / 2; }
 
 // How a thread block works together; a CPU thread is a block of one lane.
 //   lane(), lanes()   this lane's number and how many there are
@@ -66,18 +65,20 @@ struct JacobiCells {
   }
 };
 
-struct alignas(8) JacobiPair {
-  int p, q;  // p < q
+// Four indices: p, p + 1, q and q + 1.
+struct alignas(16) JacobiGroup {
+  int p, q;      // p < q
+  bool rotates;  // whether any of its rotations in this step is one
 };
 
-// Pair `i` of step `step`: the last player stays, the others move round the table.
-FASTSPEC_BODY JacobiPair jacobi_pair(int step, int i, int even) {
-  const int circle = even - 1;
+// Group `i` of step `step`: the last two stays, the others move round the table.
+FASTSPEC_BODY JacobiGroup jacobi_group(int step, int i, int twos) {
+  const int circle = twos - 1;
   int first = step + i, second = step - i;
   if (first >= circle) first -= circle;
   if (second < 0) second += circle;
   if (i == 0) first = circle;
-  return first < second ? JacobiPair{first, second} : JacobiPair{second, first};
+  return first < second ? JacobiGroup{2 * first, 2 * second, false} : JacobiGroup{2 * second, 2 * first, false};
 }
 
 // Where (i, j) of the packed upper triangle lies.
@@ -96,49 +97,131 @@ struct alignas(2 * sizeof(T)) JacobiRotation {
 };
 
 template <typename T>
+struct alignas(4 * sizeof(T)) JacobiRound {  // two disjoint pairs
+  JacobiRotation<T> one, other;
+};
+
+template <typename T>
+struct JacobiTurn {         // of a group in a step
+  JacobiRound<T> straight;  // (p, q) and (p + 1, q + 1)
+  JacobiRound<T> crossed;   // (p, q + 1) and (p + 1, q)
+  JacobiRound<T> inside;    // (p, p + 1) and (q, q + 1), in a sweep's first step
+};
+
+template <typename T>
 struct alignas(16) JacobiFour {
   T at[4];
 };
 
-// What the lanes share, with N = jacobi_even(n).
+// What the lanes share, with N = jacobi_padded(n).
 template <typename T>
 struct JacobiScratch {
-  T* packed;                     // [N (N + 1) / 2]
-  JacobiFour<T>* vectors;        // [n, jacobi_quads(n)], the rows
-  JacobiRotation<T>* rotations;  // [N / 2] of a step
-  JacobiPair* pairs;             // [N / 2] of a step
-  int* place;                    // [n] of each value in ascending order
+  T* packed;               // [N (N + 1) / 2]
+  JacobiFour<T>* vectors;  // [N, N / 4], the rows
+  JacobiTurn<T>* turns;    // [N / 4] of a step
+  JacobiGroup* groups;     // [N / 4] of a step
+  int* place;              // [n] of each value in ascending order
 };
 
-// Decides on the rotation of `pair` and applies it to the pair's own 2 x 2 block.
+// The rotation that makes apq zero, applied to its own 2 x 2 block; none where apq is negligible, or would be lost
+// in rounding were it added to app or to aqq: among equal values such entries are rotated on and on.
 template <typename T>
-FASTSPEC_BODY JacobiRotation<T> jacobi_decide(T* packed, JacobiPair pair, T negligible) {
-  T &at_pp = packed[jacobi_at(pair.p, pair.p)], &at_qq = packed[jacobi_at(pair.q, pair.q)];
-  T& at_pq = packed[jacobi_at(pair.p, pair.q)];
-  const T app = at_pp, aqq = at_qq, apq = at_pq;
-  if (!(std::abs(apq) > negligible)) return {T(0), T(0)};
+FASTSPEC_BODY JacobiRotation<T> jacobi_annihilate(T& app, T& apq, T& aqq, T negligible) {
+  const T lost = std::numeric_limits<T>::epsilon() / 4 * std::fmin(std::abs(app), std::abs(aqq));
+  if (!(std::abs(apq) > std::fmax(negligible, lost))) return {T(0), T(0)};
   const T tau = (aqq - app) / (2 * apq);
   const T t = std::copysign(T(1), tau) / (std::abs(tau) + std::sqrt(1 + tau * tau));
-  const T c = 1 / std::sqrt(1 + t * t), s = t * c;
-  at_pp = app - t * apq;
-  at_qq = aqq + t * apq;
-  at_pq = 0;
-  return {s, s / (1 + c)};
+  // the sine from what rounding left of the half: the pair comes closer to a rotation
+  const T half = t / (1 + std::sqrt(1 + t * t)), s = 2 * half / (1 + half * half);
+  app -= t * apq;
+  aqq += t * apq;
+  apq = 0;
+  return {s, half};
 }
 
-// Rotates the 2 x 2 block where the rows of pair `r` cross the columns of pair `c`.
-template <typename T>
-FASTSPEC_BODY void jacobi_rotate_block(T* packed, JacobiPair r, JacobiPair c, const JacobiRotation<T>& left,
-                                       const JacobiRotation<T>& right) {
-  T* const at[4] = {packed + jacobi_at(r.p, c.p), packed + jacobi_at(r.p, c.q), packed + jacobi_at(r.q, c.p),
-                    packed + jacobi_at(r.q, c.q)};
-  T pp = *at[0], pq = *at[1], qp = *at[2], qq = *at[3];
-  left.rotate(pp, qp);
-  left.rotate(pq, qq);
-  right.rotate(pp, pq);
-  right.rotate(qp, qq);
-  *at[0] = pp, *at[1] = pq, *at[2] = qp, *at[3] = qq;
+// Annihilates (i, j) and (k, l) of the upper triangle `m` of a symmetric 4 x 4 block.
+template <int i, int j, int k, int l, typename T>
+FASTSPEC_BODY JacobiRound<T> jacobi_round(T (&m)[4][4], T negligible) {
+  const JacobiRotation<T> one = jacobi_annihilate(m[i][i], m[i][j], m[j][j], negligible);
+  const JacobiRotation<T> other = jacobi_annihilate(m[k][k], m[k][l], m[l][l], negligible);
+  T &ik = i < k ? m[i][k] : m[k][i], &il = i < l ? m[i][l] : m[l][i];
+  T &jk = j < k ? m[j][k] : m[k][j], &jl = j < l ? m[j][l] : m[l][j];
+  one.rotate(ik, jk);
+  one.rotate(il, jl);
+  other.rotate(ik, il);
+  other.rotate(jk, jl);
+  return {one, other};
 }
+
+// Decides on a group's rotations and applies them to the group's own 4 x 4 block; whether there are any.
+template <typename T>
+FASTSPEC_BODY bool jacobi_decide(T* packed, const JacobiGroup& group, bool inside, T negligible,
+                                 JacobiTurn<T>& turn) {
+  const int index[4] = {group.p, group.p + 1, group.q, group.q + 1};
+  T m[4][4];
+  for (int i = 0; i < 4; ++i) {
+    for (int j = i; j < 4; ++j) m[i][j] = packed[jacobi_at(index[i], index[j])];
+  }
+  const JacobiRound<T> straight = jacobi_round<0, 2, 1, 3>(m, negligible);
+  const JacobiRound<T> crossed = jacobi_round<0, 3, 1, 2>(m, negligible);
+  bool rotates = straight.one.s != 0 || straight.other.s != 0 || crossed.one.s != 0 || crossed.other.s != 0;
+  if (inside) {
+    const JacobiRound<T> last = jacobi_round<0, 1, 2, 3>(m, negligible);
+    rotates = rotates || last.one.s != 0 || last.other.s != 0;
+    turn.inside = last;
+  }
+  if (!rotates) return false;
+  turn.straight = straight;
+  turn.crossed = crossed;
+  for (int i = 0; i < 4; ++i) {
+    for (int j = i; j < 4; ++j) packed[jacobi_at(index[i], index[j])] = m[i][j];
+  }
+  return true;
+}
+
+// Rotates the rows of x, or its columns.
+template <bool rows, typename T>
+FASTSPEC_BODY void jacobi_turn(const JacobiTurn<T>& turn, bool inside, JacobiFour<T> (&x)[4]) {
+  const JacobiRound<T> straight = turn.straight, crossed = turn.crossed;
+  for (int k = 0; k < 4; ++k) {
+    T &a = rows ? x[0].at[k] : x[k].at[0], &b = rows ? x[1].at[k] : x[k].at[1];
+    T &c = rows ? x[2].at[k] : x[k].at[2], &d = rows ? x[3].at[k] : x[k].at[3];
+    straight.one.rotate(a, c);
+    straight.other.rotate(b, d);
+    crossed.one.rotate(a, d);
+    crossed.other.rotate(b, c);
+  }
+  if (!inside) return;
+  const JacobiRound<T> last = turn.inside;
+  for (int k = 0; k < 4; ++k) {
+    T &a = rows ? x[0].at[k] : x[k].at[0], &b = rows ? x[1].at[k] : x[k].at[1];
+    T &c = rows ? x[2].at[k] : x[k].at[2], &d = rows ? x[3].at[k] : x[k].at[3];
+    last.one.rotate(a, b);
+    last.other.rotate(c, d);
+  }
+}
+
+// The 4 x 4 block where the rows of one group cross the columns of another, in the packed triangle: of each
+// 2 x 2 block of it where the first number is, and how far the next row and the next column are.
+struct JacobiTile {
+  int first[2][2], row[2][2], column[2][2];
+
+  FASTSPEC_BODY JacobiTile(const JacobiGroup& rows, const JacobiGroup& columns) {
+    for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < 2; ++j) {
+        const int r = i ? rows.q : rows.p, c = j ? columns.q : columns.p;
+        first[i][j] = jacobi_at(r, c);
+        row[i][j] = r < c ? 1 : r + 1;
+        column[i][j] = r < c ? c + 1 : 1;
+      }
+    }
+  }
+
+  FASTSPEC_BODY int at(int i, int j) const {
+    const int down = i / 2, across = j / 2;
+    return first[down][across] + (i % 2 ? row[down][across] : 0) + (j % 2 ? column[down][across] : 0);
+  }
+};
 
 template <typename T>
 FASTSPEC_BODY T jacobi_larger(T a, T b) {  // NaN where one is
@@ -151,18 +234,18 @@ FASTSPEC_BODY T jacobi_larger(T a, T b) {  // NaN where one is
 template <typename T, typename Block>
 FASTSPEC_BODY void jacobi_eigh(const Block& block, const T* a, int n, const JacobiScratch<T>& own, T* values,
                                T* rows) {
-  const int even = jacobi_even(n), pairs = even / 2, steps = even - 1, quads = jacobi_quads(n);
+  const int padded = jacobi_padded(n), groups = padded / 4, steps = padded / 2 - 1;
   const int lane = block.lane(), lanes = block.lanes();
   T* const packed = own.packed;
-  for (JacobiCells at(block, even); at.row < even; at.next()) {
+  for (JacobiCells at(block, padded); at.row < padded; at.next()) {
     if (at.column <= at.row) {
       packed[jacobi_at(at.row, at.column)] = at.row < n ? a[at.row * n + at.column] : T(0);
     }
   }
-  for (JacobiCells at(block, quads); at.row < n; at.next()) {
+  for (JacobiCells at(block, groups); at.row < padded; at.next()) {
     JacobiFour<T> unit;
     for (int k = 0; k < 4; ++k) unit.at[k] = T(at.row == 4 * at.column + k);
-    own.vectors[at.row * quads + at.column] = unit;
+    own.vectors[at.row * groups + at.column] = unit;
   }
   for (int i = lane; i < n; i += lanes) {
     T largest = 0;
@@ -183,39 +266,47 @@ FASTSPEC_BODY void jacobi_eigh(const Block& block, const T* a, int n, const Jaco
 
   // Between two steps, and between what a step decides and what it applies, lies a barrier each; a step that
   // rotates nothing needs no second one, since no lane reads what the next step overwrites.
-  const JacobiCells first_block(block, pairs), first_quad(block, quads);
+  const JacobiCells first(block, groups);
   int step = 0;
   for (int done = 0, still = 0; done < kJacobiSweeps * steps && still < steps; ++done) {
+    const bool inside = step == 0;
     bool rotates = false;
-    for (int i = lane; i < pairs; i += lanes) {
-      const JacobiPair pair = jacobi_pair(step, i, even);
-      const JacobiRotation<T> rotation = jacobi_decide(packed, pair, negligible);
-      own.pairs[i] = pair;
-      own.rotations[i] = rotation;
-      rotates |= rotation.s != 0;
+    for (int i = lane; i < groups; i += lanes) {
+      JacobiGroup group = jacobi_group(step, i, 2 * groups);
+      group.rotates = jacobi_decide(packed, group, inside, negligible, own.turns[i]);
+      own.groups[i] = group;
+      rotates |= group.rotates;
     }
     step = step + 1 == steps ? 0 : step + 1;
     ++still;
     if (!block.any(rotates)) continue;
     still = 0;
-    // blocks (g, g + distance), every unordered pair of pairs once
-    for (JacobiCells at = first_block; at.row < pairs / 2; at.next()) {
-      const int g = at.column, distance = at.row + 1,
-                h = g + distance < pairs ? g + distance : g + distance - pairs;
-      if (2 * distance == pairs && g > h) continue;
-      const JacobiRotation<T> left = own.rotations[g], right = own.rotations[h];
-      if (left.s == 0 && right.s == 0) continue;
-      jacobi_rotate_block(packed, own.pairs[g], own.pairs[h], left, right);
+    // groups (g, g + distance), every unordered pair of groups once
+    for (JacobiCells at = first; at.row < groups / 2; at.next()) {
+      const int g = at.column, distance = at.row + 1;
+      const int h = g + distance < groups ? g + distance : g + distance - groups;
+      if (2 * distance == groups && g > h) continue;
+      const JacobiGroup left = own.groups[g], right = own.groups[h];
+      if (!left.rotates && !right.rotates) continue;
+      const JacobiTile tile(left, right);
+      JacobiFour<T> x[4];
+      for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) x[i].at[j] = packed[tile.at(i, j)];
+      }
+      if (left.rotates) jacobi_turn<true>(own.turns[g], inside, x);
+      if (right.rotates) jacobi_turn<false>(own.turns[h], inside, x);
+      for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) packed[tile.at(i, j)] = x[i].at[j];
+      }
     }
-    for (JacobiCells at = first_quad; at.row < pairs; at.next()) {
-      const JacobiRotation<T> rotation = own.rotations[at.row];
-      if (rotation.s == 0) continue;
-      const JacobiPair pair = own.pairs[at.row];
-      JacobiFour<T>&p = own.vectors[pair.p * quads + at.column], &q = own.vectors[pair.q * quads + at.column];
-      JacobiFour<T> x = p, y = q;
-      for (int k = 0; k < 4; ++k) rotation.rotate(x.at[k], y.at[k]);
-      p = x;
-      q = y;
+    for (JacobiCells at = first; at.row < groups; at.next()) {
+      const JacobiGroup group = own.groups[at.row];
+      if (!group.rotates) continue;
+      JacobiFour<T>*const p = own.vectors + group.p * groups + at.column, *const q = own.vectors +
+                                                                                     group.q * groups + at.column;
+      JacobiFour<T> x[4] = {p[0], p[groups], q[0], q[groups]};
+      jacobi_turn<true>(own.turns[at.row], inside, x);
+      p[0] = x[0], p[groups] = x[1], q[0] = x[2], q[groups] = x[3];
     }
     block.barrier();
   }
@@ -232,7 +323,7 @@ FASTSPEC_BODY void jacobi_eigh(const Block& block, const T* a, int n, const Jaco
   }
   block.barrier();
   for (JacobiCells at(block, n); at.row < n; at.next()) {
-    rows[own.place[at.row] * n + at.column] = own.vectors[at.row * quads + at.column / 4].at[at.column % 4];
+    rows[own.place[at.row] * n + at.column] = own.vectors[at.row * groups + at.column / 4].at[at.column % 4];
   }
 }
 

@@ -49,14 +49,14 @@ struct Problem {  // and its result, every array as long as it has to be
         packed(jacobi_triangle(n)),
         values(n),
         rows(n * n),
-        vectors(n * jacobi_quads(n)),
-        rotations(jacobi_even(n) / 2),
-        pairs(jacobi_even(n) / 2),
+        vectors(jacobi_padded(n) * jacobi_padded(n) / 4),
+        turns(jacobi_padded(n) / 4),
+        groups(jacobi_padded(n) / 4),
         place(n) {}
 
   template <typename Block>
   void solve(const Block& block) {
-    const JacobiScratch<T> own{packed.data(), vectors.data(), rotations.data(), pairs.data(), place.data()};
+    const JacobiScratch<T> own{packed.data(), vectors.data(), turns.data(), groups.data(), place.data()};
     jacobi_eigh(block, a.data(), n, own, values.data(), rows.data());
   }
 
@@ -69,8 +69,8 @@ struct Problem {  // and its result, every array as long as it has to be
   int n;
   std::vector<T> packed, values, rows;
   std::vector<JacobiFour<T>> vectors;
-  std::vector<JacobiRotation<T>> rotations;
-  std::vector<JacobiPair> pairs;
+  std::vector<JacobiTurn<T>> turns;
+  std::vector<JacobiGroup> groups;
   std::vector<int> place;
 };
 
@@ -97,7 +97,7 @@ bool same(int n, int lanes, bool finite) {
 int main() {
   bool good = true;
   for (int lanes : {2, 3, 8}) {
-    for (int n : {1, 2, 3, 4, 5, 7, 8, 22}) {
+    for (int n : {1, 2, 3, 4, 5, 7, 8, 12, 16, 22}) {
       for (bool finite : {true, false}) good = same<float>(n, lanes, finite) && good;
     }
     good = same<double>(9, lanes, true) && good;
