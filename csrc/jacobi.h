@@ -302,8 +302,8 @@ FASTSPEC_BODY void jacobi_eigh(const Block& block, const T* a, int n, const Jaco
     for (JacobiCells at = first; at.row < groups; at.next()) {
       const JacobiGroup group = own.groups[at.row];
       if (!group.rotates) continue;
-      JacobiFour<T>*const p = own.vectors + group.p * groups + at.column, *const q = own.vectors +
-                                                                                     group.q * groups + at.column;
+      JacobiFour<T>* const p = own.vectors + group.p * groups + at.column;
+      JacobiFour<T>* const q = own.vectors + group.q * groups + at.column;
       JacobiFour<T> x[4] = {p[0], p[groups], q[0], q[groups]};
       jacobi_turn<true>(own.turns[at.row], inside, x);
       p[0] = x[0], p[groups] = x[1], q[0] = x[2], q[groups] = x[3];
