@@ -15,14 +15,15 @@ namespace {
 
 template <typename T>
 void jacobi_one(const at::Tensor& a, const at::Tensor& values, const at::Tensor& rows) {
-  const int n = a.size(0), even = jacobi_even(n);
-  const auto work = at::empty_like(a);
-  std::vector<T> packed(even * (even + 1) / 2);
-  std::vector<JacobiRotation<T>> rotations(even / 2);
+  const int n = a.size(0), padded = jacobi_padded(n);
+  std::vector<T> packed(jacobi_triangle(n));
+  std::vector<JacobiFour<T>> vectors(padded * padded / 4);
+  std::vector<JacobiTurn<T>> turns(padded / 4);
+  std::vector<JacobiGroup> groups(padded / 4);
   std::vector<int> place(n);
-  int latest;
-  jacobi_eigh<T>(a.const_data_ptr<T>(), n, {packed.data(), rotations.data(), place.data(), &latest},
-                 work.mutable_data_ptr<T>(), values.mutable_data_ptr<T>(), rows.mutable_data_ptr<T>());
+  const JacobiScratch<T> own{packed.data(), vectors.data(), turns.data(), groups.data(), place.data()};
+  jacobi_eigh(JacobiOneLane{}, a.const_data_ptr<T>(), n, own, values.mutable_data_ptr<T>(),
+              rows.mutable_data_ptr<T>());
 }
 
 // Eigenvalues [L, n], ascending, and eigenvectors [L, n, n] in columns, of symmetric matrices of which the
@@ -33,7 +34,7 @@ std::tuple<at::Tensor, at::Tensor> jacobi_eigh_cpu(const at::Tensor& matrices) {
   auto values = at::empty({a.size(0), a.size(1)}, a.options());
   auto rows = at::empty_like(a);
   Interrupt interrupt;
-  for_each_matrix(a.size(0), interrupt, [&](int64_t i) {
+  for_each_matrix(a.numel() ? a.size(0) : 0, interrupt, [&](int64_t i) {
     AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "jacobi_eigh",
                                [&] { jacobi_one<scalar_t>(a[i], values[i], rows[i]); });
   });

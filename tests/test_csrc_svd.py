@@ -287,7 +287,7 @@ def test_jacobi(kind: str, n: int, dtype: torch.dtype) -> None:
     check_jacobi(SYMMETRIC[kind](n).to(dtype))
 
 
-@pytest.mark.parametrize("kind", ["graded to 1e-12", "two values", "all equal"])
+@pytest.mark.parametrize("kind", ["graded to 1e-12", "two values", "all equal", "clusters"])
 def test_jacobi_of_large_orders(kind: str) -> None:
     check_jacobi(SYMMETRIC[kind](128))
     check_jacobi(SYMMETRIC[kind](255).float())

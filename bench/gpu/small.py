@@ -19,7 +19,7 @@ from fastspec.kernels.sigma_grad import sigma_grad
 from gpu.calls import jacobi_eigh
 from gpu.device import DEVICE, REHEARSING, pick, synchronise
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # substrings of the kernels' names
 KERNELS = ("spectral_linear", "project_kernel", "sum_by_task", "merge_kernel", "jacobi_eigh")
 
@@ -47,10 +47,11 @@ def merge_some(count: int, d: int, out: int, k: int) -> None:
     merge(*[[t[name] for t in layers] for name in ("w", "u", "vh", "delta")])
 
 
-def jacobi(order: int, dtype: torch.dtype, count: int = 2) -> None:
+def jacobi(order: int, dtype: torch.dtype, count: int) -> None:
+    """Nearly diagonal matrices, which take few sweeps."""
     g = torch.Generator(DEVICE).manual_seed(0)
-    a = torch.randn(count, order, order, generator=g, device=DEVICE, dtype=dtype)
-    a = a + a.mT
+    a = torch.randn(count, order, order, generator=g, device=DEVICE, dtype=dtype) / 100
+    a = a + a.mT + torch.arange(order, device=DEVICE, dtype=dtype).diag()
     values, _ = jacobi_eigh()(a)
     error = relative_error(values.cpu(), torch.linalg.eigvalsh(a.double().cpu()))
     print(f"jacobi_eigh {order} {dtype}: {error:.1e}")
@@ -71,9 +72,12 @@ def tiny_jacobi() -> None:
     except RuntimeError as error:  # the other kernels are checked all the same
         print(error)
     else:
-        for order in pick((7, 64, 100, 130, 200), (5,)):
-            jacobi(order, FP32)
-        jacobi(pick(100, 5), torch.float64)
+        # matrix and vectors in shared memory, the vectors in global memory, both in global memory
+        for order, dtype, count in pick(
+            [(7, FP32, 2), (33, FP32, 2), (7, FP64, 1), (130, FP32, 1), (130, FP64, 1)],
+            [(5, FP32, 2), (5, FP64, 1)],
+        ):
+            jacobi(order, dtype, count)
     synchronise()
 
 
