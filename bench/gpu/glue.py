@@ -1,4 +1,4 @@
-"""Real training on the card: SST-2 on MiniLM, fast and reference path, bfloat16 and float32.
+"""Real training on the card: SST-2 on MiniLM, fast and reference path, bfloat16 and float32; copies kept.
 
 Scores and losses, no times: the runs share the card. All have the same rows and steps, so that they can be
 compared. A plain loop with the schedule of `fastspec glue`; that command's trainer needs libraries which a
@@ -25,7 +25,7 @@ from gpu import record, workers
 from gpu.device import DEVICE, pick
 from gpu.record import Record
 
-PROCESSES = pick(4, 1)
+PROCESSES = pick(5, 1)
 EPOCHS = pick(2, 1)
 BATCH = pick(32, 4)
 LENGTH = pick(64, 12)
@@ -37,7 +37,8 @@ TASK = "sst2"
 RUNS = [
     (TASK, path, dtype)
     for dtype in pick((torch.bfloat16, torch.float32), (torch.bfloat16,))
-    for path in ("fast", "reference")
+    for path in ("reference", "fast", "kept")
+    if path != "kept" or dtype == torch.bfloat16
 ]
 
 
@@ -55,8 +56,10 @@ def model_of(path: str, dtype: torch.dtype) -> Any:
     for name in HEADS:
         head = model.base_model.pooler if name == "pooler" else model.classifier
         head.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
-    config = fastspec.SpectralConfig(rank=32, path=path, modules_to_save=HEADS)
-    return fastspec.spectralize(model.to(DEVICE), config, progress=False)
+    shown = "reference" if path == "reference" else "fast"
+    config = fastspec.SpectralConfig(rank=32, path=shown, modules_to_save=HEADS)
+    model = fastspec.spectralize(model.to(DEVICE), config, progress=False)
+    return fastspec.keep_merged(model, path == "kept")
 
 
 def batches(texts: list, labels: list, order: list[int], tokenizer: Any) -> list[dict]:
@@ -148,15 +151,15 @@ def main() -> int:
 
     ends = time.time() + record.left()
     workers.run("gpu.glue", range(len(RUNS)), PROCESSES, record.left(), answered, ends)
-    for index in range(0, len(RUNS), 2):  # fast beside reference
-        if index in results and index + 1 in results:
-            fast, plain = results[index], results[index + 1]
-            name = f"{RUNS[index][0]} {str(RUNS[index][2]).removeprefix('torch.')}"
-            pairs = list(zip(fast["predicted"], plain["predicted"], strict=True))
-            apart = [abs(a - b) for a, b in zip(fast["curve"], plain["curve"], strict=True)]
+    for index, result in results.items():
+        task, path, dtype = RUNS[index]
+        plain = results.get(RUNS.index((task, "reference", dtype)))
+        if path != "reference" and plain is not None:
+            pairs = list(zip(result["predicted"], plain["predicted"], strict=True))
+            apart = [abs(a - b) for a, b in zip(result["curve"], plain["curve"], strict=True)]
             rows.add(
-                f"{name}: fast against reference",
-                steps_each=fast["steps"],
+                f"{task} {str(dtype).removeprefix('torch.')}: {path} against reference",
+                steps_each=result["steps"],
                 largest_difference_of_losses=max(apart),
                 predictions=len(pairs),
                 differing=sum(a != b for a, b in pairs),
