@@ -7,15 +7,17 @@ AOTAutograd traces (`FunctionalTensorMode`), the operator gives way to the calls
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 DEVICE = "cuda"  # whose tensors are traced through; tests trace on a CPU
+_served: dict[str, Callable[..., Any]] = {}
 
 
 @functools.cache
@@ -35,13 +37,15 @@ def register(name: str, aten: Callable[..., Any]) -> None:
     """
     operator = f"fastspec::{name}"
 
-    @torch.library.impl(operator, "CUDA")
-    def _(*args: Any) -> Any:
+    def served(*args: Any) -> Any:
         kernels = _dispatch()
         if kernels is None:
             return aten(*args)
         with torch.cuda.device_of(args[0]):  # Triton launches on the current device
             return getattr(kernels, name)(*args, aten=aten)
+
+    torch.library.impl(operator, "CUDA", served)
+    _served[name] = served
 
     @torch.library.register_torch_dispatch(operator, FunctionalTensorMode)
     def _(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | None) -> Any:
@@ -52,3 +56,15 @@ def register(name: str, aten: Callable[..., Any]) -> None:
             if traced is not None:
                 return traced
         return mode.__torch_dispatch__(op, types, args, kwargs or {})
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Inside, CPU tensors take the route of CUDA tensors: for tests and timings of the host, without a GPU."""
+    library = torch.library.Library("fastspec", "IMPL")
+    try:
+        for name, served in _served.items():
+            library.impl(name, served, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
