@@ -7,7 +7,6 @@ start a kernel is left out for all.
 
 from __future__ import annotations
 
-import functools
 import gc
 import statistics
 import time
