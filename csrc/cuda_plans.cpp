@@ -60,7 +60,7 @@ Tensor band_matrix(const Tensor& band) {
   const int64_t k = band.size(1), h = band.size(0) / 2;
   const Tensor wide = padded(band, k, h);
   diagonals(wide, k, h).copy_(band.t());
-  return wide.narrow(1, h, k).contiguous();
+  return wide.narrow(1, h, k).clone(at::MemoryFormat::Contiguous);  // of one entry too: on 16 bytes
 }
 
 Tensor band_storage(const Tensor& c, const Tensor& like) {

@@ -67,7 +67,10 @@ def _repeatable(launch: Launch, order: dict[str, int]) -> Callable[[Sequence[int
     # a kernel's operands in memory come first: descriptors, then pointers
     described = sum(hasattr(operand, "block_shape") for operand in operands)
     in_memory = described + sum(isinstance(operand, torch.Tensor) for operand in operands)
-    places = [order[name.removesuffix("_ptr").removesuffix("_desc")] for name in names[:in_memory]]
+    known = [name.removesuffix("_ptr").removesuffix("_desc") for name in names[:in_memory]]
+    if not all(name in order for name in known):  # another kernel than the order is of
+        return None
+    places = [order[name] for name in known]
     run, maps = compiled.run, []
     if described:
         metadata = getattr(compiled.metadata, "tensordesc_meta", None)

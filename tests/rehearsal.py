@@ -7,9 +7,10 @@ starts it: that function is replaced here, with those that load a binary and enc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,19 +21,21 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 
 from fastspec.kernels import choice, tiles
-from fastspec.ops import cuda
+from fastspec.ops import cuda, functional  # noqa: F401  (the latter registers the operators)
 
 
 class Utils:
-    """The compiled part of Triton's driver; `launched` gets the arguments of every start if it is a list."""
+    """The compiled part of Triton's driver. `run`, where it is set, is given every start (`Started`)."""
 
     def __init__(self) -> None:
-        self.launched: list[tuple] | None = None
+        self.run: Callable[[Started], None] | None = None
+        self.source: Any = None  # of the kernel that is about to start
         self.binaries = itertools.count(1)
 
     def launch(self, *args: Any) -> None:
-        if self.launched is not None:
-            self.launched.append(args)
+        if self.run is not None:
+            flat = args[-1] if FLAT_FROM is None else args[FLAT_FROM:]
+            self.run(Started.of(self.source, tuple(args[:3]), list(flat)))
 
     def load_binary(self, name: str, *_: Any) -> tuple[int, int, int, int, int]:
         handle = next(self.binaries)
@@ -48,6 +51,37 @@ class Utils:
         return args
 
     fill_tma_descriptor_tiled = fill_tma_descriptor
+
+
+# where a kernel's own arguments begin among those of Triton's launcher; None where they are its last
+FLAT_FROM = getattr(nvidia, "_BASE_ARGS_FORMAT_LEN", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """One start of a kernel as the driver gets it: pointers as addresses, all by the kernel's names."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    values: dict[str, Any]
+
+    @classmethod
+    def of(cls, source: Any, grid: tuple, flat: list) -> Started:
+        values: dict[str, Any] = {}
+        for name in source.fn.arg_names:
+            if name.endswith("_desc"):  # the driver's descriptor, two sizes, two strides
+                values[name], *_ = flat[0], *(flat.pop(0) for _ in range(5))
+            else:
+                value = flat.pop(0)
+                values[name] = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        assert not flat
+        names = source.fn.arg_names
+        for (place, *_), value in source.constants.items():
+            assert values[names[place]] == value, f"{names[place]}: {values[names[place]]} is not {value}"
+        for (place, *_), attributes in source.attrs.items():
+            if ["tt.divisibility", 16] in attributes:
+                assert values[names[place]] % 16 == 0, f"{names[place]} was compiled for 16 bytes"
+        return cls(source.fn.__name__, grid, values)
 
 
 class Launcher(nvidia.CudaLauncher):
@@ -67,15 +101,18 @@ class Launcher(nvidia.CudaLauncher):
                 if hasattr(nvidia, name):
                     stack.enter_context(mock.patch.object(nvidia, name, value))
             super().__init__(src, metadata)
+        self.source = src
+
+    def __call__(self, *args: Any) -> None:
+        triton.runtime.driver.active.utils.source = self.source
+        super().__call__(*args)
 
 
 class Driver:
     """An H100 as far as Triton asks for one."""
 
     launcher_cls = Launcher
-
-    def __init__(self) -> None:
-        self.utils = Utils()
+    utils = Utils()  # one for good: Triton keeps compiled kernels, and they keep it
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -90,24 +127,31 @@ class Driver:
         return torch.device("cpu")
 
 
-class Preferred(dict):
-    """Choices of which every kind's is the same."""
+class Preferred(choice.Choices):
+    """The same choice for every kind of call, but for those that it can't serve."""
+
+    class Known(dict):
+        name = ""
+
+        def get(self, kind: str, default: object = None) -> str:
+            return super().get(kind, self.name)
+
+        __getitem__ = get
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.known = self.Known()
+        self.known.name = name
 
-    def get(self, kind: str, default: object = None) -> str:
-        return self.name
-
-    __getitem__ = get
+    def remember(self, kind: str, name: str) -> None:
+        self.known[kind] = name
 
 
 @contextlib.contextmanager
 def rehearsed(preferred: str | None = None) -> Iterator[Driver]:
     """Inside, operators on CPU tensors are those of an H100, which starts nothing.
 
-    `preferred` is the candidate that every kind of call is known to be served by; without it, kinds are
-    timed, by whatever stands for `choice.measure`.
+    `preferred` is the candidate that every kind of call is known to be served by, where it can; without it,
+    kinds are timed, by whatever stands for `choice.measure`.
     """
     driver, active = Driver(), triton.runtime.driver
     slot = "_active" if hasattr(active, "_active") else "active"
@@ -123,6 +167,8 @@ def rehearsed(preferred: str | None = None) -> Iterator[Driver]:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(mock.patch.dict("os.environ", {"FASTSPEC_CACHE": folder}))
         if preferred is not None:
-            choice.choices(torch.device("cpu")).known = Preferred(preferred)
+            choice._choices[torch.device("cpu")] = Preferred(preferred)
+            stack.enter_context(mock.patch.object(choice, "measure", lambda *_: 1.0))
         stack.enter_context(cuda.on_cpu())
+        stack.callback(setattr, driver.utils, "run", None)
         yield driver
