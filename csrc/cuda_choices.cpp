@@ -58,7 +58,8 @@ CallKey::CallKey(bool backward, const Plan& plan, bool first_need, bool second_n
       add(-1);
       continue;
     }
-    if (t->layout() != at::kStrided || t->numel() == 0 || t->device() != a.device()) {
+    const bool fits = size_ + 1 + 2 * t->dim() <= values_.size();
+    if (!fits || t->layout() != at::kStrided || t->numel() == 0 || t->device() != a.device()) {
       valid_ = false;
       return;
     }
@@ -86,10 +87,10 @@ std::optional<Served> known(const CallKey& key) {
 
 void remember(const CallKey& key, const std::vector<int64_t>& answer) {
   if (answer.empty()) return;
-  TORCH_CHECK(answer.size() == 3, "a choice is three numbers, got ", answer.size());
+  TORCH_CHECK(answer.size() == 4, "a choice is four numbers, got ", answer.size());
   const std::lock_guard<std::mutex> guard(table_lock);
   if (table.size() >= kMost) table.clear();
-  table.insert_or_assign(key, Served{Served::How(answer[0]), answer[1], answer[2]});
+  table.insert_or_assign(key, Served{Served::How(answer[0]), answer[1], answer[2], answer[3] != 0});
 }
 
 void forget_all() {

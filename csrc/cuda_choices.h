@@ -37,6 +37,7 @@ struct Served {
   How how;
   int64_t record = 0;  // of fastspec/kernels/records.py
   int64_t slots = 0;   // of the coefficient gradient's partial sums
+  bool summed = false;  // by the kernel
 };
 
 std::optional<Served> known(const CallKey& key);

@@ -26,7 +26,7 @@ const Tensor* given(const OptTensor& t) { return t ? &*t : nullptr; }
 int64_t address(const Tensor& t) { return reinterpret_cast<int64_t>(t.const_data_ptr()); }
 
 // The order of the addresses is that of fastspec/kernels/records.py.
-void launch(int64_t record, std::array<int64_t, 8> addresses) {
+void launch(int64_t record, std::array<int64_t, 9> addresses) {
   static const auto op = operator_handle<void(int64_t, at::IntArrayRef)>("fastspec::launch");
   op.call(record, addresses);
 }
@@ -41,7 +41,7 @@ Result forward_by_launch(const Served& served, const Tensor& x, const Tensor& x2
   const Tensor p = at::empty({x2.size(0), u.size(1)}, x.options());
   const Tensor core = stored(delta, plan.core);
   launch(served.record, {address(x2), address(weight), address(bias ? *bias : x2), address(u), address(vh),
-                         address(core), address(y), address(p)});
+                         address(core), address(y), address(p), 0});
   return {x.dim() == 2 ? y : y.view(with_last(x, weight.size(0))),
           plan.saves_p() ? p : at::empty({0, u.size(1)}, x.options())};
 }
@@ -52,14 +52,16 @@ Result backward_by_launch(const Served& served, const Tensor& g, const Tensor& g
   const int64_t k = u.size(1);
   const Tensor dx = at::empty({g2.size(0), weight.size(1)}, g.options());
   const Tensor core = stored(delta, plan.core);
-  Tensor shares;
+  // a slot of shares for every row tile, which the kernel may sum itself
+  Tensor shares = dx;
   if (needs_delta && plan.core == Core::Diag) shares = at::empty({served.slots, k}, delta.options());
   if (needs_delta && plan.core != Core::Diag) shares = at::empty({served.slots, k, k}, delta.options());
+  Tensor sum = served.summed ? at::empty_like(core) : shares;
   launch(served.record, {address(g2), address(p ? *p : g2), address(weight), address(u), address(vh),
-                         address(core), address(dx), address(needs_delta ? shares : dx)});
+                         address(core), address(dx), address(shares), address(sum)});
   const Tensor shaped = g.dim() == 2 ? dx : dx.view(with_last(g, weight.size(1)));
   if (!needs_delta) return {shaped, at::empty({0}, delta.options())};
-  const Tensor sum = shares.sum(0);
+  if (!served.summed) sum = served.slots == 1 ? shares.select(0, 0) : shares.sum(0);
   return {shaped, plan.core == Core::Band ? band_storage(sum, delta) : sum};
 }
 
@@ -98,7 +100,7 @@ Result spectral_linear_backward(const Tensor& g, const OptTensor& x, const OptTe
   const Plan plan(core, forward_name, gradient);
   const Tensor g2 = g.dim() == 2 ? g : g.reshape({-1, weight.size(0)});
   const bool whole = delta.is_contiguous() && (!p || p->is_contiguous());
-  const CallKey key(true, plan, needs_dx, needs_delta, g2, {&g2, given(x), given(p), &weight, &u, &vh, &delta});
+  const CallKey key(true, plan, needs_dx, needs_delta, g2, {&g2, given(p), &weight, &u, &vh, &delta});
   const bool may_be_known = whole && key.valid();
   if (may_be_known) {
     if (const auto served = known(key)) {

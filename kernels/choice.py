@@ -166,7 +166,7 @@ class Call:
         if not self._settled():
             return []
         if name in as_planned:
-            return [PLANNED.index(name), 0, 0]
+            return [PLANNED.index(name), 0, 0, 0]
         kept = records.keep(launches, order) if name in ("triton", "tma") else None
         return [] if kept is None else [len(PLANNED), *kept]
 

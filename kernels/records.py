@@ -8,6 +8,8 @@ would find the same compiled kernel and pass the same numbers. Its look-up, and 
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -26,8 +28,9 @@ FORWARD = {
 }
 BACKWARD = {
     **{"g": 0, "task": 0, "precomputed": 0, "p": 1, "w": 2, "u": 3, "vh": 4, "delta": 5},
-    **{"dx": 6, "grad": 7},
+    **{"dx": 6, "shares": 7, "grad": 8, "arrived": 6},
 }
+ARRIVED = "arrived_ptr"  # a counter that no other launch at work may have
 MOST = 8192  # twice as many as are remembered there
 MOST_ADDRESSES = 1024  # of descriptors, an operand
 
@@ -40,8 +43,8 @@ def start(record: int, addresses: Sequence[int]) -> None:
     _records[record](addresses)
 
 
-def keep(launches: Sequence[Launch], order: dict[str, int]) -> tuple[int, int] | None:
-    """The number of a new record, and the slots of the partial sums that its kernel writes (0: none).
+def keep(launches: Sequence[Launch], order: dict[str, int]) -> tuple[int, int, int] | None:
+    """The number of a new record, the slots of the partial sums that its kernel writes, whether it sums them.
 
     None where there is not exactly one launch, or nothing that could be repeated.
     """
@@ -54,8 +57,9 @@ def keep(launches: Sequence[Launch], order: dict[str, int]) -> tuple[int, int] |
     number = next(_numbers)
     _records[number] = made
     _records.pop(number - MOST, None)
-    shares = launch.operands.get("grad_ptr")
-    return number, len(shares) if shares is not None and launch.operands["GRAD"] else 0
+    summed = bool(launch.operands.get("SUMMED"))
+    shares = launch.operands.get("shares_ptr", launch.operands.get("grad_ptr"))
+    return number, len(shares) if launch.operands.get("GRAD") else 0, int(summed)
 
 
 def _repeatable(launch: Launch, order: dict[str, int]) -> Callable[[Sequence[int]], None] | None:
@@ -88,9 +92,22 @@ def _repeatable(launch: Launch, order: dict[str, int]) -> Callable[[Sequence[int
     function, packed = compiled.function, compiled.packed_metadata
     pick = itemgetter(*places)
 
+    next_counter = None
+    if launch.operands.get("SUMMED"):
+        name, counter = names[in_memory - 1], operands[in_memory - 1]
+        if name != ARRIVED or counter.data_ptr() % 16 == 0:
+            return None  # it was compiled for one counter of four; the next call has another
+        arrival = importlib.import_module("fastspec.kernels.arrival")
+        next_counter = functools.partial(arrival.counter, counter.device)
+
+    def pointers(addresses: Sequence[int]) -> tuple:
+        if next_counter is None:
+            return pick(addresses)
+        return *pick(addresses)[:-1], next_counter().data_ptr()
+
     def plain(addresses: Sequence[int]) -> None:
         stream = stream_of(device)
-        run(*grid, stream, function, packed, None, None, None, *pick(addresses), *rest)
+        run(*grid, stream, function, packed, None, None, None, *pointers(addresses), *rest)
 
     if not described:
         return plain
@@ -98,13 +115,11 @@ def _repeatable(launch: Launch, order: dict[str, int]) -> Callable[[Sequence[int
     sources = list(zip(maps, places[:described], strict=True))
 
     def by_tma(addresses: Sequence[int]) -> None:
-        descriptors: list[Any] = []
+        all_of: list[Any] = []
         for found, place in sources:
-            descriptors += found[addresses[place]]
+            all_of += found[addresses[place]]
         stream = stream_of(device)
-        run(
-            *grid, stream, function, packed, None, None, None, *descriptors, *pick(addresses), *rest
-        )
+        run(*grid, stream, function, packed, None, None, None, *all_of, *pointers(addresses), *rest)
 
     return by_tma
 

@@ -77,7 +77,9 @@ class Started:
         assert not flat
         names = source.fn.arg_names
         for (place, *_), value in source.constants.items():
-            assert values[names[place]] == value, f"{names[place]}: {values[names[place]]} is not {value}"
+            assert values[names[place]] == value, (
+                f"{names[place]}: {values[names[place]]} is not {value}"
+            )
         for (place, *_), attributes in source.attrs.items():
             if ["tt.divisibility", 16] in attributes:
                 assert values[names[place]] % 16 == 0, f"{names[place]} was compiled for 16 bytes"
@@ -168,7 +170,7 @@ def rehearsed(preferred: str | None = None) -> Iterator[Driver]:
         stack.enter_context(mock.patch.dict("os.environ", {"FASTSPEC_CACHE": folder}))
         if preferred is not None:
             choice._choices[torch.device("cpu")] = Preferred(preferred)
-            stack.enter_context(mock.patch.object(choice, "measure", lambda *_: 1.0))
+            stack.enter_context(mock.patch.object(choice, "measure", return_value=1.0))
         stack.enter_context(cuda.on_cpu())
         stack.callback(setattr, driver.utils, "run", None)
         yield driver

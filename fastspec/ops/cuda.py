@@ -44,7 +44,7 @@ def register(name: str, aten: Callable[..., Any], schema: str | None = None) -> 
     def served(*args: Any, **options: Any) -> Any:
         kernels = _dispatch()
         if kernels is None:
-            return (*aten(*args), [0, 0, 0]) if options else aten(*args)
+            return (*aten(*args), [0, 0, 0, 0]) if options else aten(*args)
         with torch.cuda.device_of(args[0]):  # Triton launches on the current device
             return getattr(kernels, name)(*args, aten=aten, **options)
 

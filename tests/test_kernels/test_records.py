@@ -60,7 +60,11 @@ class Device:
     def factors(self, v: dict) -> tuple[Tensor, ...]:
         d, out, k = v["IN"], v["OUT"], v["K"]
         s = {n: v.get(f"stride_{n}", 0) for n in ("wo", "wi", "uo", "uk", "vk", "vi")}
-        core = memory(v["delta_ptr"], *(((k,), (1,)) if v["CORE"] == "diag" else ((k, k), (k, 1))), torch.float32)
+        core = memory(
+            v["delta_ptr"],
+            *(((k,), (1,)) if v["CORE"] == "diag" else ((k, k), (k, 1))),
+            torch.float32,
+        )
         return (
             self.matrix(v, "w", (out, d), (s["wo"], s["wi"])).double(),
             self.matrix(v, "u", (out, k), (s["uo"], s["uk"])).double(),
@@ -92,7 +96,9 @@ class Device:
         for slot, rows in enumerate(torch.arange(n).split(-(-n // slots))):
             share = q[rows].mT @ p[rows]
             if v["CORE"] == "diag":
-                memory(v["grad_ptr"] + 4 * slot * k, (k,), (1,), torch.float32).copy_(share.diagonal())
+                memory(v["grad_ptr"] + 4 * slot * k, (k,), (1,), torch.float32).copy_(
+                    share.diagonal()
+                )
             else:
                 place = v["grad_ptr"] + 4 * slot * k * k
                 memory(place, (k, k), (k, 1), torch.float32).copy_(share)
