@@ -97,7 +97,7 @@ Result spectral_linear_backward(const Tensor& g, const OptTensor& x, const OptTe
                                 std::string_view core, std::string_view forward_name, std::string_view gradient,
                                 bool needs_dx, bool needs_delta) {
   const c10::OptionalDeviceGuard device(g.device());
-  const Plan plan(core, forward_name, gradient);
+  Plan plan(core, forward_name, gradient);
   const Tensor g2 = g.dim() == 2 ? g : g.reshape({-1, weight.size(0)});
   const bool whole = delta.is_contiguous() && (!p || p->is_contiguous());
   const CallKey key(true, plan, needs_dx, needs_delta, g2, {&g2, given(p), &weight, &u, &vh, &delta});
@@ -106,6 +106,7 @@ Result spectral_linear_backward(const Tensor& g, const OptTensor& x, const OptTe
     if (const auto served = known(key)) {
       if (served->how == Served::Launch)
         return backward_by_launch(*served, g, g2, p, weight, u, vh, delta, plan, needs_delta);
+      if (served->how == Served::Merged) plan.forward = Forward::Merged;
       return backward(g, x, p, weight, u, vh, delta, plan, needs_dx, needs_delta);
     }
   }

@@ -144,28 +144,20 @@ class Call:
         """The result by this kind's candidate, which is timed here if it has to be."""
         return self.candidates[self.choose()]()
 
-    def run_to_keep(self, order: dict[str, int], as_planned: Collection[str]) -> tuple:
+    def run_to_keep(self, order: dict[str, int]) -> tuple:
         """The result as `run` gives it, and what csrc/cuda_choices.h may remember of how it came.
 
-        Args:
-            order: of the operands' addresses, `records.FORWARD` or `records.BACKWARD`.
-            as_planned: the candidates, of "aten" and "merged", that csrc/cuda_plans.cpp computes too.
+        `order` is that of the operands' addresses, `records.FORWARD` or `records.BACKWARD`.
         """
         name = self.choose()
         with watched() as launches:
             result = self.candidates[name]()
-        return *result, self._answer(name, launches, order, as_planned)
+        return *result, self._answer(name, launches, order)
 
-    def _answer(
-        self,
-        name: str,
-        launches: Sequence[Launch],
-        order: dict[str, int],
-        as_planned: Collection[str],
-    ) -> list[int]:
+    def _answer(self, name: str, launches: Sequence[Launch], order: dict[str, int]) -> list[int]:
         if not self._settled():
             return []
-        if name in as_planned:
+        if name in PLANNED:
             return [PLANNED.index(name), 0, 0, 0]
         kept = records.keep(launches, order) if name in ("triton", "tma") else None
         return [] if kept is None else [len(PLANNED), *kept]

@@ -62,7 +62,7 @@ def spectral_linear(
     kind = describe("fwd", core, (_matrix(x), weight, u, vh), saves_p, bias is not None)
     call = Call(kind, candidates, x, *_rank_and_width(weight, u), traceable=gradient != "short")
     if keep:
-        return call.run_to_keep(records.FORWARD, ("aten", "merged"))
+        return call.run_to_keep(records.FORWARD)
     return call.trace() if trace else call.run()
 
 
@@ -109,7 +109,7 @@ def spectral_linear_backward(
     kind = describe("bwd", core, (_matrix(g), weight, u, vh), needs_dx, needs_delta)
     call = Call(kind, candidates, g, *_rank_and_width(weight, u), traceable=gradient != "short")
     if keep:
-        return call.run_to_keep(records.BACKWARD, ("aten",))
+        return call.run_to_keep(records.BACKWARD)
     return call.trace() if trace else call.run()
 
 

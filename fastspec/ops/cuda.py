@@ -32,6 +32,13 @@ def _dispatch() -> Any:
     return dispatch
 
 
+@functools.cache
+def _records() -> Any:
+    from fastspec.kernels import records
+
+    return records
+
+
 def register(name: str, aten: Callable[..., Any], schema: str | None = None) -> None:
     """Let `dispatch.<name>` serve `fastspec::<name>` on CUDA, eager and traced; `aten` without Triton.
 
@@ -75,9 +82,7 @@ torch.library.define("fastspec::launch", "(int record, int[] addresses) -> ()")
 
 @torch.library.impl("fastspec::launch", "CompositeExplicitAutograd")
 def _(record: int, addresses: list[int]) -> None:
-    from fastspec.kernels import records
-
-    records.start(record, addresses)
+    _records().start(record, addresses)
 
 
 @contextlib.contextmanager
