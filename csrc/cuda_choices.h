@@ -35,8 +35,8 @@ class CallKey {
 struct Served {
   enum How : int64_t { Aten, Merged, Launch };
   How how;
-  int64_t record = 0;  // of fastspec/kernels/records.py
-  int64_t slots = 0;   // of the coefficient gradient's partial sums
+  int64_t record = 0;   // of fastspec/kernels/records.py
+  int64_t slots = 0;    // of the coefficient gradient's partial sums
   bool summed = false;  // by the kernel
 };
 

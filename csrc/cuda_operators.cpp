@@ -57,8 +57,8 @@ Result backward_by_launch(const Served& served, const Tensor& g, const Tensor& g
   if (needs_delta && plan.core == Core::Diag) shares = at::empty({served.slots, k}, delta.options());
   if (needs_delta && plan.core != Core::Diag) shares = at::empty({served.slots, k, k}, delta.options());
   Tensor sum = served.summed ? at::empty_like(core) : shares;
-  launch(served.record, {address(g2), address(p ? *p : g2), address(weight), address(u), address(vh),
-                         address(core), address(dx), address(shares), address(sum)});
+  launch(served.record, {address(g2), address(p ? *p : g2), address(weight), address(u), address(vh), address(core),
+                         address(dx), address(shares), address(sum)});
   const Tensor shaped = g.dim() == 2 ? dx : dx.view(with_last(g, weight.size(1)));
   if (!needs_delta) return {shaped, at::empty({0}, delta.options())};
   if (!served.summed) sum = served.slots == 1 ? shares.select(0, 0) : shares.sum(0);
@@ -77,8 +77,7 @@ Result spectral_linear(const Tensor& x, const Tensor& weight, const OptTensor& b
   const bool may_be_known = whole && key.valid();
   if (may_be_known) {
     if (const auto served = known(key)) {
-      if (served->how == Served::Launch)
-        return forward_by_launch(*served, x, x2, weight, bias, u, vh, delta, plan);
+      if (served->how == Served::Launch) return forward_by_launch(*served, x, x2, weight, bias, u, vh, delta, plan);
       if (served->how == Served::Merged) plan.forward = Forward::Merged;
       return forward(x, weight, bias, u, vh, delta, plan);
     }
@@ -126,7 +125,8 @@ void serve_cpu(bool on) {
   library.reset();
   forget_all();
   if (!on) return;
-  library = std::make_unique<torch::Library>(torch::Library::IMPL, "fastspec", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  library =
+      std::make_unique<torch::Library>(torch::Library::IMPL, "fastspec", c10::DispatchKey::CPU, __FILE__, __LINE__);
   library->impl("spectral_linear", &spectral_linear);
   library->impl("spectral_linear_backward", &spectral_linear_backward);
 }

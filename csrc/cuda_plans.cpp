@@ -9,9 +9,7 @@ namespace {
 
 // A matrix [k, k + 2 h] whose every row holds C's from column h on; `diagonals` sees entry (i, i + o) of C at
 // (i, h + o).
-Tensor padded(const Tensor& like, int64_t k, int64_t h) {
-  return at::zeros({k, k + 2 * h}, like.options());
-}
+Tensor padded(const Tensor& like, int64_t k, int64_t h) { return at::zeros({k, k + 2 * h}, like.options()); }
 
 Tensor diagonals(const Tensor& padded_core, int64_t k, int64_t h) {
   return padded_core.as_strided({k, 2 * h + 1}, {k + 2 * h + 1, 1});
