@@ -1,12 +1,11 @@
-// The operators fastspec::spectral_linear and its backward on a CPU, with their autograd: the formulas of
-// fastspec/ops/aten.py, which serves where this is not built. Facts F1 to F4 are those of docs/design.md.
+// The operators fastspec::spectral_linear and its backward on a CPU: the formulas of fastspec/ops/aten.py,
+// which serves where this is not built. Facts F1 to F4 are those of docs/design.md.
 //
 // What it buys over Python: the time between the products (0.25 ms a layer and step there, 0.08 ms here, on
 // the processor of the README), and thin products fused with what surrounds them, the scale 1/sigma of the
 // short side and the reduction of q against p.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -18,39 +17,13 @@
 #include <vector>
 
 #include "diagonals.h"
-#include "layer.h"
+#include "plan.h"
 
 namespace fastspec {
 namespace {
 
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
-
-enum class Forward { Merged, Resident, Factored, Spectral };
-enum class Gradient { None, TwoSided, Short, Dense };
-
-struct Plan {
-  Core core;
-  Forward forward;
-  Gradient gradient;
-
-  Plan(std::string_view core_name, std::string_view forward_name, std::string_view gradient_name)
-      : core(core_named(core_name)),
-        forward(choice<Forward>(forward_name, "forward",
-                                {{"merged", Forward::Merged},
-                                 {"resident", Forward::Resident},
-                                 {"factored", Forward::Factored},
-                                 {"spectral", Forward::Spectral}})),
-        gradient(choice<Gradient>(gradient_name, "gradient",
-                                  {{"none", Gradient::None},
-                                   {"two_sided", Gradient::TwoSided},
-                                   {"short", Gradient::Short},
-                                   {"dense", Gradient::Dense}})) {}
-
-  // Whether one product with W + U C Vh computes the layer.
-  bool one_product() const { return forward == Forward::Merged || forward == Forward::Resident; }
-  bool saves_p() const { return gradient == Gradient::TwoSided || gradient == Gradient::Short; }
-};
 
 // The frozen factors and the core of one layer: u [out, k], s [k], vh [k, in].
 struct Layer {
@@ -257,80 +230,6 @@ std::tuple<Tensor, Tensor> spectral_linear_backward(const Tensor& g, const OptTe
   return {dx, project_and_reduce(g2, u.to(dtype), {}, *p, layer)};
 }
 
-std::tuple<Tensor, Tensor> call(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& u,
-                                const Tensor& s, const Tensor& vh, const Tensor& delta, std::string_view core,
-                                std::string_view forward, std::string_view gradient) {
-  static const auto op = operator_handle<decltype(spectral_linear)>("fastspec::spectral_linear");
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, weight, bias, u, s, vh, delta, core, forward, gradient);
-}
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-// Saves p [N, k] (F1), or x on the dense route (F4), and nothing where no coefficient gradient is wanted.
-struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                               const Tensor& u, const Tensor& s, const Tensor& vh, const Tensor& delta,
-                               std::string_view core, std::string_view forward, std::string_view gradient) {
-    auto [y, p] = call(x, weight, bias, u, s, vh, delta, core, forward, gradient);
-    const bool wanted = delta.requires_grad();
-    const bool keeps_x = wanted && gradient == "dense";
-    const bool keeps_p = wanted && (gradient == "two_sided" || gradient == "short");
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["x_sizes"] = x.sym_sizes();
-    if (!keeps_p) ctx->mark_non_differentiable({p});
-    ctx->save_for_backward({keeps_x ? x : Tensor(), keeps_p ? p : Tensor(), weight, u, s, vh, delta});
-    ctx->saved_data["core"] = std::string(core);
-    ctx->saved_data["forward"] = std::string(forward);
-    ctx->saved_data["gradient"] = std::string(gradient);
-    if (bias) ctx->saved_data["bias"] = bias->scalar_type();
-    return {y, p};
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    using Backward = decltype(spectral_linear_backward);
-    static const auto fast = operator_handle<Backward>("fastspec::spectral_linear_backward");
-    static const auto differentiable = operator_handle<Backward>("fastspec::spectral_linear_double");
-    variable_list out(10);  // one for every argument of forward
-    const Tensor& g = grads[0];
-    const Tensor& dp = grads[1];  // of a second backward
-    if (!g.defined() && !dp.defined()) return out;
-    const auto bias = ctx->saved_data.find("bias");
-    const bool has_bias = bias != ctx->saved_data.end();
-    // edges are counted over the tensors that were given: x, weight, bias, u, s, vh, delta
-    const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(2),
-               needs_delta = ctx->needs_input_grad(5 + has_bias);
-    const auto saved = ctx->get_saved_variables();
-    if (needs_dx && dp.defined())
-      out[0] = through_projection(dp, saved[5], ctx->saved_data["x_sizes"].toSymIntVector());
-    if (!g.defined()) return out;
-    if (needs_dx || needs_delta) {
-      const auto given = [](const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; };
-      const auto& op = at::GradMode::is_enabled() ? differentiable : fast;
-      auto [dx, ddelta] =
-          op.call(g, given(saved[0]), given(saved[1]), saved[2], saved[3], saved[4], saved[5], saved[6],
-                  ctx->saved_data["core"].toStringRef(), ctx->saved_data["forward"].toStringRef(),
-                  ctx->saved_data["gradient"].toStringRef(), needs_dx, needs_delta);
-      if (needs_dx) out[0] = out[0].defined() ? at::add(out[0], dx) : dx;
-      if (needs_delta) out[6] = ddelta;
-    }
-    if (needs_bias) out[2] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
-    return out;
-  }
-};
-
-std::tuple<Tensor, Tensor> spectral_linear_autograd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                                                    const Tensor& u, const Tensor& s, const Tensor& vh,
-                                                    const Tensor& delta, std::string_view core,
-                                                    std::string_view forward, std::string_view gradient) {
-  if (!at::GradMode::is_enabled() ||
-      !(x.requires_grad() || delta.requires_grad() || (bias && bias->requires_grad())))
-    return call(x, weight, bias, u, s, vh, delta, core, forward, gradient);
-  auto out = SpectralLinear::apply(x, weight, bias, u, s, vh, delta, core, forward, gradient);
-  return {out[0], out[1]};
-}
-
 }  // namespace
 }  // namespace fastspec
 
@@ -343,5 +242,3 @@ TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
   m.impl("spectral_linear", &fastspec::spectral_linear);
   m.impl("spectral_linear_backward", &fastspec::spectral_linear_backward);
 }
-
-TORCH_LIBRARY_IMPL(fastspec, AutogradCPU, m) { m.impl("spectral_linear", &fastspec::spectral_linear_autograd); }

@@ -200,3 +200,4 @@ TORCH_LIBRARY_IMPL(fastspec, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastspec, AutogradCPU, m) { m.impl("task_linear", &fastspec::task_linear_autograd); }
+TORCH_LIBRARY_IMPL(fastspec, AutogradCUDA, m) { m.impl("task_linear", &fastspec::task_linear_autograd); }

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from fastspec import __version__
 from fastspec.files import cache_dir, write_json
-from fastspec.kernels import tiles
-from fastspec.kernels.launch import tracing
+from fastspec.kernels import records, tiles
+from fastspec.kernels.launch import Launch, tracing, watched
 
 NAMES = ("triton", "tma", "merged", "aten")
+PLANNED = ("aten", "merged")  # as csrc/cuda_choices.h numbers them; a launch comes next
 
 
 class Choices:
@@ -142,6 +143,33 @@ class Call:
     def run(self) -> Any:
         """The result by this kind's candidate, which is timed here if it has to be."""
         return self.candidates[self.choose()]()
+
+    def run_to_keep(self, order: dict[str, int]) -> tuple:
+        """The result as `run` gives it, and what csrc/cuda_choices.h may remember of how it came.
+
+        `order` is that of the operands' addresses, `records.FORWARD` or `records.BACKWARD`.
+        """
+        name = self.choose()
+        with watched() as launches:
+            result = self.candidates[name]()
+        return *result, self._answer(name, launches, order)
+
+    def _answer(self, name: str, launches: Sequence[Launch], order: dict[str, int]) -> list[int]:
+        if not self._settled():
+            return []
+        if name in PLANNED:
+            return [PLANNED.index(name), 0, 0, 0]
+        kept = records.keep(launches, order) if name in ("triton", "tma") else None
+        return [] if kept is None else [len(PLANNED), *kept]
+
+    def _settled(self) -> bool:
+        """Whether a call of this kind, under the settings of now, is served alike from now on."""
+        forced = forced_candidate()
+        if forced is not None:
+            return forced in self.candidates
+        if len(self.candidates) == 1 or torch.are_deterministic_algorithms_enabled():
+            return True
+        return choices(self.operand.device).known.get(self.kind) in self.candidates
 
     def trace(self) -> Any:
         """The result by calls that torch.compile sees, or None where the operator has to stay whole.

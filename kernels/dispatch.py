@@ -6,7 +6,8 @@
     aten    the plan's own ATen calls                       (always possible)
 
 Every function takes its operator's arguments, and as `aten` that operator on ATen calls. With `trace`
-the calls are such as torch.compile sees, and the result is None where there are none (`Call.trace`).
+the calls are such as torch.compile sees, and the result is None where there are none (`Call.trace`). With
+`keep` the result has a third part, how to serve such a call again (`Call.run_to_keep`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastspec.kernels import MAX_RANK, tiles, tma
+from fastspec.kernels import MAX_RANK, records, tiles, tma
 from fastspec.kernels import spectral_linear as plain
 from fastspec.kernels.choice import Call, describe
 from fastspec.kernels.launch import tracing
@@ -42,7 +44,8 @@ def spectral_linear(
     *,
     aten: Callable[..., Result],
     trace: bool = False,
-) -> Result | None:
+    keep: bool = False,
+) -> Any:
     """y [..., out] and p [N, k] (no rows where the plan saves none), as `aten` gives them."""
     operands = (x, weight, bias, u, s, vh, delta, core)
     saves_p = gradient == "two_sided"
@@ -58,6 +61,8 @@ def spectral_linear(
             candidates["merged"] = planned("merged")
     kind = describe("fwd", core, (_matrix(x), weight, u, vh), saves_p, bias is not None)
     call = Call(kind, candidates, x, *_rank_and_width(weight, u), traceable=gradient != "short")
+    if keep:
+        return call.run_to_keep(records.FORWARD)
     return call.trace() if trace else call.run()
 
 
@@ -78,7 +83,8 @@ def spectral_linear_backward(
     *,
     aten: Callable[..., Result],
     trace: bool = False,
-) -> Result | None:
+    keep: bool = False,
+) -> Any:
     """dx [..., in] and d delta; as `aten` gives them: empty where not needed."""
     factors = (weight, u, s, vh, delta, core)
 
@@ -102,6 +108,8 @@ def spectral_linear_backward(
             candidates["merged"] = merged
     kind = describe("bwd", core, (_matrix(g), weight, u, vh), needs_dx, needs_delta)
     call = Call(kind, candidates, g, *_rank_and_width(weight, u), traceable=gradient != "short")
+    if keep:
+        return call.run_to_keep(records.BACKWARD)
     return call.trace() if trace else call.run()
 
 

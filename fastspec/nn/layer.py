@@ -124,24 +124,40 @@ class SpectralLayer(FrozenFactors):
             return self._with_tasks(x, task)
         if self.merged:
             return self._plain(x)
-        w = self._matrix(self.weight)
+        weight, bias, u, s, vh, delta = self._operands()
+        w = self._matrix(weight)
         if self.path == "reference":
-            return reference.spectral_linear(
-                x, w, self.bias, self.u, self.vh, self.delta, self.core
-            )
+            return reference.spectral_linear(x, w, bias, u, vh, delta, self.core)
         return spectral_linear(
             x,
             w,
-            self.bias,
-            self.u,
-            self.s,
-            self.vh,
-            self.delta,
+            bias,
+            u,
+            s,
+            vh,
+            delta,
             core=self.core,
             singular_basis=self.singular_basis,
             plan=self.forced_plan,
             effective=self._kept_weight() if self.keeps_merged else None,
         )
+
+    def _operands(self) -> tuple:
+        """weight, bias, u, s, vh and delta, past `nn.Module.__getattr__`, which takes the host long."""
+        if not torch.compiler.is_compiling():
+            held, buffers = self._parameters, self._buffers
+            try:
+                return (
+                    held["weight"],
+                    held["bias"],
+                    buffers["u"],
+                    buffers["s"],
+                    buffers["vh"],
+                    held["delta"],
+                )
+            except KeyError:  # another owner, such as a parametrisation
+                pass
+        return self.weight, self.bias, self.u, self.s, self.vh, self.delta
 
     def keep_merged(self, keep: bool = True) -> None:
         """Keep one copy of W + U C Vh between calls, made again only when the coefficients changed.

@@ -1,6 +1,7 @@
 """The operators on ATen calls: every plan, every core, any device and floating dtype.
 
-On a CPU csrc/spectral_linear.cpp computes the same and takes precedence where it is built. Products run in
+On a CPU csrc/spectral_linear.cpp computes the same and takes precedence where it is built, on CUDA
+csrc/cuda_plans.cpp for the plans that look at no values. Products run in
 the dtype of x (g); the weight may be wider (autocast): it is merged or cast here. The core is applied in
 float32 at least. Section numbers F1 to F4 are those of the design notes (docs/design.md).
 """
@@ -151,10 +152,15 @@ def spectral_linear(
     p = x2 @ vh.to(dtype).mT if needs_p else None
     if p is None or forward in ONE_PRODUCT:
         y = F.linear(x, _effective(weight, u, vh, delta, core, forward).to(dtype), bias)
-    elif forward == "factored":
+    elif forward == "factored" and x.is_cpu:
         y = F.linear(x, weight.to(dtype), bias)
         z = apply_core(p, delta, core, transpose=True)
         y.view(-1, out_features).addmm_(z, u.to(dtype).mT)
+    elif forward == "factored":
+        # the small correction is rounded on its way, not y; on a CPU the product alone starts a layer
+        z, ut = apply_core(p, delta, core, transpose=True), u.to(dtype).mT
+        y2 = z @ ut if bias is None else torch.addmm(bias, z, ut)
+        y = y2.addmm_(x2, weight.to(dtype).mT).view(*x.shape[:-1], out_features)
     elif delta.any():
         y2 = apply_sigma(p, s, delta, core, transpose=True) @ u.mT
         y = y2.view(*x.shape[:-1], out_features)
@@ -201,8 +207,11 @@ def spectral_linear_backward(
             dx2 = apply_sigma(q, s, delta, core) @ vh
         elif forward == "factored":
             q = g2 @ u.to(dtype)
-            dx2 = g2 @ weight.to(dtype)
-            dx2.addmm_(apply_core(q, delta, core), vh.to(dtype))
+            scaled = apply_core(q, delta, core)
+            if g.is_cpu:
+                dx2 = (g2 @ weight.to(dtype)).addmm_(scaled, vh.to(dtype))
+            else:  # as in the forward
+                dx2 = (scaled @ vh.to(dtype)).addmm_(g2, weight.to(dtype))
         else:
             dx2 = g2 @ _effective(weight, u, vh, delta, core, forward).to(dtype)
     dx = dx2.view(*g.shape[:-1], in_features) if dx2 is not None else g.new_empty(0)

@@ -7,15 +7,19 @@ AOTAutograd traces (`FunctionalTensorMode`), the operator gives way to the calls
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from fastspec import _extension
+
 DEVICE = "cuda"  # whose tensors are traced through; tests trace on a CPU
+_served: dict[str, Callable[..., Any]] = {}
 
 
 @functools.cache
@@ -34,20 +38,39 @@ def _dispatch() -> Any:
     return dispatch
 
 
-def register(name: str, aten: Callable[..., Any]) -> None:
+@functools.cache
+def _records() -> Any:
+    from fastspec.kernels import records
+
+    return records
+
+
+def register(name: str, aten: Callable[..., Any], schema: str | None = None) -> None:
     """Let `dispatch.<name>` serve `fastspec::<name>` on CUDA, eager and traced; `aten` without Triton.
 
-    An exported program keeps the operator whole: it shall not depend on the card it was exported on.
+    With the operator's `schema`, and csrc/ built, it serves by way of csrc/cuda_operators.cpp, which asks
+    `fastspec::choose_<name>` for calls that are new to it. An exported program keeps the operator whole: it
+    shall not depend on the card it was exported on.
     """
     operator = f"fastspec::{name}"
 
-    @torch.library.impl(operator, "CUDA")
-    def _(*args: Any) -> Any:
+    def served(*args: Any, **options: Any) -> Any:
         kernels = _dispatch()
         if kernels is None:
-            return aten(*args)
+            return (*aten(*args), [0, 0, 0, 0]) if options else aten(*args)
         with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-            return getattr(kernels, name)(*args, aten=aten)
+            return getattr(kernels, name)(*args, aten=aten, **options)
+
+    if schema is not None and _extension.load() is None:
+        chooser = f"fastspec::choose_{name}"
+        torch.library.define(
+            chooser, schema.replace("-> (Tensor, Tensor)", "-> (Tensor, Tensor, int[])")
+        )
+        choose = functools.partial(served, keep=True)
+        torch.library.impl(chooser, "CompositeExplicitAutograd", choose)
+    else:
+        torch.library.impl(operator, "CUDA", served)
+        _served[name] = served
 
     @torch.library.register_torch_dispatch(operator, FunctionalTensorMode)
     def _(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | None) -> Any:
@@ -58,3 +81,28 @@ def register(name: str, aten: Callable[..., Any]) -> None:
             if traced is not None:
                 return traced
         return mode.__torch_dispatch__(op, types, args, kwargs or {})
+
+
+torch.library.define("fastspec::launch", "(int record, int[] addresses) -> ()")
+
+
+@torch.library.impl("fastspec::launch", "CompositeExplicitAutograd")
+def _(record: int, addresses: list[int]) -> None:
+    _records().start(record, addresses)
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Inside, CPU tensors take the route of CUDA tensors: for tests and timings without a GPU."""
+    library = torch.library.Library("fastspec", "IMPL")
+    compiled = _extension.load() is None
+    try:
+        if compiled:
+            torch.ops.fastspec.serve_cpu_as_cuda(True)
+        for name, served in _served.items():
+            library.impl(name, served, "CPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+        if compiled:
+            torch.ops.fastspec.serve_cpu_as_cuda(False)

@@ -17,21 +17,17 @@ from fastspec.ops import aten, compiled, cuda
 _FACTORS = "Tensor u, Tensor s, Tensor vh, Tensor delta"
 _PLAN = "str core, str forward, str gradient"
 
-torch.library.define(
-    "fastspec::spectral_linear",
-    f"(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_PLAN}) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_FORWARD = f"(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, {_PLAN}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor g, Tensor? x, Tensor? p, Tensor weight, {_FACTORS}, {_PLAN}, bool needs_dx,"
+    " bool needs_delta) -> (Tensor, Tensor)"
 )
+torch.library.define("fastspec::spectral_linear", _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
 for _name in (
     "spectral_linear_backward",
     "spectral_linear_double",
 ):  # the latter for a second backward
-    torch.library.define(
-        f"fastspec::{_name}",
-        f"(Tensor g, Tensor? x, Tensor? p, Tensor weight, {_FACTORS}, {_PLAN}, bool needs_dx,"
-        " bool needs_delta) -> (Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
+    torch.library.define(f"fastspec::{_name}", _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
 
 torch.library.impl("fastspec::spectral_linear", "CompositeExplicitAutograd", aten.spectral_linear)
 torch.library.impl(
@@ -39,8 +35,8 @@ torch.library.impl(
 )
 
 compiled.load()  # csrc/spectral_linear.cpp
-cuda.register("spectral_linear", aten.spectral_linear)
-cuda.register("spectral_linear_backward", aten.spectral_linear_backward)
+cuda.register("spectral_linear", aten.spectral_linear, _FORWARD)
+cuda.register("spectral_linear_backward", aten.spectral_linear_backward, _BACKWARD)
 
 _spectral_linear = torch.ops.fastspec.spectral_linear.default
 _spectral_linear_backward = torch.ops.fastspec.spectral_linear_backward.default
