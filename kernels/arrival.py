@@ -69,7 +69,9 @@ class _Counters:
     )  # launches in flight are far fewer; those of graphs live with the graph
 
     def __init__(self, device: torch.device) -> None:
-        self.memory = torch.zeros(self.EAGER + self.CAPTURED, dtype=torch.int32, device=device)
+        # 16 bytes each: for another alignment Triton would compile a kernel again
+        size = (self.EAGER + self.CAPTURED, 4)
+        self.memory = torch.zeros(size, dtype=torch.int32, device=device)
         self.eager = itertools.cycle(range(self.EAGER))
         self.captured: Iterator[int] = iter(range(self.EAGER, len(self.memory)))
 
@@ -89,4 +91,4 @@ def counter(device: torch.device) -> Tensor | None:
     if place is None:  # in a graph: memory of its own, and one more node, which sets it to zero
         return torch.zeros(1, dtype=torch.int32, device=device)
     assert own is not None
-    return own.memory[place : place + 1]
+    return own.memory[place, :1]
