@@ -4,6 +4,7 @@
 //
 // Nothing of CUDA is called by name, so this needs no toolkit; tests let it serve CPU tensors.
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -96,6 +97,7 @@ Result spectral_linear_backward(const Tensor& g, const OptTensor& x, const OptTe
                                 std::string_view core, std::string_view forward_name, std::string_view gradient,
                                 bool needs_dx, bool needs_delta) {
   const c10::OptionalDeviceGuard device(g.device());
+  const at::AutoDispatchBelowADInplaceOrView below;  // a caller past fastspec's own autograd may have none
   Plan plan(core, forward_name, gradient);
   const Tensor g2 = g.dim() == 2 ? g : g.reshape({-1, weight.size(0)});
   const bool whole = delta.is_contiguous() && (!p || p->is_contiguous());

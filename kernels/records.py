@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
+from fastspec.kernels import arrival
 from fastspec.kernels.launch import Launch
 
 # where csrc/cuda_operators.cpp puts the address of a kernel's operand; an absent one gets any valid address
@@ -97,7 +97,6 @@ def _repeatable(launch: Launch, order: dict[str, int]) -> Callable[[Sequence[int
         name, counter = names[in_memory - 1], operands[in_memory - 1]
         if name != ARRIVED:
             return None
-        arrival = importlib.import_module("fastspec.kernels.arrival")
         next_counter = functools.partial(arrival.counter, counter.device)
 
     def pointers(addresses: Sequence[int]) -> tuple:

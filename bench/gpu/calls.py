@@ -26,7 +26,6 @@ KEPT = "kept"  # with a copy of W + U C Vh that was made before (`fastspec.keep_
 # matrix units cut operands to TF32, which adds up along chains of products: of a gradient's six operands the
 # kernels round two, and sqrt((4 x 3.5e-4)^2 + 6 x (2.2e-4)^2) = 1.5e-3 (tests/test_kernels, emulated)
 TF32_TOLERANCE = 2e-3
-UNTIL_REMEMBERED = 2  # calls after which one repeats what they left (kernels/records.py)
 Pair = tuple[Callable[[], tuple], Callable[[Tensor], tuple]]
 
 fastspec.spectral_linear  # noqa: B018  (registers the operators)
@@ -104,7 +103,7 @@ def errors(t: dict, core: str, name: str) -> dict[str, float]:
     """
     with forced(name):
         forward, backward = pair(t, core, name == KEPT)
-        for _ in range(1 + UNTIL_REMEMBERED):
+        for _ in range(3):  # the last one repeats what the first has left (kernels/records.py)
             y, p = forward()
             dx, grad = backward(p)
     want = exact(t, core)

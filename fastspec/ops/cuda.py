@@ -38,6 +38,11 @@ def _dispatch() -> Any:
     return dispatch
 
 
+def _in_csrc() -> bool:
+    """Whether the compiled part is there and serves CUDA: one built from older sources does not."""
+    return _extension.load() is None and hasattr(torch.ops.fastspec, "serve_cpu_as_cuda")
+
+
 @functools.cache
 def _records() -> Any:
     from fastspec.kernels import records
@@ -61,7 +66,7 @@ def register(name: str, aten: Callable[..., Any], schema: str | None = None) -> 
         with torch.cuda.device_of(args[0]):  # Triton launches on the current device
             return getattr(kernels, name)(*args, aten=aten, **options)
 
-    if schema is not None and _extension.load() is None:
+    if schema is not None and _in_csrc():
         chooser = f"fastspec::choose_{name}"
         torch.library.define(
             chooser, schema.replace("-> (Tensor, Tensor)", "-> (Tensor, Tensor, int[])")
@@ -95,7 +100,7 @@ def _(record: int, addresses: list[int]) -> None:
 def on_cpu() -> Iterator[None]:
     """Inside, CPU tensors take the route of CUDA tensors: for tests and timings without a GPU."""
     library = torch.library.Library("fastspec", "IMPL")
-    compiled = _extension.load() is None
+    compiled = _in_csrc()
     try:
         if compiled:
             torch.ops.fastspec.serve_cpu_as_cuda(True)

@@ -404,3 +404,49 @@ def test_addresses_of_descriptors_are_bounded(monkeypatch):
     for address in range(10):
         assert made[address] == [address]
         assert len(made) <= 3
+
+
+PLANS = [
+    (forward, gradient)
+    for forward in ("factored", "merged", "resident")
+    for gradient in ("two_sided", "dense", "none")
+]
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize(("forward", "gradient"), PLANS)
+@pytest.mark.parametrize("mixed", [False, True])  # autocast: a wider weight
+def test_every_plan_by_atens_calls(core, forward, gradient, mixed, asked):
+    t = Problem(core, torch.float32, x="deep", g="deep")
+    low = torch.bfloat16 if mixed else torch.float32
+    x, g, bias = (one.to(low) for one in (t.x, t.g, t.bias))
+    effective = reference.effective_weight(t.w, t.u, t.vh, t.delta, core)
+    weight = effective if forward == "resident" else t.w
+    factors = (t.u, t.s, t.vh, t.delta, core, forward, gradient)
+    needs_delta = gradient != "none"
+    with rehearsed("aten"):
+        for _ in range(2):
+            y, p = torch.ops.fastspec.spectral_linear(x, weight, bias, *factors)
+            saved = (x if gradient == "dense" else None, p if gradient == "two_sided" else None)
+            back = torch.ops.fastspec.spectral_linear_backward
+            dx, grad = back(g, *saved, weight, *factors, True, needs_delta)
+    assert len(asked) == 2
+    flat = [one.double().flatten(0, 1) for one in (g, x)]
+    exact = [one.double() for one in (t.w, t.u, t.vh, t.delta)]
+    want_dx, want = reference.spectral_linear_backward(*flat, *exact, core)
+    limit = 2e-2 if mixed else 1e-5
+    assert relative_error(y.flatten(0, 1), flat[1] @ effective.double().mT + bias) < limit
+    assert relative_error(dx.flatten(0, 1), want_dx) < limit
+    assert (y.dtype, dx.dtype, grad.dtype) == (low, low, torch.float32)
+    if needs_delta:
+        assert relative_error(grad, want) < limit
+    else:
+        assert grad.shape == (0,)
+
+
+def test_a_backward_called_by_itself_records_no_graph():
+    t = Problem("diag", torch.float32)
+    t.delta.requires_grad_()
+    with rehearsed("aten"):
+        for _ in range(2):
+            t.run()
