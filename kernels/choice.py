@@ -109,12 +109,14 @@ CUBLAS_WIDTH = 4096
 
 
 def rule(candidates: Collection[str], dtype: torch.dtype, k: int, width: int) -> str:
-    """The choice without timing: fused where the projection rides along for free, else ATen's plan.
+    """The choice without timing, by what an H200 measured (docs/gpu.md).
 
-    `width` is the layer's short side.
+    In 16 bits the fused kernels below `CUBLAS_WIDTH`, the layer's short side being `width`; in float32 one
+    product with W_eff; else ATen's plan.
     """
-    fused = k <= tiles.FUSED_RANK[tiles.kind(dtype)] and width < CUBLAS_WIDTH
-    return next((n for n in ("tma", "triton") if fused and n in candidates), "aten")
+    fused = dtype.itemsize == 2 and k <= tiles.FUSED_RANK["16bit"] and width < CUBLAS_WIDTH
+    order = ("tma", "triton") if fused else ("merged",)
+    return next((n for n in order if n in candidates), "aten")
 
 
 def forced_candidate() -> str | None:

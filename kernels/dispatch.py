@@ -26,6 +26,7 @@ from fastspec.kernels.choice import Call, describe
 from fastspec.kernels.launch import tracing
 from fastspec.kernels.sigma_grad import sigma_grad
 
+TMA_ROWS = tiles.FEW_ROWS + 1  # from so many rows on
 Result = tuple[Tensor, Tensor]
 Candidates = dict[str, Callable[[], Result]]
 
@@ -258,9 +259,13 @@ def _kernels_serve(delta: Tensor, k: int, *operands: Tensor) -> bool:
 
 
 def _tma_serves(columns: int, k: int, a: Tensor, *operands: Tensor) -> bool:
-    """Whether TMA can fetch the operands and store a result of this many columns."""
+    """Whether TMA can fetch the operands and store a result of this many columns.
+
+    With few rows the plain kernel is faster, whose tiles are narrower (docs/gpu.md).
+    """
     return (
         tma.AVAILABLE
+        and a.shape[0] >= TMA_ROWS
         and tiles.capability(a.device) >= 90
         and not tracing()  # traced tensors have no address to look at
         and plain.fuses(a, k)

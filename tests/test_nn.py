@@ -389,3 +389,12 @@ def test_errors():
     assert plain.weight.requires_grad, "a failed conversion must leave the layer as it was"
     with pytest.raises(TypeError, match="unknown options"):
         adapted("conv1d", colour="red")
+
+
+@pytest.mark.parametrize("basis", ["svd", "random"])
+@pytest.mark.parametrize("size", [(24, 40), (40, 24), (40, 40)], ids=str)
+def test_factors_lie_in_rows(size, basis):
+    """TMA fetches rows alone, and the products of a CPU are tuned to them."""
+    layer = SpectralLinear(*size, rank=8, basis=basis)
+    assert layer.u.is_contiguous()
+    assert layer.vh.is_contiguous()

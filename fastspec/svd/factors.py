@@ -133,4 +133,5 @@ def _random_factors(weight: Tensor, d: Directions, name: str) -> Factors:
     u, v = (q.to(device=w.device, dtype=wide) for q in sides)
     s = torch.einsum("ok,oi,ik->k", u, w, v)
     vh = v.mT.contiguous().to(weight.dtype)
-    return Factors(u.to(weight.dtype), s, vh, singular=False)
+    # rows as of a singular basis: TMA fetches no other, and QR leaves columns
+    return Factors(u.contiguous().to(weight.dtype), s, vh, singular=False)

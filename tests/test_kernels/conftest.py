@@ -20,3 +20,13 @@ def exact_tf32(request, monkeypatch):
         from kernel_sanitizer import without_rounding
 
         without_rounding(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _tma_for_few_rows():
+    """Small problems take every route."""
+    from fastspec.kernels import dispatch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "TMA_ROWS", 1)
+        yield

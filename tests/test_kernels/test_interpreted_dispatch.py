@@ -111,6 +111,7 @@ def test_deterministic_mode_does_not_time(timed, own_cache):
         assert choose(aten=3.0, triton=5.0) == "triton"
         assert choose(aten=3.0, triton=5.0, tma=9.0) == "tma"
         assert choose(aten=3.0, triton=1.0, k=200) == "aten"
+        assert choose(aten=3.0, merged=9.0, tma=1.0, dtype=torch.float32) == "merged"
     finally:
         torch.use_deterministic_algorithms(False)
     assert not timed
