@@ -195,12 +195,14 @@ def section(name: str, data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def page(files: Sequence[Path]) -> str:
-    """All results, a section for each file."""
+    """All results, a section for each file, the newest first."""
     if not files:
         return NONE_YET
     return (
         "\n\n".join(
-            part for file in files for part in section(file.stem, json.loads(file.read_text()))
+            part
+            for file in sorted(files, reverse=True)
+            for part in section(file.stem, json.loads(file.read_text()))
         )
         + "\n"
     )
