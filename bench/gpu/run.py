@@ -42,17 +42,17 @@ class Step:
 
 # what stands on one line runs together
 PHASES: tuple[tuple[Step, ...], ...] = (
-    (Step("versions", 25, needs=None),),
+    (Step("versions", 15, needs=None),),
     # without it every process would compile for itself
     (Step("build", 90, always=True),),
-    (Step("correctness", 100), Step("sanitizer", 100), Step("glue", 100)),
+    (Step("correctness", 90), Step("sanitizer", 90), Step("glue", 90)),
     (Step("tune", 90, extra=True),),
-    (Step("layers", 110),),
-    (Step("steps", 110),),
-    (Step("compiled", 80),),
-    (Step("svd", 60),),
+    (Step("layers", 75),),
+    (Step("steps", 130),),
     (Step("tasks", 40),),
-    (Step("profile", 50),),
+    (Step("compiled", 80),),
+    (Step("svd", 45),),
+    (Step("profile", 60),),
 )
 
 
