@@ -56,7 +56,7 @@ def main() -> int:
         smi=smi(),
         cuda_of_torch=torch.version.cuda,
         libraries={name: installed(name) for name in LIBRARIES},
-        tools={name: shutil.which(name) or "none" for name in TOOLS},
+        tools=[name for name in TOOLS if shutil.which(name)],
         rehearsal=device.REHEARSING,
     )
     if not device.REHEARSING:
