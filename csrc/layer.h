@@ -72,9 +72,4 @@ auto operator_handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
 
-// What the gradient of p = x Vh^T, which only a second backward has, adds to that of x.
-inline at::Tensor through_projection(const at::Tensor& dp, const at::Tensor& vh, c10::SymIntArrayRef x_sizes) {
-  return at::mm(dp, vh.to(dp.scalar_type())).view_symint(x_sizes);
-}
-
 }  // namespace fastspec

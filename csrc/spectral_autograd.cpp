@@ -8,6 +8,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "autograd.h"
 #include "plan.h"
 
 namespace fastspec {
@@ -44,12 +45,10 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
     const Plan plan(core, forward, gradient);
     const bool keeps_x = wanted && plan.gradient == Gradient::Dense;
     const bool keeps_p = wanted && plan.saves_p();
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["x_sizes"] = x.sym_sizes();
+    keep_for_backward(ctx, x, bias);
     if (!keeps_p) ctx->mark_non_differentiable({p});
     ctx->save_for_backward({keeps_x ? x : Tensor(), keeps_p ? p : Tensor(), weight, u, s, vh, delta});
     ctx->saved_data["plan"] = plan.code();
-    if (bias) ctx->saved_data["bias"] = bias->scalar_type();
     return {y, p};
   }
 
@@ -60,31 +59,26 @@ struct SpectralLinear : torch::autograd::Function<SpectralLinear> {
     const Tensor& g = grads[0];
     const Tensor& dp = grads[1];  // of a second backward
     if (!g.defined() && !dp.defined()) return out;
-    const auto bias = ctx->saved_data.find("bias");
-    const bool has_bias = bias != ctx->saved_data.end();
-    // edges are counted over the tensors that were given: x, weight, bias, u, s, vh, delta
-    const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(2),
-               needs_delta = ctx->needs_input_grad(5 + has_bias);
+    const Asked asked(ctx);
     const auto saved = ctx->get_saved_variables();
-    if (needs_dx && dp.defined())
-      out[0] = through_projection(dp, saved[5], ctx->saved_data["x_sizes"].toSymIntVector());
+    if (asked.dx && dp.defined()) out[0] = through_projection(ctx, dp, saved[5]);
     if (!g.defined()) return out;
-    if (needs_dx || needs_delta) {
+    if (asked.dx || asked.trained) {
       const auto given = [](const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; };
       const Plan plan(ctx->saved_data["plan"].toInt());
       const auto run = [&](const auto& op) {
         return op.call(g, given(saved[0]), given(saved[1]), saved[2], saved[3], saved[4], saved[5], saved[6],
-                       plan.core_name(), plan.forward_name(), plan.gradient_name(), needs_dx, needs_delta);
+                       plan.core_name(), plan.forward_name(), plan.gradient_name(), asked.dx, asked.trained);
       };
       const auto below = [&] {
         const at::AutoDispatchBelowADInplaceOrView guard;
         return run(fast);
       };
       auto [dx, ddelta] = at::GradMode::is_enabled() ? run(differentiable) : below();
-      if (needs_dx) out[0] = out[0].defined() ? at::add(out[0], dx) : dx;
-      if (needs_delta) out[6] = ddelta;
+      if (asked.dx) out[0] = out[0].defined() ? at::add(out[0], dx) : dx;
+      if (asked.trained) out[6] = ddelta;
     }
-    if (needs_bias) out[2] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
+    if (asked.bias) out[2] = bias_gradient(ctx, g);
     return out;
   }
 };

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "autograd.h"
 #include "layer.h"
 
 namespace fastspec {
@@ -138,13 +139,11 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
                                const Tensor& u, const Tensor& s, const Tensor& vh, const Tensor& table,
                                const Tensor& task, std::string_view core, bool short_side, bool saves_p) {
     auto [y, p] = call(x, weight, bias, u, s, vh, table, task, core, short_side, saves_p);
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["x_sizes"] = x.sym_sizes();
+    keep_for_backward(ctx, x, bias);
     if (!saves_p) ctx->mark_non_differentiable({p});
     ctx->save_for_backward({saves_p ? p : Tensor(), weight, u, s, vh, table, task});
     ctx->saved_data["core"] = std::string(core);
     ctx->saved_data["short"] = short_side;
-    if (bias) ctx->saved_data["bias"] = bias->scalar_type();
     return {y, p};
   }
 
@@ -156,25 +155,20 @@ struct TaskLinear : torch::autograd::Function<TaskLinear> {
     const Tensor& g = grads[0];
     const Tensor& dp = grads[1];  // of a second backward
     if (!g.defined() && !dp.defined()) return out;
-    const auto bias = ctx->saved_data.find("bias");
-    const bool has_bias = bias != ctx->saved_data.end();
-    // edges are counted over the tensors that were given: x, weight, bias, u, s, vh, table, task
-    const bool needs_dx = ctx->needs_input_grad(0), needs_bias = has_bias && ctx->needs_input_grad(2),
-               needs_table = ctx->needs_input_grad(5 + has_bias);
+    const Asked asked(ctx);
     const auto saved = ctx->get_saved_variables();
-    if (needs_dx && dp.defined())
-      out[0] = through_projection(dp, saved[4], ctx->saved_data["x_sizes"].toSymIntVector());
+    if (asked.dx && dp.defined()) out[0] = through_projection(ctx, dp, saved[4]);
     if (!g.defined()) return out;
-    if (needs_dx || needs_table) {
+    if (asked.dx || asked.trained) {
       const auto p = saved[0].defined() ? OptTensor(saved[0]) : std::nullopt;
       const auto& op = at::GradMode::is_enabled() ? differentiable : fast;
-      auto [dx, dtable] =
-          op.call(g, p, saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
-                  ctx->saved_data["core"].toStringRef(), ctx->saved_data["short"].toBool(), needs_dx, needs_table);
-      if (needs_dx) out[0] = out[0].defined() ? at::add(out[0], dx) : dx;
-      if (needs_table) out[6] = dtable;
+      auto [dx, dtable] = op.call(g, p, saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
+                                  ctx->saved_data["core"].toStringRef(), ctx->saved_data["short"].toBool(),
+                                  asked.dx, asked.trained);
+      if (asked.dx) out[0] = out[0].defined() ? at::add(out[0], dx) : dx;
+      if (asked.trained) out[6] = dtable;
     }
-    if (needs_bias) out[2] = g.reshape({-1, g.size(-1)}).sum(0).to(bias->second.toScalarType());
+    if (asked.bias) out[2] = bias_gradient(ctx, g);
     return out;
   }
 };
