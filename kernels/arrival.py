@@ -83,12 +83,13 @@ def counter(device: torch.device) -> Tensor | None:
     """A counter [1] that is zero when its launch begins; None while something traces."""
     if tracing():
         return None
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     own = _counters.get(device)
-    if own is None and not capturing:
-        own = _counters.setdefault(device, _Counters(device))
-    place = None if own is None else next(own.captured, None) if capturing else next(own.eager)
-    if place is None:  # in a graph: memory of its own, and one more node, which sets it to zero
-        return torch.zeros(1, dtype=torch.int32, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        place = None if own is None else next(own.captured, None)
+        if place is None:  # memory of the graph's own, and one more node, which sets it to zero
+            return torch.zeros(1, dtype=torch.int32, device=device)
+    else:
+        own = own or _counters.setdefault(device, _Counters(device))
+        place = next(own.eager)
     assert own is not None
     return own.memory[place, :1]

@@ -58,8 +58,8 @@ def keep(launches: Sequence[Launch], order: dict[str, int]) -> tuple[int, int, i
     _records[number] = made
     _records.pop(number - MOST, None)
     summed = bool(launch.operands.get("SUMMED"))
-    shares = launch.operands.get("shares_ptr", launch.operands.get("grad_ptr"))
-    return number, len(shares) if launch.operands.get("GRAD") else 0, int(summed)
+    slots = len(launch.operands["shares_ptr"]) if launch.operands.get("GRAD") else 0
+    return number, slots, int(summed)
 
 
 def _repeatable(launch: Launch, order: dict[str, int]) -> Callable[[Sequence[int]], None] | None:

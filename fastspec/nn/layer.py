@@ -169,7 +169,7 @@ class SpectralLayer(FrozenFactors):
         (`fastspec.ops.kept`). A CUDA graph holds the comparison, so that its replays see new coefficients.
 
         It has no effect under autocast, while compiling, with a forced plan, and, in 16 bits or on a GPU,
-        with a band core.
+        with a band core. In float32 on a GPU every call makes the copy.
         """
         self.keeps_merged = keep
         self._kept = None
@@ -198,12 +198,12 @@ class SpectralLayer(FrozenFactors):
         if self.core not in KEPT_CORES:
             return None
         state = (id(self.delta), self.delta._version)
-        changed = self._kept is None or self._kept[2] != state
-        if self._kept is None or changed:
+        if changed := self._kept is None or self._kept[2] != state:
             # a new tensor: a graph may still hold the old one for its backward
             with torch.inference_mode(False):
                 copy, made_for = torch.empty_like(self.weight), torch.empty_like(delta)
             self._kept = (copy.detach(), made_for, state)
+        assert self._kept is not None
         copy, made_for, _ = self._kept
         keep_merged(
             self._matrix(copy),
