@@ -123,7 +123,7 @@ def test_resumes_where_it_was_stopped(checkpoint, tmp_path: Path, monkeypatch) -
 def test_parts_of_another_request_are_not_used(checkpoint, tmp_path: Path, monkeypatch) -> None:
     folder, tensors = checkpoint
     out = tmp_path / "basis.safetensors"
-    monkeypatch.setattr(cli, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(cli, "join_parts", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["factorize", str(folder), "--rank", "4", "-o", str(out)]) == 130
     part = next(iter((tmp_path / "basis.safetensors.parts").iterdir()))
     part.write_bytes(part.read_bytes()[:100])
@@ -179,7 +179,7 @@ def test_unreadable_basis_files(checkpoint, tmp_path: Path) -> None:
         load_basis(out)
     with pytest.raises(BasisError, match="no fastspec metadata"):
         load_basis(folder / "a.safetensors")
-    out.write_bytes(whole.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+    out.write_bytes(whole.replace(b'\\"format\\": 2', b'\\"format\\": 9'))
     with pytest.raises(BasisError, match="basis format 9"):
         load_basis(out)
 
@@ -270,7 +270,7 @@ def test_progress_counts_every_matrix_once(checkpoint, tmp_path: Path, monkeypat
     """Those that an earlier run left as parts too."""
     folder, _ = checkpoint
     command = ["factorize", str(folder), "--rank", "2", "-o", str(tmp_path / "b.safetensors")]
-    monkeypatch.setattr(cli, "_join", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(cli, "join_parts", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([*command, "--include", "up"]) == 130
     monkeypatch.undo()
     totals, advances = [], []

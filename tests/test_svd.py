@@ -8,45 +8,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from svd_support import (  # noqa: F401 - a fixture
+    implementation,
+    slow_decay,
+    with_spectrum,
+    worst_residual,
+)
 from torch import Tensor
 
-from fastspec import _extension
 from fastspec.svd import krylov
-from fastspec.svd.options import residual_floor
 from fastspec.svd.topk import ConvergenceWarning, TopkSVD, topk_svd
-
-
-@pytest.fixture(autouse=True, params=["aten", "extension"])
-def implementation(request, monkeypatch) -> str:
-    """Every test runs on the Python path and on the compiled one."""
-    if request.param == "aten":
-        monkeypatch.setattr(_extension, "load", lambda *_, **__: "hidden by the test")
-    elif _extension.load() is not None:
-        pytest.skip(str(_extension.load()))
-    return request.param
-
-
-def with_spectrum(m: int, n: int, s: Tensor, seed: int = 0, dtype=torch.float32) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    r = len(s)
-    u = torch.linalg.qr(torch.randn(m, r, generator=g, dtype=torch.float64))[0]
-    v = torch.linalg.qr(torch.randn(n, r, generator=g, dtype=torch.float64))[0]
-    return ((u * s.double()) @ v.mT).to(dtype)
-
-
-def slow_decay(r: int) -> Tensor:
-    return (1 + torch.arange(r, dtype=torch.float64) / 30) ** -0.7
-
-
-def worst_residual(w: Tensor, found: TopkSVD) -> float:
-    """The docstring's definition, in float64 and straight from the returned tensors."""
-    w, u, s, vh = w.double(), found.u.double(), found.s.double(), found.vh.double()
-    forward = (w @ vh.mT - u * s).norm(dim=0)
-    backward = (w.mT @ u - vh.mT * s).norm(dim=0)
-    allowed = torch.maximum(s, residual_floor(found.s.dtype) * s[0])
-    if s[0] == 0:
-        return float(torch.maximum(forward, backward).max())
-    return float((torch.maximum(forward, backward) / allowed).max())
 
 
 def check(w: Tensor, found: TopkSVD, k: int, tol: float = 1e-5) -> None:

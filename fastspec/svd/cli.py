@@ -10,24 +10,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import hashlib
-import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fastspec.config import resolve_rank
-from fastspec.files import join_safetensors, write_atomically
 from fastspec.fingerprint import tensor_fingerprint
-from fastspec.svd.basis_file import FORMAT
+from fastspec.svd.basis_file import BasisError
+from fastspec.svd.parts import join_parts, read_part, write_part
 from fastspec.svd.topk import topk_svd
 
 # tables and heads: `spectralize` leaves them alone
@@ -83,7 +81,8 @@ def main(args: argparse.Namespace) -> int:
         _factorize(source, mine, parts, args, show=rank == 0)
         barrier()
         if rank == 0:
-            _join(parts, names, args)
+            wanted = [_asked(source, name, args) for name in names]
+            join_parts(args.output, parts, wanted, {"model": args.model, "tol": args.tol})
             shutil.rmtree(parts)
         barrier()
     if rank == 0:
@@ -133,85 +132,75 @@ class Checkpoint:
             return f.get_tensor(name)
 
 
+def _asked(source: Checkpoint, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a part of this run has to say of itself, as far as it is known without the weight's values."""
+    shape = source.shape(name)
+    asked = {
+        "weight": name,
+        "shape": list(shape),
+        "rank": min(resolve_rank(args.rank, min(shape)), *shape),
+        "tol": args.tol,
+        "seed": args.seed,
+    }
+    return asked | ({"dtype": args.dtype} if args.dtype else {})
+
+
 def _factorize(
     source: Checkpoint, names: list[str], parts: Path, args: argparse.Namespace, show: bool
 ) -> None:
     """Write the missing parts, a stack of equal shapes at a time."""
     with _bar(len(names), show) as advance:
-        pending: list[tuple[str, Tensor, dict[str, Any]]] = []
+        pending: list[tuple[Tensor, dict[str, Any]]] = []
         for name in names:
             weight = source.read(name)
-            k = min(resolve_rank(args.rank, min(weight.shape)), *weight.shape)
-            about = {
-                "weight": name,
+            asked = _asked(source, name, args) | {
                 "fingerprint": tensor_fingerprint(weight),
-                "shape": list(weight.shape),
-                "rank": k,
                 "dtype": args.dtype or str(weight.dtype).removeprefix("torch."),
-                "tol": args.tol,
             }
-            if _is_done(_part(parts, name), about):
+            if _is_done(parts, asked):
                 advance(1)
                 continue
             if pending and (
-                pending[0][1].shape != weight.shape
+                pending[0][0].shape != weight.shape
                 or 4 * (len(pending) + 1) * weight.nbytes > args.memory * 2**30
             ):
                 _write_parts(pending, parts, args)
                 advance(len(pending))
                 pending = []
-            pending.append((name, weight, about))
+            pending.append((weight, asked))
         if pending:
             _write_parts(pending, parts, args)
             advance(len(pending))
 
 
 def _write_parts(
-    stack: list[tuple[str, Tensor, dict[str, Any]]], parts: Path, args: argparse.Namespace
+    stack: list[tuple[Tensor, dict[str, Any]]], parts: Path, args: argparse.Namespace
 ) -> None:
     found = topk_svd(
-        [weight for _, weight, _ in stack],
-        [about["rank"] for _, _, about in stack],
+        [weight for weight, _ in stack],
+        [asked["rank"] for _, asked in stack],
         tol=args.tol,
         seed=args.seed,
-        names=[name for name, _, _ in stack],
+        names=[asked["weight"] for _, asked in stack],
         dtype=DTYPES.get(args.dtype),
         workspace=max(1, int(args.memory * 2**29)),
         progress=False,
     )
     assert isinstance(found, list)
-    for (name, _, about), svd in zip(stack, found, strict=True):
-        about = about | {"residual": float(svd.residual)}
-        tensors = {"u": svd.u, "s": svd.s, "vh": svd.vh}
-        data = save(tensors, {"fastspec-part": json.dumps(about)})
-        write_atomically(_part(parts, name), data)
+    for (_, asked), svd in zip(stack, found, strict=True):
+        write_part(parts, asked, svd)
 
 
-def _part(parts: Path, name: str) -> Path:
-    return parts / (hashlib.sha256(name.encode()).hexdigest()[:32] + ".safetensors")
-
-
-def _is_done(part: Path, wanted: dict[str, Any]) -> bool:
-    """Whether a part of an earlier run holds what is wanted now."""
+def _is_done(parts: Path, asked: dict[str, Any]) -> bool:
+    """Whether a part of an earlier run is whole and holds what is asked for now."""
     try:
-        with safe_open(part, framework="pt") as f:
-            about = json.loads((f.metadata() or {})["fastspec-part"])
-    except (FileNotFoundError, SafetensorError, KeyError, json.JSONDecodeError):
+        read_part(parts, asked)
+    except FileNotFoundError:
         return False
-    return {key: about.get(key) for key in wanted} == wanted
-
-
-def _join(parts: Path, names: list[str], args: argparse.Namespace) -> None:
-    tensors: dict[str, tuple[Path, str]] = {}
-    weights: dict[str, Any] = {}
-    for name in names:
-        module, part = name.removesuffix(".weight"), _part(parts, name)
-        tensors |= {f"{module}.{key}": (part, key) for key in ("u", "s", "vh")}
-        with safe_open(part, framework="pt") as f:
-            about = json.loads(f.metadata()["fastspec-part"])
-        weights[module] = {key: about[key] for key in ("fingerprint", "shape", "residual")}
-    header = {"format": FORMAT, "model": args.model, "tol": args.tol, "weights": weights}
-    join_safetensors(args.output, tensors, {"fastspec": json.dumps(header)})
+    except BasisError as e:
+        print(f"fastspec: {e}; it is made anew", file=sys.stderr)
+        return False
+    return True
 
 
 def _from_hub(model: str) -> Path:

@@ -26,14 +26,27 @@ from torch import Tensor
 from fastspec import _extension
 from fastspec.precision import full_float32
 from fastspec.svd import krylov
+from fastspec.svd.arguments import (
+    check_matrix,
+    check_options,
+    check_tensor,
+    counts_of,
+    labels_of,
+)
 from fastspec.svd.options import Options, residual_floor
-from fastspec.svd.triplets import Triplets, chunk_size, exact_triplets, gram_triplets, rayleigh_ritz
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fastspec.svd.scaling import exponents, in_range, times_power
+from fastspec.svd.triplets import (
+    Triplets,
+    chunk_size,
+    exact_triplets,
+    gram_triplets,
+    rayleigh_ritz,
+    residual,
+)
 
 
 class ConvergenceWarning(UserWarning):
-    """The step limit of `topk_svd` was reached before every triplet met `tol`."""
+    """A triplet of `topk_svd` does not meet `tol`: the step limit was reached, or rounding forbids it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +61,13 @@ class TopkSVD:
         s: singular values [k], descending; float32, or float64 for float64 input.
         vh: right vectors [k, n], orthonormal rows.
         residual: [] largest of `|W v_i - s_i u_i| / d_i` and `|W^T u_i - s_i v_i| / d_i` over i,
-            with `d_i = max(s_i, floor * s_1)` and floor = 2^-8 (float64 input: 2^-26). Rounding
-            the vectors to float32 alone leaves an error near 3e-8 s_1, so below the floor, and for
-            singular values that are zero, the error is measured against the floor. It is 0 for a
-            zero matrix. Vectors stored narrower than float32 are measured before that rounding.
-        converged: [] bool, `residual <= tol`.
+            with `d_i = max(s_i, floor * s_1)` and floor = 2^-8 (float64 vectors of float64 input:
+            2^-26). Rounding the vectors to float32 alone leaves an error near 3e-8 s_1, so below the
+            floor, and for singular values that are zero, the error is measured against the floor. It
+            is 0 for a zero matrix. It is that of the tensors returned here, rounded as they are; only
+            vectors stored narrower than float32 are measured as float32, before their last rounding.
+        converged: [] bool, `residual <= tol`. False too where the singular values are so near the
+            smallest numbers of their dtype that their own rounding exceeds `tol`.
     """
 
     u: Tensor
@@ -97,10 +112,11 @@ def topk_svd(
     Raises:
         TypeError: not floating-point tensors (integer, quantised, complex), or k not an integer.
         ValueError: wrong number of dimensions, empty, meta or non-finite matrices, an argument out
-            of range.
+            of range, a singular value above the largest number of its dtype.
 
     Warns:
-        ConvergenceWarning: `max_steps` ended the iteration first; see `converged`.
+        ConvergenceWarning: a matrix did not reach `tol`, because `max_steps` ended the iteration, or
+            because its singular values or vectors can't be rounded that well; see `converged`.
     """
     if isinstance(weights, Tensor):
         if weights.dim() not in (2, 3):
@@ -110,17 +126,17 @@ def topk_svd(
             )
         if weights.dim() == 3 and weights.shape[0] == 0:
             raise ValueError(f"weights is an empty stack of shape {tuple(weights.shape)}")
-        _check_tensor("weights", weights)
+        check_tensor("weights", weights)
         matrices = [weights] if weights.dim() == 2 else list(weights)
     else:
         matrices = list(weights)
-    labels = _labels(
+    labels = labels_of(
         names, len(matrices), single=isinstance(weights, Tensor) and weights.dim() == 2
     )
-    counts = _counts(k, len(matrices), per_matrix=not isinstance(weights, Tensor))
+    counts = counts_of(k, len(matrices), per_matrix=not isinstance(weights, Tensor))
     for label, w, count in zip(labels, matrices, counts, strict=True):
-        _check_matrix(label, w, count)
-    _check_options(tol, max_steps, dtype, workspace)
+        check_matrix(label, w, count)
+    check_options(tol, max_steps, dtype, workspace)
 
     groups: dict[tuple, list[int]] = {}
     for i, (w, count) in enumerate(zip(matrices, counts, strict=True)):
@@ -173,25 +189,28 @@ def _chunk_svd(
 ) -> TopkSVD:
     source = weights.dtype
     compute = source if source == torch.float64 else torch.float32
+    out = dtype or source
+    # vectors narrower than float32 are certified as float32
+    certified = compute if out == torch.float64 else torch.float32
     transposed = weights.shape[1] < weights.shape[2]
     w = weights.to(compute)
     w = w.mT if transposed else w  # [L, long, short]
-    scale = _scale(weights, labels, compute)
-    if scale is not None:
-        w = w / scale[:, None, None]
+    exponent = exponents(weights, compute, labels)
+    if exponent is not None:
+        w = times_power(w, -exponent)
     try:
-        found = _leading_triplets(w, k, tol, max_steps, seed, workspace)
+        found = _leading_triplets(w, k, tol, max_steps, seed, workspace, residual_floor(certified))
     except torch.linalg.LinAlgError as error:
         of = labels[0] if len(labels) == 1 else f"the stack {labels[0]} .. {labels[-1]}"
         raise torch.linalg.LinAlgError(f"in {of}: {error}") from error
+    found = _as_returned(w, found, residual_floor(certified), certified, exponent, labels)
     u, vh = (found.right, found.left.mT) if transposed else (found.left, found.right.mT)
     sign = _signs(vh)
     u.mul_(sign[:, None, :])
     vh.mul_(sign[:, :, None])
-    out = dtype or source
     return TopkSVD(
         u=u.to(out).contiguous(),
-        s=found.s if scale is None else found.s * scale[:, None],
+        s=found.s,
         vh=vh.to(out).contiguous(),
         residual=found.residual.to(compute),
         converged=found.residual <= tol,
@@ -199,7 +218,13 @@ def _chunk_svd(
 
 
 def _leading_triplets(
-    w: Tensor, k: int, tol: float, max_steps: int | None, seed: int, workspace: int
+    w: Tensor,
+    k: int,
+    tol: float,
+    max_steps: int | None,
+    seed: int,
+    workspace: int,
+    floor: float,
 ) -> Triplets:
     """Triplets of a stack [L, m, n], m >= n, by the cheaper method."""
     iterate = krylov.worthwhile(k, w.shape[-1])
@@ -208,7 +233,7 @@ def _leading_triplets(
     options = Options(
         k=k,
         tol=tol,
-        floor=residual_floor(w.dtype),
+        floor=floor,
         max_steps=max_steps or 0,
         seed=seed,
         width=width,
@@ -217,6 +242,28 @@ def _leading_triplets(
     if compiled:
         return Triplets(*torch.ops.fastspec.topk_svd(w, **vars(options)))
     return leading_triplets(w, options)
+
+
+def _as_returned(
+    w: Tensor,
+    found: Triplets,
+    floor: float,
+    certified: torch.dtype,
+    exponent: Tensor | None,
+    labels: list[str],
+) -> Triplets:
+    """`found` with the roundings of the result, and the residual of what they made of it.
+
+    `found` are triplets of `w`, the result those of `w * 2^exponent`.
+    """
+    left, s, right = found.left.to(certified), found.s, found.right.to(certified)
+    measured = s
+    if exponent is not None:
+        s = in_range(s, exponent, labels)
+        measured = times_power(s, -exponent)
+    if certified == w.dtype and (measured is s or torch.equal(measured, found.s)):
+        return Triplets(left, s, right, found.residual)
+    return Triplets(left, s, right, residual(w, left, measured, right, floor))
 
 
 def leading_triplets(w: Tensor, options: Options) -> Triplets:
@@ -265,100 +312,26 @@ def _concatenate(stacks: list[TopkSVD]) -> TopkSVD:
     return TopkSVD(**{n: torch.cat([getattr(s, n) for s in stacks]) for n in names})
 
 
-def _labels(names: Sequence[str] | None, count: int, single: bool) -> list[str]:
-    if names is None:
-        return ["weights"] if single else [f"weights[{i}]" for i in range(count)]
-    if isinstance(names, str) or len(names) != count:
-        raise ValueError(f"names must hold one name per matrix ({count}), got {names!r}")
-    return list(names)
-
-
-def _counts(k: int | Sequence[int], count: int, per_matrix: bool) -> list[int]:
-    if isinstance(k, int):
-        return [k] * count
-    if not per_matrix:
-        raise TypeError(f"k must be an int for a matrix or a stack, got {k!r}")
-    if not isinstance(k, Sequence) or isinstance(k, str):
-        raise TypeError(f"k must be an int or a sequence of ints, got {k!r}")
-    if len(k) != count:
-        raise ValueError(f"k must hold one count per matrix ({count}), got {len(k)} of them")
-    return list(k)
-
-
-def _check_tensor(label: str, w: Any) -> None:
-    if not isinstance(w, Tensor):
-        raise TypeError(f"{label} must be a tensor, got {type(w).__name__}")
-    if w.is_quantized or w.dtype not in _DTYPES:
-        raise TypeError(
-            f"{label} must be float64, float32, bfloat16 or float16, got {w.dtype}; "
-            "dequantise quantised weights first"
-        )
-    if w.is_meta:
-        raise ValueError(f"{label} is on the meta device and has no values; load the weights first")
-
-
-def _check_matrix(label: str, w: Any, k: Any) -> None:
-    _check_tensor(label, w)
-    if w.dim() != 2:
-        raise ValueError(f"{label} must be a matrix [m, n], got shape {tuple(w.shape)}")
-    if w.numel() == 0:
-        raise ValueError(f"{label} is empty: shape {tuple(w.shape)}")
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an integer, got {k!r} for {label}")
-    if not 1 <= k <= min(w.shape):
-        raise ValueError(
-            f"k must lie between 1 and {min(w.shape)}, the short side of {label} "
-            f"{tuple(w.shape)}, got {k}"
-        )
-
-
-def _check_options(
-    tol: float, max_steps: int | None, dtype: torch.dtype | None, workspace: int
-) -> None:
-    if not 0 < tol < 1:
-        raise ValueError(f"tol must lie in (0, 1), got {tol!r}")
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1 or None, got {max_steps!r}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype!r}")
-    if workspace < 1:
-        raise ValueError(f"workspace must be a positive number of bytes, got {workspace!r}")
-
-
-def _scale(weights: Tensor, labels: list[str], dtype: torch.dtype) -> Tensor | None:  # [L]
-    """What to divide each matrix by so that W^T W neither over- nor underflows; None: nothing.
-
-    Raises:
-        ValueError: a matrix holds values that are not finite.
-    """
-    flat = weights.to(dtype).flatten(1)
-    norm = torch.linalg.vector_norm(flat, dim=1)
-    if bool(((norm > 2.0**-20) & (norm < 2.0**20)).all()):
-        return None  # which NaN and infinity can't be
-    largest = torch.linalg.vector_norm(flat, float("inf"), dim=1)
-    bad = ~torch.isfinite(largest)
-    if bad.any():
-        which = [label for label, b in zip(labels, bad.tolist(), strict=True) if b]
-        more = f" and {len(which) - 1} more" if len(which) > 1 else ""
-        raise ValueError(f"non-finite values in {which[0]}{more}: NaN or infinity has no SVD")
-    # a power of two, so that scaling rounds nothing
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
-
-
 def _warn_unconverged(
     stacks: list[tuple[list[int], TopkSVD]], labels: list[str], tol: float
 ) -> None:
     late = [
-        (float(found.residual[position]), labels[i])
+        (float(found.residual[position]), labels[i], found.s[position, 0])
         for chunk, found in stacks
         for position, i in enumerate(chunk)
         if not found.converged[position]
     ]
     if late:
-        worst, label = max(late)
+        worst, label, first = max(late, key=lambda one: one[0])
+        tiny = residual_floor(first.dtype) * float(first) < torch.finfo(first.dtype).tiny
+        advice = (
+            f"its singular values are among the smallest of {first.dtype}, scale it up by a power of two"
+            if tiny
+            else "raise max_steps or tol"
+        )
         warnings.warn(
             f"{len(late)} of {len(labels)} matrices did not reach tol={tol:g}: worst residual "
-            f"{worst:.1e} in {label}; raise max_steps or tol",
+            f"{worst:.1e} in {label}; {advice}",
             ConvergenceWarning,
             stacklevel=3,
         )
