@@ -11,7 +11,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastspec.config import SpectralConfig
-from fastspec.model.adapter import CONFIG_FILE, AdapterError, read_adapters, spectralize_for
+from fastspec.files import ADAPTER_FILE
+from fastspec.model.adapter import read_adapters, spectralize_for
+from fastspec.model.adapter_file import AdapterError
 from fastspec.model.targets import spectral_layers, unwrap
 from fastspec.multitask.bank import TaskBank, check_name
 from fastspec.multitask.tables import (
@@ -169,7 +171,7 @@ def load_tasks(
     """
     if isinstance(folders, (str, os.PathLike)):
         matches = (Path(match) for match in sorted(glob.glob(os.fspath(folders))))
-        found = [folder for folder in matches if (folder / CONFIG_FILE).is_file()]
+        found = [folder for folder in matches if os.path.isfile(folder / ADAPTER_FILE)]
         if not found:
             raise FileNotFoundError(f"{folders}: no adapter folder there")
     else:

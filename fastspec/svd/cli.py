@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastspec.config import resolve_rank
-from fastspec.files import join_safetensors, write_atomically
+from fastspec.files import join_safetensors, weight_files, write_atomically
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.svd.basis_file import FORMAT
 from fastspec.svd.topk import topk_svd
@@ -98,7 +98,7 @@ class Checkpoint:
         path = Path(model)
         if not path.exists():
             path = _from_hub(model)
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files = [path] if path.is_file() else weight_files(path)
         if not files:
             raise ValueError(
                 f"{path} holds no .safetensors file; save the model in that format first"
