@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastspec.files import excerpt
 from fastspec.fingerprint import tensor_fingerprint
 
 FORMAT = 1
@@ -74,10 +76,16 @@ def load_basis(path: str | os.PathLike[str]) -> Basis:
     """Read a basis file written by `fastspec factorize`.
 
     Raises:
-        BasisError: not a basis file, truncated, of an unknown format, or its tensors are not those of the
-            weights it names.
+        BasisError: not a basis file, no regular file (a link to one is), truncated, of an unknown format, or
+            its tensors are not those of the weights it names.
         OSError: the file cannot be read.
     """
+    try:
+        kind = os.stat(path).st_mode
+    except ValueError as e:  # a null byte
+        raise BasisError(f"{excerpt(str(path))} can't be the name of a file: {e}") from None
+    if not stat.S_ISREG(kind):  # to open a pipe would wait for a writer
+        raise BasisError(f"{path} is not a regular file; expected one of fastspec factorize")
     try:
         with safe_open(os.fspath(path), framework="pt") as f:
             header = json.loads((f.metadata() or {}).get("fastspec", "null"))
@@ -85,14 +93,16 @@ def load_basis(path: str | os.PathLike[str]) -> Basis:
                 raise BasisError(f"{path} is not a basis file: it has no fastspec metadata")
             if header.get("format") != FORMAT:
                 raise BasisError(
-                    f"{path} has basis format {header.get('format')!r}, this fastspec reads {FORMAT}"
+                    f"{path} has basis format {excerpt(header.get('format'))}, this fastspec reads {FORMAT}"
                 )
             entries = {
-                name: _entry(f, name, about, f"{path}: {name}")
+                name: _entry(f, name, about, f"{path}: {name[:200]}")
                 for name, about in header["weights"].items()
             }
-    except (SafetensorError, json.JSONDecodeError) as e:
-        raise BasisError(f"{path} is not a readable basis file: {e}") from None
+    except (SafetensorError, ValueError, RecursionError) as e:
+        if isinstance(e, BasisError):
+            raise
+        raise BasisError(f"{path} is not a readable basis file: {excerpt(e)}") from None
     return Basis(entries)
 
 
@@ -103,10 +113,11 @@ def _entry(f: Any, name: str, about: Any, label: str) -> BasisEntry:
         and isinstance(about.get("residual"), (int, float))
         and isinstance(about.get("shape"), list)
         and len(about["shape"]) == 2
+        and all(type(n) is int for n in about["shape"])
     ):
         raise BasisError(
-            f"{label} must have a fingerprint, a residual and a shape [m, n] in the metadata, got {about!r}; "
-            "make the file again with fastspec factorize"
+            f"{label} must have a fingerprint, a residual and a shape [m, n] in the metadata, got "
+            f"{excerpt(about)}; make the file again with fastspec factorize"
         )
     m, n = about["shape"]
     tensors = {key: f.get_tensor(f"{name}.{key}") for key in ("u", "s", "vh")}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastspec import _extension
+from fastspec.config import plain_number
 from fastspec.precision import full_float32
 from fastspec.svd import krylov
 from fastspec.svd.options import Options, residual_floor
@@ -274,6 +275,7 @@ def _labels(names: Sequence[str] | None, count: int, single: bool) -> list[str]:
 
 
 def _counts(k: int | Sequence[int], count: int, per_matrix: bool) -> list[int]:
+    k = plain_number(k)
     if isinstance(k, int):
         return [k] * count
     if not per_matrix:
@@ -282,7 +284,7 @@ def _counts(k: int | Sequence[int], count: int, per_matrix: bool) -> list[int]:
         raise TypeError(f"k must be an int or a sequence of ints, got {k!r}")
     if len(k) != count:
         raise ValueError(f"k must hold one count per matrix ({count}), got {len(k)} of them")
-    return list(k)
+    return list(map(plain_number, k))
 
 
 def _check_tensor(label: str, w: Any) -> None:
