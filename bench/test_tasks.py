@@ -2,18 +2,16 @@
 
 import copy
 import dataclasses
-import hashlib
-import json
 import time
 
 import harness
 import pytest
 import torch
 from models import Workload, build, peft_lora, spectral
-from safetensors.torch import save
 
 import fastspec
-from fastspec.model.adapter import CONFIG_FILE, TENSOR_FILE, adapter_tensors
+from fastspec.model.adapter import adapter_tensors
+from fastspec.model.adapter_file import open_adapter, write_adapter
 from fastspec.studies.commands import serving
 
 MINILM = Workload("minilm", 32, 64)
@@ -197,15 +195,12 @@ def test_tasks_loading(tmp_path, show):
     """1,000 folders of MiniLM, k=32, with heads, different from each other."""
     model = spectral(32)(build("minilm"))
     first = fastspec.save_adapter(model, tmp_path / "t0")
-    config = json.loads((first / CONFIG_FILE).read_text())
+    with open_adapter(first) as file:
+        config = {key: value for key, value in file.meta.items() if key not in ("format", "sha256")}
     shapes = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
     for i in range(1, 1000):
-        data = save({name: 1e-3 * torch.randn(shape) for name, shape in shapes.items()})
-        folder = tmp_path / f"t{i}"
-        folder.mkdir()
-        (folder / TENSOR_FILE).write_bytes(data)
-        digest = hashlib.sha256(data).hexdigest()
-        (folder / CONFIG_FILE).write_text(json.dumps(config | {"tensors_sha256": digest}))
+        tensors = {name: 1e-3 * torch.randn(shape) for name, shape in shapes.items()}
+        write_adapter(tmp_path / f"t{i}", tensors, config)
     plain = spectral(32)(build("minilm"))
     with torch.no_grad():
         for name, tensor in adapter_tensors(plain).items():

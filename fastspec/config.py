@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -59,7 +60,14 @@ class SpectralConfig:
     path: Path = "fast"
 
     def __post_init__(self) -> None:
-        ranks = self.rank.items() if isinstance(self.rank, Mapping) else [("", self.rank)]
+        for name in ("half_width", "tol", "seed"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        if isinstance(self.rank, Mapping):
+            rank: Any = {pattern: plain_number(rank) for pattern, rank in self.rank.items()}
+        else:
+            rank = plain_number(self.rank)
+        object.__setattr__(self, "rank", rank)
+        ranks = rank.items() if isinstance(rank, dict) else [("", rank)]
         for pattern, rank in ranks:
             where = f"rank[{pattern!r}]" if pattern else "rank"
             check_rank(where, rank)
@@ -73,7 +81,7 @@ class SpectralConfig:
         for name in ("select", "target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if not isinstance(value, str) and value is not None:
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, tuple(map(plain_number, value)))
         check_select(self.select)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -103,6 +111,15 @@ def resolve_rank(rank: Rank, short_side: int) -> int:
         return max(1, round(rank * short_side))
     assert isinstance(rank, int)
     return rank
+
+
+def plain_number(value: Any) -> Any:
+    """A number of another library, as NumPy's, as Python's own, which JSON knows; anything else as it is."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, int):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+        return float(value)
+    return value
 
 
 def check_select(select: Any) -> None:

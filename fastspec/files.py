@@ -11,6 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+ADAPTER_FILE = "adapter.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder, in which an adapter may lie beside the model's own."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name != ADAPTER_FILE] or files
+
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -99,3 +107,9 @@ def _copy(source: BinaryIO, to: BinaryIO, size: int) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """`write_atomically` of indented JSON; ValueError for NaN and infinity, which JSON has not."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def excerpt(value: Any, limit: int = 200) -> str:
+    """What a message shows of a value from outside: names quoted, and no more than `limit` characters."""
+    text = repr(value) if not isinstance(value, Exception) else str(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"

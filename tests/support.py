@@ -8,15 +8,17 @@ import importlib.util
 import json
 import os
 import resource
+import struct
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fastspec.cores import delta_shape
+from fastspec.files import ADAPTER_FILE as FILE
 
 # Largest error allowed against the float64 reference, relative to the norm of the exact result. float32:
 # rounding over a few thousand terms; 16 bits: a few units in the last place (2^-8, 2^-11) of x, g and p.
@@ -135,12 +137,44 @@ def little_memory(megabytes=192):
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def rewrite(folder, change):
-    """Change the tensors and keep the digest honest, as a faulty writer would."""
-    path, config = folder / "adapter.safetensors", folder / "adapter_config.json"
-    tensors = load_file(path)
+def rewrite(folder, change=lambda tensors: None, change_config=lambda config: None):
+    """Change tensors and config of an adapter and keep the digest honest, as a faulty writer would."""
+    content, config = unpack((folder / FILE).read_bytes())
+    tensors = load(content)
     change(tensors)
-    save_file(tensors, path)
-    meta = json.loads(config.read_text())
-    meta["tensors_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    config.write_text(json.dumps(meta))
+    change_config(config)
+    (folder / FILE).write_bytes(pack(save(tensors), config))
+
+
+def split(content):
+    """(header as a dict, the bytes after it) of a safetensors file."""
+    (n,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + n]), content[8 + n :]
+
+
+def join(header, body):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def unpack(content):
+    """(the same file without its config, the config) of an adapter file."""
+    header, body = split(content)
+    config = json.loads(header.pop("__metadata__")["fastspec"])
+    return join(header, body), config
+
+
+def pack(content, config):
+    """An adapter file of a safetensors file and a config, whose digest is made to fit; or of raw text."""
+    try:
+        header, body = split(content)
+        header = {"__metadata__": {}} | header
+    except (ValueError, TypeError, RecursionError, struct.error):
+        return content  # no such file
+    if isinstance(config, dict) and "sha256" in config:
+        rest = {key: value for key, value in config.items() if key != "sha256"}
+        places = {key: value for key, value in header.items() if key != "__metadata__"}
+        text = json.dumps([rest, places], sort_keys=True, separators=(",", ":"))
+        config = config | {"sha256": hashlib.sha256(text.encode() + body).hexdigest()}
+    text = config if isinstance(config, str) else json.dumps(config)
+    return join(header | {"__metadata__": {"fastspec": text}}, body)

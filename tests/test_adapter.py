@@ -1,18 +1,24 @@
 """Adapter folders: the round trip, and everything that must be refused."""
 
 import copy
-import json
+import errno
+import os
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
-from support import minilm, rewrite
-from tiny_models import IDS, net, trained
+from support import minilm, rewrite, unpack
+from tiny_models import IDS, bert, net, trained
 
 import fastspec
 from fastspec import SpectralConfig, load_adapter, save_adapter, spectralize
-from fastspec.model.adapter import AdapterError
+from fastspec.files import ADAPTER_FILE as FILE
+from fastspec.files import weight_files
+from fastspec.model.adapter_file import AdapterError
 from fastspec.model.targets import spectral_layers
 
 
@@ -41,8 +47,7 @@ def test_round_trip_into_a_plain_and_an_adapted_model(tmp_path, options):
     assert torch.equal(loaded(IDS), y)
     assert loaded.spectral.modules_to_save == model.spectral.modules_to_save
     again = save_adapter(loaded, tmp_path / "again")
-    for name in ("adapter.safetensors", "adapter_config.json"):
-        assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert (again / FILE).read_bytes() == (tmp_path / FILE).read_bytes()
     adapted = spectralize(net(), SpectralConfig(**options))
     delta = next(iter(spectral_layers(adapted)))[1].delta
     assert torch.equal(load_adapter(adapted, tmp_path)(IDS), y)
@@ -54,8 +59,7 @@ def test_saving_a_merged_model_saves_the_same_adapter(tmp_path):
     save_adapter(model, tmp_path / "a")
     fastspec.merge(model)
     save_adapter(model, tmp_path / "b")
-    for name in ("adapter.safetensors", "adapter_config.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
 
 
 def refused(model, folder, message, error=AdapterError):
@@ -104,13 +108,13 @@ def test_another_head_is_refused(saved):
 
 @pytest.mark.parametrize("keep", [0, 7, 60, -1])
 def test_truncated_tensors_are_refused(saved, keep):
-    path = saved / "adapter.safetensors"
+    path = saved / FILE
     path.write_bytes(path.read_bytes()[:keep])
     refused(net(), saved, "truncated, damaged")
 
 
 def test_every_flipped_byte_is_noticed(saved):
-    path = saved / "adapter.safetensors"
+    path = saved / FILE
     data = path.read_bytes()
     for at in range(0, len(data), 97):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
@@ -118,10 +122,13 @@ def test_every_flipped_byte_is_noticed(saved):
             load_adapter(net(), saved)
 
 
-def test_tensors_of_another_save_are_refused(saved, tmp_path):
-    other = save_adapter(trained(seed=1), tmp_path / "b")
-    (saved / "adapter.safetensors").write_bytes((other / "adapter.safetensors").read_bytes())
-    refused(net(), saved, "another save")
+def test_a_config_of_another_save_is_refused(saved, tmp_path):
+    """Also one changed bit of a seed, which would mean other random bases."""
+    config = SpectralConfig(rank=4, basis="random", seed=0)
+    save_adapter(trained(config), saved)
+    data = (saved / FILE).read_bytes()
+    (saved / FILE).write_bytes(data.replace(rb"\"seed\": 0", rb"\"seed\": 1"))
+    refused(net(), saved, "the digest differs")
 
 
 def test_values_that_are_not_finite_are_refused(saved):
@@ -149,21 +156,19 @@ def test_missing_tensors_are_refused(saved):
     ],
 )
 def test_a_damaged_config_is_refused(saved, change, message):
-    path = saved / "adapter_config.json"
-    meta = json.loads(path.read_text())
-    change(meta)
-    path.write_text(json.dumps(meta))
+    rewrite(saved, change_config=change)
     refused(net(), saved, message)
 
 
-def test_text_that_is_no_json_is_refused(saved):
-    (saved / "adapter_config.json").write_text("{")
-    refused(net(), saved, "not a usable adapter config")
+def test_tensors_alone_are_refused(saved):
+    content, _ = unpack((saved / FILE).read_bytes())
+    (saved / FILE).write_bytes(content)
+    refused(net(), saved, "its header holds no config of format 3; it is damaged, or of an earlier")
 
 
 def test_missing_files(tmp_path, saved):
     refused(net(), tmp_path / "nowhere", "no such file", FileNotFoundError)
-    (saved / "adapter.safetensors").unlink()
+    (saved / FILE).unlink()
     refused(net(), saved, "adapter.safetensors: no such file", FileNotFoundError)
 
 
@@ -177,14 +182,97 @@ def test_saving_refuses_what_is_not_an_adapter(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_failed_write_leaves_the_former_file(saved, monkeypatch):
-    before = (saved / "adapter.safetensors").read_bytes()
-    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_adapter(trained(seed=1), saved)
-    monkeypatch.undo()
-    assert (saved / "adapter.safetensors").read_bytes() == before
-    assert sorted(p.name for p in saved.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
+class TestInterrupted:
+    """A save over a former adapter that ends too early, at any of its calls to the system."""
+
+    CALLS = ("tempfile.mkstemp", "os.fdopen", "os.fsync", "os.chmod", "os.replace")
+
+    def loads(self, folder):
+        assert torch.equal(load_adapter(net(), folder)(IDS), trained()(IDS))
+
+    @pytest.mark.parametrize("call", CALLS)
+    def test_a_failure(self, saved, monkeypatch, call):
+        def fail(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(call, fail)
+        with pytest.raises(OSError, match="No space left"):
+            save_adapter(trained(seed=1), saved)
+        monkeypatch.undo()
+        self.loads(saved)
+        assert [p.name for p in saved.iterdir()] == [FILE]
+
+    @pytest.mark.parametrize("size", [0, 1, 700, 1300])
+    def test_a_full_disk(self, saved, size):
+        """Of a file that may have `size` bytes, as where that many are left."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                save_adapter(trained(seed=1), saved)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, former)
+        self.loads(saved)
+        assert [p.name for p in saved.iterdir()] == [FILE]
+
+    @pytest.mark.parametrize("call", CALLS)
+    @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+    def test_a_kill(self, saved, monkeypatch, call, before):
+        owner, name = {"os": os, "tempfile": tempfile}[call.split(".")[0]], call.split(".")[1]
+        real = getattr(owner, name)
+
+        def killed(*args, **kwargs):
+            if not before:
+                real(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        other = trained(seed=1)
+        child = os.fork()
+        if child == 0:
+            setattr(owner, name, killed)
+            save_adapter(other, saved)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        if call == "os.replace" and not before:
+            assert torch.equal(load_adapter(net(), saved)(IDS), other(IDS))
+        else:
+            self.loads(saved)
+
+
+class TestBesideOtherFiles:
+    """An adapter in a folder where other libraries look for files of theirs."""
+
+    def test_the_base_model_loads_from_its_folder(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        base = bert(num_labels=3)
+        base.save_pretrained(tmp_path)
+        kind = transformers.BertForSequenceClassification
+        model = spectralize(kind.from_pretrained(tmp_path), SpectralConfig(rank=4))
+        next(iter(spectral_layers(model)))[1].delta.data.fill_(0.5)
+        save_adapter(model, tmp_path)
+        ids = torch.arange(16).reshape(2, 8)
+        for load in (kind, transformers.AutoModelForSequenceClassification):
+            plain = load.from_pretrained(tmp_path)
+            assert torch.equal(plain.eval()(ids).logits, base.eval()(ids).logits)
+            assert torch.equal(load_adapter(plain, tmp_path)(ids).logits, model.eval()(ids).logits)
+
+    def test_the_weights_of_that_folder_are_the_models_own(self, tmp_path):
+        base = bert(num_labels=3)
+        base.save_pretrained(tmp_path)
+        (own,) = weight_files(tmp_path)
+        save_adapter(spectralize(base, SpectralConfig(rank=4)), tmp_path)
+        assert weight_files(tmp_path) == [own]
+
+    def test_a_folder_of_peft_is_named_so(self, tmp_path):
+        peft = pytest.importorskip("peft")
+        lora = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["up"]))
+        lora.save_pretrained(tmp_path)
+        refused(net(), tmp_path, "a folder of PEFT .*PeftModel.from_pretrained")
+        save_adapter(trained(), tmp_path)
+        assert torch.equal(load_adapter(net(), tmp_path)(IDS), trained()(IDS))
 
 
 def test_minilm_in_a_fresh_process(tmp_path):
@@ -196,7 +284,7 @@ def test_minilm_in_a_fresh_process(tmp_path):
     for _, layer in spectral_layers(model):
         layer.delta.data.copy_(0.3 * torch.randn(layer.delta.shape, generator=g))
     save_adapter(model, tmp_path / "a")
-    assert (tmp_path / "a" / "adapter.safetensors").stat().st_size < 20_000
+    assert (tmp_path / "a" / FILE).stat().st_size < 20_000
     ids = torch.arange(40).reshape(2, 20) + 1000
     torch.save({"logits": model(ids).logits.detach(), "head": head, "ids": ids}, tmp_path / "t.pt")
     script = (

@@ -169,7 +169,6 @@ def test_a_checkpoint_is_an_adapter_and_the_optimiser_of_it(tmp_path):
     folder = tmp_path / "checkpoint-4"
     assert {p.name for p in folder.iterdir()} == {
         "adapter.safetensors",
-        "adapter_config.json",
         "optimizer.pt",
         "scheduler.pt",
         "rng_state.pth",

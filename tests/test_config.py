@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from fastspec import SpectralConfig
 from fastspec.config import resolve_rank
@@ -32,6 +34,25 @@ def test_refusals(options, error, message):
         SpectralConfig(**options)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_numbers_of_numpy_are_pythons_own(kind):
+    options = {"rank": kind(4), "half_width": kind(2), "seed": kind(3), "core": "band"}
+    config = SpectralConfig(**options, tol=np.float32(1e-4))
+    assert config == SpectralConfig(
+        rank=4, half_width=2, seed=3, core="band", tol=float(np.float32(1e-4))
+    )
+    assert SpectralConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    for config in (
+        SpectralConfig(rank={"up": kind(2), "default": np.float32(0.5)}),
+        SpectralConfig(select=(kind(0), kind(3))),
+    ):
+        assert SpectralConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        SpectralConfig(rank=kind(0))
+    with pytest.raises(TypeError, match="rank must be"):
+        SpectralConfig(rank=np.bool_(True))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -55,3 +76,16 @@ def test_resolve_rank():
     assert resolve_rank(0.5, 384) == 192
     assert resolve_rank(0.001, 384) == 1
     assert resolve_rank(32, 384) == 32
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32])
+def test_a_layer_and_an_svd_take_numbers_of_numpy(tmp_path, kind):
+    from tiny_models import net
+
+    from fastspec import SpectralLinear, save_adapter, spectralize, topk_svd
+
+    weights = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    assert topk_svd(weights, kind(3)).s.shape == (2, 3)
+    assert [len(one.s) for one in topk_svd([*weights], [kind(1), kind(2)])] == [1, 2]
+    assert SpectralLinear.from_linear(torch.nn.Linear(6, 8), rank=kind(2)).rank == 2
+    save_adapter(spectralize(net(), SpectralConfig(rank={"up": kind(2), "default": 3})), tmp_path)

@@ -184,6 +184,29 @@ def test_unreadable_basis_files(checkpoint, tmp_path: Path) -> None:
         load_basis(out)
 
 
+def test_what_is_no_basis_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link", "."):
+        with pytest.raises(BasisError, match="is not a regular file"):
+            load_basis(tmp_path / name)
+    with pytest.raises(BasisError, match="can't be the name of a file"):
+        load_basis("a\0b")
+    with pytest.raises(FileNotFoundError):
+        load_basis(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "header", ["[" * 100_000, "1" * 10_000, '{"format": "%s"}' % ("y" * 10_000)]
+)
+def test_metadata_of_a_basis_that_is_no_use(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "basis.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"fastspec": header})
+    with pytest.raises(BasisError) as error:
+        load_basis(path)
+    assert len(str(error.value)) < 600
+
+
 def test_a_basis_whose_metadata_or_shapes_are_wrong_names_the_weight(checkpoint, tmp_path) -> None:
     folder, _ = checkpoint
     out = tmp_path / "basis.safetensors"

@@ -1,7 +1,6 @@
 """Adapter folders from anybody: one clear error, the model unchanged, nothing allocated on a claim."""
 
 import copy
-import hashlib
 import json
 import os
 import struct
@@ -14,7 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support import assert_unchanged, frozen_state, little_memory
+from support import assert_unchanged, frozen_state, join, little_memory, pack, split, unpack
 from tiny_models import IDS, net, trained
 
 from fastspec import (
@@ -25,17 +24,17 @@ from fastspec import (
     save_adapter,
     spectralize,
 )
-from fastspec.model.adapter import AdapterError
+from fastspec.files import ADAPTER_FILE as FILE
+from fastspec.model.adapter_file import AdapterError
 
 CONFIG = SpectralConfig(rank={"up": 3, "default": 4}, core="dense", train_layernorm=True)
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """(tensor file as bytes, adapter config as a dict) of a sound adapter."""
+    """(tensor file as bytes, config as a dict) of a sound adapter, which `pack` puts together."""
     folder = save_adapter(trained(CONFIG), tmp_path_factory.mktemp("good"))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return (folder / "adapter.safetensors").read_bytes(), config
+    return unpack((folder / FILE).read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -43,27 +42,12 @@ def adapted():
     return spectralize(net(), CONFIG)
 
 
-def split(data):
-    """(header as a dict, the bytes after it) of a safetensors file."""
-    (n,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + n]), data[8 + n :]
-
-
-def join(header, body):
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + body
-
-
 @contextmanager
-def folder_of(data, config, *, honest=True):
-    """A folder of these halves; the digest is made to fit unless `honest` is False."""
-    if honest and isinstance(config, dict) and "tensors_sha256" in config:
-        config = config | {"tensors_sha256": hashlib.sha256(data).hexdigest()}
+def folder_of(data, config=None):
+    """A folder with the adapter of these halves, its digest made to fit; without a config of `data` alone."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "adapter.safetensors").write_bytes(data)
-        text = config if isinstance(config, bytes) else json.dumps(config).encode()
-        (folder / "adapter_config.json").write_bytes(text)
+        (folder / FILE).write_bytes(data if config is None else pack(data, config))
         yield folder
 
 
@@ -108,26 +92,34 @@ def test_the_sound_adapter_loads(good, adapted, load):
 @given(st.data())
 def test_truncated(good, data):
     content, config = good
-    keep = data.draw(st.integers(0, len(content) - 1))
-    for honest in (False, True):
-        with folder_of(content[:keep], config, honest=honest) as folder:
-            assert refused(folder, load=data.draw(st.sampled_from(LOADERS)))
+    whole = pack(content, config)
+    load = data.draw(st.sampled_from(LOADERS))
+    with folder_of(whole[: data.draw(st.integers(0, len(whole) - 1))]) as folder:
+        assert refused(folder, load=load)
+    header, body = split(content)
+    shorter = body[: data.draw(st.integers(0, len(body) - 1))]
+    with folder_of(join(header, shorter), config) as folder:
+        assert refused(folder, load=load)
+
+
+def flipped(draw, content):
+    # half of them in the header, which is the smaller part
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    places = st.one_of(st.integers(0, 8 * header - 1), st.integers(0, 8 * len(content) - 1))
+    changed = bytearray(content)
+    for bit in draw(st.sets(places, min_size=1, max_size=4)):
+        changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
 @fuzz
 @given(st.data())
 def test_flipped_bits(good, data):
     content, config = good
-    # half of them in the header, which is the smaller part
-    header = 8 + struct.unpack("<Q", content[:8])[0]
-    places = st.one_of(st.integers(0, 8 * header - 1), st.integers(0, 8 * len(content) - 1))
-    changed = bytearray(content)
-    for bit in data.draw(st.sets(places, min_size=1, max_size=4)):
-        changed[bit // 8] ^= 1 << bit % 8
     load = data.draw(st.sampled_from(LOADERS))
-    with folder_of(bytes(changed), config, honest=False) as folder:
+    with folder_of(flipped(data.draw, pack(content, config))) as folder:
         assert refused(folder, load=load)
-    with folder_of(bytes(changed), config) as folder:
+    with folder_of(flipped(data.draw, content), config) as folder:
         refused(
             folder, load=load
         )  # a flipped value is another adapter: it may load, if it is finite
@@ -205,17 +197,16 @@ def test_any_change_of_the_header(good, data):
 @fuzz
 @given(VALUES)
 def test_any_json_for_a_config(good, value):
-    with folder_of(good[0], json.dumps(value).encode()) as folder:
+    with folder_of(good[0], json.dumps(value)) as folder:
         assert refused(folder)
 
 
 @fuzz
 @given(st.binary(max_size=64))
-def test_any_bytes_for_either_file(good, junk):
-    content, config = good
-    with folder_of(content, junk) as folder:
+def test_any_bytes(good, junk):
+    with folder_of(junk) as folder:
         assert refused(folder)
-    with folder_of(junk, config) as folder:
+    with folder_of(good[0], junk.decode("latin-1")) as folder:
         assert refused(folder)
 
 
@@ -253,38 +244,39 @@ def test_every_tensor_in_double_precision(good, tmp_path):
 
 
 def nested(depth):
-    return b'{"a":' * depth + b"1" + b"}" * depth
+    return '{"a":' * depth + "1" + "}" * depth
 
 
-def config_bytes(good, **changes):
-    return json.dumps(good[1] | changes).encode()
+def spectral(good, **changes):
+    return good[1] | {"spectral": good[1]["spectral"] | changes}
 
 
+PATTERN = "(.*)*(.*)*(.*)*(.*)*(.*)*x"  # takes years
 BOMBS = {
     "deep JSON": lambda good: nested(100_000),
-    "deep JSON in a field": lambda good: config_bytes(good)[:-1]
-    + b',"x":'
-    + nested(100_000)
-    + b"}",
-    "huge integer": lambda good: b'{"format": ' + b"9" * 100_000 + b"}",
-    "not UTF-8": lambda good: b'{"format": "\xff\xfe"}',
-    "half a surrogate": lambda good: config_bytes(good).replace(b"head", b"\\ud800"),
-    "another format": lambda good: config_bytes(good, format=[2]),
-    "rank 10^12": lambda good: config_bytes(good, layers={"blocks.0.up": 10**12}),
-    "half width 10^30": lambda good: config_bytes(
-        good, spectral=good[1]["spectral"] | {"core": "band", "half_width": 10**30}
+    "deep JSON in a field": lambda good: json.dumps(good[1])[:-1] + f',"x":{nested(100_000)}}}',
+    "JSON as deep as it is read": lambda good: json.dumps(
+        spectral(good, seed=json.loads(nested(900)))
     ),
-    "100,000 layers": lambda good: config_bytes(good, layers={str(i): 1 for i in range(100_000)}),
-    "patterns": lambda good: config_bytes(
-        good, spectral=good[1]["spectral"] | {"target_modules": "(.*)*(.*)*(.*)*(.*)*x"}
-    ),
-    "a pattern for a name": lambda good: config_bytes(good, layers={"(.*)*(.*)*(.*)*x": 3}),
-    "the whole model as a head": lambda good: config_bytes(good, modules_to_save=[""]),
-    "heads that leave the folder": lambda good: config_bytes(good, modules_to_save=["../../head"]),
-    "an attribute as a head": lambda good: config_bytes(good, modules_to_save=["__class__"]),
-    "a seed beyond 64 bits": lambda good: config_bytes(
-        good, spectral=good[1]["spectral"] | {"seed": 2**200}
-    ),
+    "huge integer": lambda good: '{"format": ' + "9" * 100_000 + "}",
+    "half a surrogate": lambda good: json.dumps(good[1]).replace("head", "\\ud800"),
+    "another format": lambda good: good[1] | {"format": [3]},
+    "the format before": lambda good: good[1] | {"format": 2},
+    "rank 10^12": lambda good: good[1] | {"layers": {"blocks.0.up": 10**12}},
+    "rank 10^4000": lambda good: good[1] | {"layers": {"blocks.0.up": 10**4000}},
+    "half width 10^30": lambda good: spectral(good, core="band", half_width=10**30),
+    "100,000 layers": lambda good: good[1] | {"layers": {str(i): 1 for i in range(100_000)}},
+    "patterns": lambda good: spectral(good, target_modules=PATTERN),
+    "patterns that exclude": lambda good: spectral(good, exclude_modules=PATTERN),
+    "a list of names that exclude": lambda good: spectral(good, exclude_modules=["up"]),
+    "patterns of ranks": lambda good: spectral(good, rank={PATTERN: 4}),
+    "patterns for heads": lambda good: spectral(good, modules_to_save=[PATTERN]),
+    "a pattern for a name": lambda good: good[1] | {"layers": {PATTERN: 3}},
+    "a pattern for a head": lambda good: good[1] | {"modules_to_save": [PATTERN]},
+    "the whole model as a head": lambda good: good[1] | {"modules_to_save": [""]},
+    "heads that leave the folder": lambda good: good[1] | {"modules_to_save": ["../../head"]},
+    "an attribute as a head": lambda good: good[1] | {"modules_to_save": ["__class__"]},
+    "a seed beyond 64 bits": lambda good: spectral(good, seed=2**200),
 }
 
 
@@ -306,7 +298,9 @@ def claims(header, body, **entry):
 HEADERS = {
     "a header of 2^63 bytes": lambda h, b: struct.pack("<Q", 2**63) + join(h, b)[8:],
     "a header of 100 MB": lambda h, b: struct.pack("<Q", 10**8) + join(h, b)[8:],
-    "deep JSON": lambda h, b: struct.pack("<Q", 600_001) + nested(100_000) + b,
+    "deep JSON": lambda h, b: struct.pack("<Q", 600_001) + nested(100_000).encode() + b,
+    "JSON as deep as it is read": lambda h, b: claims(h, b, dtype=json.loads(nested(900))),
+    "not UTF-8": lambda h, b: join(h, b).replace(b"delta", b"\xff\xfe\xff\xfe\xff"),
     "2^40 numbers": lambda h, b: claims(h, b, shape=[2**20, 2**20]),
     "2^80 numbers": lambda h, b: claims(h, b, shape=[2**40, 2**40]),
     "nothing, as [0, 2^62]": lambda h, b: claims(h, b, shape=[0, 2**62], data_offsets=[0, 0]),
@@ -329,30 +323,92 @@ def test_bombs_in_the_header(good, make, load):
         assert time.process_time() - began < 5
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter_config.json"])
 class TestFiles:
-    def test_a_sparse_terabyte_is_not_read(self, good, name):
+    def test_a_sparse_terabyte_is_not_read(self, good):
         with folder_of(*good) as folder, little_memory():
-            os.truncate(folder / name, 1 << 40)
+            os.truncate(folder / FILE, 1 << 40)
             began = time.process_time()
             assert refused(folder)
             assert time.process_time() - began < 1
 
-    def test_what_is_no_file_is_not_read(self, good, name):
-        with folder_of(*good) as folder:
-            for make in (os.mkfifo, os.mkdir, lambda p: p.symlink_to("/dev/zero")):
-                (folder / name).rename(folder / "aside")
-                make(folder / name)
-                assert refused(folder)
-                (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink()
-                (folder / "aside").rename(folder / name)
-            assert not refused(folder)
-
-    def test_a_loop_of_links(self, good, name):
-        with folder_of(*good) as folder:
-            (folder / name).unlink()
-            (folder / name).symlink_to(name)
+    def test_a_header_of_a_gigabyte_is_not_read(self, good):
+        with folder_of(struct.pack("<Q", 1 << 30) + pack(*good)[8:]) as folder, little_memory():
+            os.truncate(folder / FILE, 1 << 31)
             assert refused(folder)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            os.mkfifo,
+            os.mkdir,
+            lambda p: p.symlink_to("/dev/zero"),
+            lambda p: p.symlink_to("/proc/self/environ"),  # of size 0, and yet not empty
+            lambda p: p.symlink_to(p.name),
+            lambda p: p.symlink_to("x" * 250),
+            lambda p: p.write_bytes(b""),
+        ],
+        ids=["pipe", "folder", "device", "size 0", "loop", "nowhere", "empty"],
+    )
+    def test_what_is_no_file_is_not_read(self, good, make):
+        with folder_of(*good) as folder:
+            (folder / FILE).unlink()
+            make(folder / FILE)
+            for load in LOADERS:
+                assert refused(folder, load=load)
+
+    def test_a_link_out_of_the_folder_is_followed(self, good):
+        """The caches of model hubs are made of them."""
+        with folder_of(*good) as folder:
+            (folder / "blobs").mkdir()
+            (folder / FILE).rename(folder / "blobs" / "0")
+            (folder / "snapshot").mkdir()
+            (folder / "snapshot" / FILE).symlink_to("../blobs/0")
+            assert not refused(folder / "snapshot")
+
+    @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x/" * 3000, "\ud800"], ids=ascii)
+    @by_every_loader
+    def test_names_that_no_file_can_have(self, name, load):
+        assert refused(Path(name), load=load)
+        with pytest.raises((AdapterError, FileNotFoundError)):
+            load_tasks(net(), name)
+
+
+LONG = "y" * 10_000
+ECHOES = {
+    "a core": lambda good: spectral(good, core=LONG),
+    "a kind of directions": lambda good: spectral(good, select=LONG),
+    "a range of directions": lambda good: spectral(good, select=[LONG]),
+    "a half width": lambda good: spectral(good, half_width=LONG),
+    "a seed": lambda good: spectral(good, seed=LONG),
+    "a flag": lambda good: spectral(good, train_bias=LONG),
+    "a field": lambda good: spectral(good, **{LONG: 1}),
+    "a format": lambda good: good[1] | {"format": LONG},
+    "a layer": lambda good: good[1] | {"layers": {LONG: 1}},
+    "a head": lambda good: good[1] | {"modules_to_save": [LONG]},
+    "other base weights": lambda good: good[1] | {"base_model": LONG, "base_fingerprint": LONG},
+}
+
+
+@pytest.mark.parametrize("make", ECHOES.values(), ids=ECHOES)
+def test_messages_repeat_little_of_the_folder(good, adapted, make):
+    for model in (net(), adapted):
+        with folder_of(good[0], make(good)) as folder, pytest.raises(AdapterError) as error:
+            load_adapter(model, folder)
+        assert len(str(error.value)) < 800
+        assert "y" * 401 not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["name", "dtype", "shape"])
+def test_messages_repeat_little_of_the_header(good, kind):
+    header, body = split(good[0])
+    entry = header["blocks.0.up.delta"]
+    if kind == "name":
+        header[LONG] = {"dtype": "F32", "shape": [0], "data_offsets": [len(body)] * 2}
+    else:
+        entry[kind] = LONG if kind == "dtype" else [1] * 10_000 + entry["shape"]
+    with folder_of(join(header, body), good[1]) as folder, pytest.raises(AdapterError) as error:
+        load_adapter(net(), folder)
+    assert len(str(error.value)) < 800
 
 
 def test_the_folder_is_a_file(tmp_path):
@@ -360,13 +416,14 @@ def test_the_folder_is_a_file(tmp_path):
     assert refused(tmp_path / "a")
 
 
-def test_loading_writes_nothing_and_reads_only_its_two_files(good, monkeypatch):
+def test_loading_writes_nothing_and_reads_only_its_file(good, monkeypatch):
     opened = []
     with folder_of(*good) as folder:
         (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # a pickle
-        real = Path.read_bytes
-        monkeypatch.setattr(Path, "read_bytes", lambda p: opened.append(p.name) or real(p))
+        (folder / "adapter_config.json").write_text("{")
+        real = Path.open
+        monkeypatch.setattr(Path, "open", lambda p, *a: opened.append((p.name, *a)) or real(p, *a))
         before = sorted(os.listdir(folder))
         assert not refused(folder)
         assert sorted(os.listdir(folder)) == before
-    assert opened == ["adapter_config.json", "adapter.safetensors"]
+    assert opened == [(FILE, "rb")]

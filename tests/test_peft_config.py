@@ -3,6 +3,7 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -13,6 +14,19 @@ from torch import nn
 
 import fastspec
 from fastspec.peft import SpectralConfig
+
+
+def test_numbers_of_numpy_are_pythons_own(tmp_path):
+    config = SpectralConfig(
+        r=np.int64(4),
+        seed=np.int32(1),
+        target_modules=["lin0", "lin1"],
+        rank_pattern={"lin1": np.int64(2)},
+    )
+    get_peft_model(mlp(), config).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["r"], saved["seed"], saved["rank_pattern"]) == (4, 1, {"lin1": 2})
+    assert SpectralConfig(select=[np.int64(1), np.int64(3)]).select == (1, 3)
 
 
 class TestRefused:

@@ -133,7 +133,7 @@ TENSOR_FILES = {
     "too many directions": (lambda t: t.update({LIN0: torch.zeros(11)}), "lin0.*11"),
     "a base weight": (
         lambda t: t.update({f"{PREFIX}lin0.base_layer.weight": torch.zeros(20, 10)}),
-        r"holds base_model\.model\.lin0\.base_layer\.weight",
+        r"holds 'base_model\.model\.lin0\.base_layer\.weight'",
     ),
     "a layer that is not there": (
         lambda t: t.update({f"{PREFIX}../x.fastspec_delta": torch.zeros(4)}),
@@ -211,7 +211,7 @@ def test_patterns_are_never_run(tmp_path, sound):
 )
 def test_configs_that_are_none(tmp_path, sound, text):
     write(tmp_path, sound[0], text)
-    refused(tmp_path, r"not a usable adapter config|holds base_model\.model\.head\.bias, which")
+    refused(tmp_path, r"not a usable adapter config|holds 'base_model\.model\.head\.bias', which")
 
 
 def test_every_truncation_and_flipped_bit(tmp_path, sound):

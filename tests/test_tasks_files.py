@@ -65,6 +65,21 @@ def test_one_folder(runs):
     assert_close(other[:1, ..., :3], trained(2)(IDS)[:1])
 
 
+@pytest.mark.parametrize("name", ["run [1]", "a*b", "what?", "[", "**"])
+def test_characters_of_patterns_in_the_names_of_folders(runs, monkeypatch, name):
+    odd = runs.rename(runs.parent / name)
+    for other in ("run 1", "a-b", "whats"):  # which the same characters match as a pattern
+        save_adapter(trained(7), runs.parent / other / "t7")
+    (odd / "t1").rename(odd / "t [1]")
+    assert list(load_tasks(net(), odd / "*")) == ["t [1]", "t0", "t2"]
+    assert list(load_tasks(net(), f"{odd}/t?")) == ["t0", "t2"]
+    assert list(load_tasks(net(), odd / "t [1]")) == ["t [1]"]
+    monkeypatch.chdir(odd.parent)
+    assert list(load_tasks(net(), f"{name}/t*")) == ["t [1]", "t0", "t2"]
+    with pytest.raises(FileNotFoundError, match="no adapter folder there"):
+        load_tasks(net(), odd / "nothing [1]")
+
+
 def test_names(runs, tmp_path):
     bank = load_tasks(net(), runs / "*", name=lambda folder: folder.name.upper())
     assert list(bank) == ["T0", "T1", "T2"]

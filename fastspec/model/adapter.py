@@ -1,9 +1,8 @@
-"""Adapter folders: `adapter.safetensors` and `adapter_config.json`, some KB a task.
+"""Adapter folders: `save_adapter` and `load_adapter`, some KB a task.
 
 The tensors are the coefficients, the heads and whatever else `spectralize` made trainable. The config
-holds the `SpectralConfig`, a fingerprint of every other parameter of the model (the base weights, from
-which the factors are rebuilt), and the digest of the tensor file, so that two halves of different saves
-are not taken for one adapter.
+holds the `SpectralConfig` and a fingerprint of every other parameter of the model: the base weights, from
+which the factors are rebuilt.
 
 A folder may come from anybody. It holds no code and no patterns: the config names its layers and heads
 one by one (a regular expression can be made to run for years), names only ever select modules the model
@@ -12,47 +11,33 @@ has, and no file is read before its size was compared with what this model can u
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
+import dataclasses
 import os
 import re
-import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 import fastspec
 from fastspec.config import SpectralConfig
 from fastspec.cores import delta_shape
-from fastspec.files import write_atomically, write_json
+from fastspec.files import excerpt
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.model.adapter_file import AdapterError, Expected, open_adapter, write_adapter
 from fastspec.model.convert import Adaptation, adaptation, spectralize
 from fastspec.model.fsdp import FACTORS, assign, is_sharded, reshard, whole
 from fastspec.model.targets import find_targets, is_norm, spectral_layers, unwrap
 
-TENSOR_FILE = "adapter.safetensors"
-CONFIG_FILE = "adapter_config.json"
-FORMAT = 2
 # what the file spells out by `layers` and `modules_to_save` instead
 PATTERNS = ("rank", "target_modules", "exclude_modules", "modules_to_save")
-MAX_CONFIG_BYTES = 4 << 20  # 10,000 layers take one
-MAX_HEADER_BYTES = 16 << 20  # of the tensor file, and what it may exceed the expected size by
-
-Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
-
-
-class AdapterError(ValueError):
-    """An adapter folder can't be used with this model; the message says why. The model is unchanged."""
+FIELDS = tuple(f.name for f in dataclasses.fields(SpectralConfig) if f.name not in PATTERNS)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write what `spectralize` made trainable in `model` to `folder`, atomically.
+    """Write what `spectralize` made trainable in `model` to `folder`, atomically: one file is replaced.
 
     A model sharded by FSDP2 is gathered: every process must call this, the first one writes.
 
@@ -77,22 +62,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     bad = next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
     if bad is not None:
         raise ValueError(f"{bad} holds NaN or infinity: nothing was written")
-    data = save_tensors(tensors)
     folder = Path(folder)
+    fields = adapted.config.to_dict()
     config = {
-        "format": FORMAT,
         "fastspec_version": fastspec.__version__,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "base_fingerprint": _base_fingerprint(model, set(tensors)),
-        "tensors_sha256": hashlib.sha256(data).hexdigest(),
         "modules_to_save": list(adapted.modules_to_save),
         "layers": {name: layer.rank for name, layer in spectral_layers(model)},
-        "spectral": {k: v for k, v in adapted.config.to_dict().items() if k not in PATTERNS},
+        "spectral": {name: fields[name] for name in FIELDS},
     }
     sharded = any(map(is_sharded, own.values()))
     if not sharded or torch.distributed.get_rank() == 0:
-        write_atomically(folder / TENSOR_FILE, data)
-        write_json(folder / CONFIG_FILE, config)
+        write_adapter(folder, tensors, config)
     if sharded:
         torch.distributed.barrier()  # whoever returns may read
     return folder
@@ -109,9 +91,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         The same model.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        AdapterError: damaged files, other base weights, another rank or kind of core, heads of another
-            size, values that are not finite. The model is unchanged.
+        FileNotFoundError: there is no adapter.
+        AdapterError: a damaged file, a folder of PEFT, other base weights, another rank or kind of core,
+            heads of another size, values that are not finite. The model is unchanged.
     """
     wrapper, model = model, unwrap(model)
     reshard(model)
@@ -154,23 +136,23 @@ def read_adapters(
     told: dict[str, Any] = {}
     found = []
     for folder in map(Path, folders):
-        meta = _read_config(folder / CONFIG_FILE)
-        saying = {key: meta[key] for key in ("spectral", "layers", "modules_to_save")}
-        if saying != told:  # of a thousand folders nearly all say the same
-            own = _config_of(meta, model, folder)
-            config = config or own
-            expected = expected or _expected(model, own, folder)
-            _check_same_config(config, own, folder)
-            if adapted:
-                _check_same_layers(model, meta["layers"], folder)
-            free, told = sizes_free(meta["modules_to_save"]), saying
-        assert config is not None
-        assert expected is not None
-        path = folder / TENSOR_FILE
-        tensors = _read_tensors(path, meta["tensors_sha256"], expected, limit, free)
+        with open_adapter(folder) as file:
+            meta = file.meta
+            saying = {key: meta[key] for key in ("spectral", "layers", "modules_to_save")}
+            if saying != told:  # of a thousand folders nearly all say the same
+                own = _config_of(meta, model, folder)
+                config = config or own
+                expected = expected or _expected(model, own, folder)
+                _check_same_config(config, own, folder)
+                if adapted:
+                    _check_same_layers(model, meta["layers"], folder)
+                free, told = sizes_free(meta["modules_to_save"]), saying
+            assert config is not None
+            assert expected is not None
+            tensors = file.tensors(expected, limit, free)
         fingerprint = fingerprint or _base_fingerprint(model, set(tensors))
         if fingerprint != meta["base_fingerprint"]:
-            made_from = f" ({meta['base_model']})" if meta["base_model"] else ""
+            made_from = f" ({excerpt(meta['base_model'])})" if meta["base_model"] else ""
             raise AdapterError(
                 f"{folder}: the adapter was made from other base weights{made_from}; coefficients only "
                 "mean something in the basis of their own model: load that one, in the same dtype"
@@ -187,7 +169,9 @@ def spectralize_for(
     try:
         spectralize(model, config)
     except (ValueError, TypeError) as e:
-        raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
+        raise AdapterError(
+            f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
+        ) from None
 
 
 def adaptation_of(model: nn.Module) -> Adaptation:
@@ -223,8 +207,13 @@ def _config_of(meta: dict[str, Any], model: nn.Module, folder: Path) -> Spectral
     unknown = next((n for n in (*layers, *heads) if n not in modules), None)
     if unknown is not None:
         raise AdapterError(
-            f"{folder}: the adapter does not fit this model: it adapts {unknown!r}, which this model "
-            "does not have"
+            f"{folder}: the adapter does not fit this model: it adapts {excerpt(unknown)}, which this "
+            "model does not have"
+        )
+    foreign = next((field for field in meta["spectral"] if field not in FIELDS), None)
+    if foreign is not None:
+        raise AdapterError(
+            f"{folder}: {excerpt(foreign)} is no field of an adapter's config; it has {', '.join(FIELDS)}"
         )
     by_rank: dict[int, list[str]] = {}
     for name, rank in layers.items():
@@ -238,7 +227,7 @@ def _config_of(meta: dict[str, Any], model: nn.Module, folder: Path) -> Spectral
             modules_to_save=heads,
         )
     except (ValueError, TypeError) as e:
-        raise AdapterError(f"{folder / CONFIG_FILE}: not a usable adapter config: {e}") from None
+        raise AdapterError(f"{folder}: not a usable adapter config: {excerpt(e)}") from None
 
 
 def _expected(model: nn.Module, config: SpectralConfig, folder: Path) -> Expected:
@@ -246,7 +235,9 @@ def _expected(model: nn.Module, config: SpectralConfig, folder: Path) -> Expecte
     try:
         targets, heads = find_targets(model, config)
     except (ValueError, TypeError) as e:
-        raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
+        raise AdapterError(
+            f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
+        ) from None
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for t in targets:
         shape = delta_shape(config.core, t.directions.rank, config.half_width)
@@ -277,77 +268,13 @@ def _base_fingerprint(model: nn.Module, trained: set[str]) -> str:
     return combined_fingerprint({name: tensor_fingerprint(whole(p)) for name, p in state.items()})
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
-    """The content of a file that is no larger than `limit` bytes; of a larger one nothing is read."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterError(f"{path}: not a regular file; expected one of an adapter folder")
-        if status.st_size > limit:
-            raise AdapterError(
-                f"{path}: {status.st_size:,} bytes, where an adapter for this model has at most "
-                f"{limit:,}: damaged, of another rank or with a head of another size"
-            )
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path}: no such file; expected an adapter folder") from None
-    except OSError as e:
-        raise AdapterError(f"{path}: can't be read: {e}") from None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The fields of an adapter config, their types checked; "spectral" is still to be."""
-    data = read_bounded(path, MAX_CONFIG_BYTES)
-    try:
-        meta = json.loads(data)
-        if meta["format"] != FORMAT:
-            raise ValueError(f"format {meta['format']!r}; this version reads format {FORMAT}")
-        for key, kind in (
-            ("base_fingerprint", str),
-            ("tensors_sha256", str),
-            ("modules_to_save", list),
-            ("layers", dict),
-            ("spectral", dict),
-        ):
-            if not isinstance(meta[key], kind):
-                raise TypeError(f"{key!r} is not a {kind.__name__}")
-        if not all(isinstance(name, str) and name for name in meta["modules_to_save"]):
-            raise TypeError("'modules_to_save' must list module names")
-        if not meta["layers"] or not all(type(k) is int and k > 0 for k in meta["layers"].values()):
-            raise TypeError("'layers' must map module names to ranks of at least 1")
-        base_model = meta.get("base_model")
-        return meta | {"base_model": base_model if isinstance(base_model, str) else None}
-    except KeyError as e:
-        raise AdapterError(f"{path}: the key {e} is missing: not an adapter config") from None
-    except (ValueError, TypeError, RecursionError) as e:
-        raise AdapterError(f"{path}: not a usable adapter config: {e}") from None
-
-
-def _read_tensors(
-    path: Path, digest: str, expected: Expected, limit: int, sizes_free: Collection[str]
-) -> dict[str, Tensor]:
-    """The tensors `expected`, and nothing else; at most `limit` bytes of them are read."""
-    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
-    data = read_bounded(path, min(size, limit) + MAX_HEADER_BYTES)
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise AdapterError(
-            f"{path}: the file is truncated, damaged or of another save than {CONFIG_FILE} beside it"
-        )
-    try:
-        tensors = load_tensors(data)
-    except Exception as e:  # what it raises depends on which of its assumptions the file breaks
-        raise AdapterError(f"{path}: not a usable safetensors file: {e!r}") from None
-    check_tensors(tensors, expected, path.parent, sizes_free)
-    return tensors
-
-
 def _check_same_config(have: SpectralConfig, want: SpectralConfig, folder: Path) -> None:
     # how a model computes or how its targets were spelled does not matter: shapes are compared besides
     fields = ("core", "half_width", "select", "basis", "seed", "train_bias", "train_layernorm")
     differing = [f for f in fields if getattr(have, f) != getattr(want, f)]
     if differing:
         details = "; ".join(
-            f"{f}: the adapter has {getattr(want, f)!r}, the model {getattr(have, f)!r}"
+            f"{f}: the adapter has {excerpt(getattr(want, f))}, the model {getattr(have, f)!r}"
             for f in differing
         )
         raise AdapterError(f"{folder}: the model was spectralized otherwise: {details}")
@@ -361,31 +288,3 @@ def _check_same_layers(model: nn.Module, want: Mapping[str, int], folder: Path) 
                 f"{folder}: the model was spectralized otherwise: {name} has rank {want.get(name)} in "
                 f"the adapter and {have.get(name)} in the model (None: not adapted)"
             )
-
-
-def check_tensors(
-    tensors: dict[str, Tensor], expected: Expected, folder: Path, sizes_free: Collection[str]
-) -> None:
-    for name, (shape, dtype) in expected.items():
-        if name not in tensors:
-            raise AdapterError(f"{folder}: the adapter lacks {name}, which this model expects")
-        have: tuple[int, ...] = tensors[name].shape
-        if name in sizes_free and len(have) == len(shape) and have[0] > 0:
-            have = (shape[0], *have[1:])
-        if have != shape:
-            raise AdapterError(
-                f"{folder}: {name} is {list(tensors[name].shape)} in the adapter, but this model "
-                f"expects {list(shape)}: another rank, or a head of another size"
-            )
-        if tensors[name].dtype != dtype:
-            raise AdapterError(
-                f"{folder}: {name} is {tensors[name].dtype} in the adapter, but this model expects "
-                f"{dtype}: cast the model before loading"
-            )
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise AdapterError(f"{folder}: {name} holds NaN or infinity")
-    extra = tensors.keys() - expected.keys()
-    if extra:
-        raise AdapterError(
-            f"{folder}: the adapter holds {min(extra)}, which this model does not have"
-        )

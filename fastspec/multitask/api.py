@@ -11,7 +11,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastspec.config import SpectralConfig
-from fastspec.model.adapter import CONFIG_FILE, AdapterError, read_adapters, spectralize_for
+from fastspec.files import ADAPTER_FILE
+from fastspec.model.adapter import read_adapters, spectralize_for
+from fastspec.model.adapter_file import AdapterError
 from fastspec.model.targets import spectral_layers, unwrap
 from fastspec.multitask.bank import TaskBank, check_name
 from fastspec.multitask.tables import (
@@ -154,7 +156,8 @@ def load_tasks(
     Args:
         model: the plain base model, which is then adapted by the folders' config, or one adapted alike.
         folders: a pattern such as "runs/*" (matches that are no adapter folders are passed over), or
-            the folders themselves.
+            the folders themselves. As much of a pattern's path as exists by that very name is no
+            pattern: "run [1]/*" means every folder in `run [1]`.
         name: a task's name from its folder; the default is the folder's own.
         max_bytes: as in `task_bank`: a folder brings a head of a size of its own, and the tables have
             room for the widest once for every task.
@@ -168,8 +171,7 @@ def load_tasks(
         ValueError: two folders of one name, or one that is taken; tables larger than `max_bytes`.
     """
     if isinstance(folders, (str, os.PathLike)):
-        matches = (Path(match) for match in sorted(glob.glob(os.fspath(folders))))
-        found = [folder for folder in matches if (folder / CONFIG_FILE).is_file()]
+        found = [f for f in _matches(folders) if os.path.isfile(f / ADAPTER_FILE)]
         if not found:
             raise FileNotFoundError(f"{folders}: no adapter folder there")
     else:
@@ -195,6 +197,15 @@ def load_tasks(
     bank = task_bank(model, max_bytes=max_bytes)
     bank.add(dict(zip(names, tensors, strict=True)))
     return bank
+
+
+def _matches(pattern: str | os.PathLike[str]) -> list[Path]:
+    path = Path(pattern)
+    there = next((p for p in (path, *path.parents) if os.path.exists(p)), Path())
+    inside = path.relative_to(there)
+    if inside == Path():
+        return [path]
+    return sorted(there / match for match in glob.glob(str(inside), root_dir=there))
 
 
 def _read(

@@ -72,8 +72,11 @@ class SpectralConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.FASTSPEC  # type: ignore[assignment]
-        if isinstance(self.select, list):
-            self.select = tuple(self.select)  # as JSON has it
+        for name in ("r", "half_width", "tol", "seed"):
+            setattr(self, name, spectral.plain_number(getattr(self, name)))
+        if isinstance(self.select, (list, tuple)):  # a list, as JSON has it
+            self.select = tuple(map(spectral.plain_number, self.select))  # type: ignore[assignment]
+        self.rank_pattern = {k: spectral.plain_number(v) for k, v in self.rank_pattern.items()}
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastspec.cores import delta_shape
+from fastspec.files import excerpt
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
-from fastspec.model.adapter import (
-    MAX_CONFIG_BYTES,
+from fastspec.model.adapter_file import (
     MAX_HEADER_BYTES,
     AdapterError,
     check_tensors,
@@ -46,6 +46,7 @@ from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import BASE, SpectralLinear
 from fastspec.peft.model import SpectralModel, check_target
 
+MAX_CONFIG_BYTES = 4 << 20  # 10,000 layers take one
 DELTA = ".fastspec_delta"
 TEXTS = ("base_model_name_or_path", "revision", "base_fingerprint")
 FIELDS = ("core", "half_width", "select", "basis", "tol", "seed", "task_type", *TEXTS)
@@ -121,7 +122,9 @@ def load_adapter(
         else:
             model = kind(model, config, name)
     except (ValueError, TypeError) as e:
-        raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
+        raise AdapterError(
+            f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
+        ) from None
     set_peft_model_state_dict(model, tensors, adapter_name=name)
     if is_trainable:
         model.set_requires_grad(name)
@@ -168,12 +171,12 @@ def _read_config(folder: Path) -> tuple[SpectralConfig, list[str]]:
             raise TypeError("'modules_to_save' must list module names")
         return SpectralConfig(**{key: meta[key] for key in FIELDS if key in meta}), heads
     except (ValueError, TypeError, OverflowError, RecursionError) as e:
-        raise AdapterError(f"{path}: not a usable adapter config: {e}") from None
+        raise AdapterError(f"{path}: not a usable adapter config: {excerpt(e)}") from None
 
 
 def _read_tensors(folder: Path, limit: int) -> dict[str, Tensor]:
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.exists() and (folder / WEIGHTS_NAME).exists():
+    if not os.path.exists(path) and os.path.exists(folder / WEIGHTS_NAME):
         raise AdapterError(
             f"{folder}: {WEIGHTS_NAME} is a pickle, which can run code and is not read; expected "
             f"{SAFETENSORS_WEIGHTS_NAME}"
@@ -182,7 +185,9 @@ def _read_tensors(folder: Path, limit: int) -> dict[str, Tensor]:
     try:
         return load_tensors(data)
     except Exception as e:  # what it raises depends on which of its assumptions the file breaks
-        raise AdapterError(f"{path}: truncated, damaged or no safetensors file: {e!r}") from None
+        raise AdapterError(
+            f"{path}: truncated, damaged or no safetensors file: {excerpt(repr(e))}"
+        ) from None
 
 
 def _kind_of(model: nn.Module, config: SpectralConfig, folder: Path) -> type[PeftModel]:
@@ -224,16 +229,18 @@ def _ranks(
             module, (nn.Linear, Conv1D, SpectralLinear)
         ):
             raise AdapterError(
-                f"{folder}: the adapter does not fit this model: it adapts {layer!r}, which is no linear "
-                "layer of it"
+                f"{folder}: the adapter does not fit this model: it adapts {excerpt(layer)}, which is no "
+                "linear layer of it"
             )
         if not isinstance(module, SpectralLinear):
             try:
                 check_target(layer, module, modules[layer.rpartition(".")[0]])
             except (ValueError, TypeError) as e:
-                raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
+                raise AdapterError(
+                    f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
+                ) from None
         if tensor.dim() == 0 or math.prod(tensor.shape) == 0:
-            raise AdapterError(f"{folder}: {key} is empty")
+            raise AdapterError(f"{folder}: {excerpt(key)} is empty")
         ranks[layer] = tensor.shape[-1]
     if not ranks:
         raise AdapterError(f"{folder}: the adapter has no coefficients")
@@ -245,7 +252,9 @@ def _rank_allowed(config: SpectralConfig, layer: str, module: Any, folder: Path)
     try:
         return config.directions(layer, min(weight.shape)).rank
     except ValueError as e:
-        raise AdapterError(f"{folder}: the adapter does not fit this model: {e}") from None
+        raise AdapterError(
+            f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
+        ) from None
 
 
 def _modules_to_save(
@@ -261,7 +270,7 @@ def _modules_to_save(
     saved = [name for name in modules if ends and name.endswith(ends)]
     lost = next((h for h in heads if not any(name.endswith(h) for name in saved)), None)
     if lost is not None and lost not in CLASSIFIERS:
-        raise AdapterError(f"{folder}: it saves {lost!r}, which this model does not have")
+        raise AdapterError(f"{folder}: it saves {excerpt(lost)}, which this model does not have")
     for inner in (*saved, *ranks):
         own_name = inner in saved and inner in ranks
         outer = next((head for head in saved if own_name or inner.startswith(f"{head}.")), None)
@@ -293,7 +302,7 @@ def _check_fingerprint(config: SpectralConfig, layers: Mapping[str, Any], folder
         made_from = config.base_model_name_or_path
         raise AdapterError(
             f"{folder}: the adapter was made from other base weights"
-            f"{f' ({made_from})' if made_from else ''}, or lacks tensors of some of its layers: "
+            f"{f' ({excerpt(made_from)})' if made_from else ''}, or lacks tensors of some of its layers: "
             "coefficients only mean something in the basis of their own model: load that one, in the same "
             "dtype"
         )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
-from fastspec.model.adapter import AdapterError
+from fastspec.model.adapter_file import AdapterError
 from fastspec.model.targets import avoid_fused_inference, check_layer
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastspec.config import plain_number
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,6 +22,7 @@ def labels_of(names: Sequence[str] | None, count: int, single: bool) -> list[str
 
 
 def counts_of(k: int | Sequence[int], count: int, per_matrix: bool) -> list[int]:
+    k = plain_number(k)
     if isinstance(k, int):
         return [k] * count
     if not per_matrix:
@@ -28,7 +31,7 @@ def counts_of(k: int | Sequence[int], count: int, per_matrix: bool) -> list[int]
         raise TypeError(f"k must be an int or a sequence of ints, got {k!r}")
     if len(k) != count:
         raise ValueError(f"k must hold one count per matrix ({count}), got {len(k)} of them")
-    return list(k)
+    return list(map(plain_number, k))
 
 
 def check_tensor(label: str, w: Any) -> None:

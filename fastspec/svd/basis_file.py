@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastspec.files import excerpt
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.precision import full_float32
 from fastspec.svd.scaling import exponents, times_power
@@ -95,10 +97,17 @@ def load_basis(path: str | os.PathLike[str]) -> Basis:
     """Read a basis file written by `fastspec factorize`.
 
     Raises:
-        BasisError: not a basis file, truncated, of an unknown format, damaged (a digest does not fit, or
-            values are not finite), or its tensors are not those of the weights it names.
+        BasisError: not a basis file, no regular file (a link to one is), truncated, of an unknown format,
+            damaged (a digest does not fit, or values are not finite), or its tensors are not those of the
+            weights it names.
         OSError: the file cannot be read.
     """
+    try:
+        kind = os.stat(path).st_mode
+    except ValueError as e:  # a null byte
+        raise BasisError(f"{excerpt(str(path))} can't be the name of a file: {e}") from None
+    if not stat.S_ISREG(kind):  # to open a pipe would wait for a writer
+        raise BasisError(f"{path} is not a regular file; expected one of fastspec factorize")
     try:
         with safe_open(os.fspath(path), framework="pt") as f:
             header = json.loads((f.metadata() or {}).get("fastspec", "null"))
@@ -106,24 +115,26 @@ def load_basis(path: str | os.PathLike[str]) -> Basis:
                 raise BasisError(f"{path} is not a basis file: it has no fastspec metadata")
             if header.get("format") not in _READS:
                 raise BasisError(
-                    f"{path} has basis format {header.get('format')!r}, this fastspec reads "
+                    f"{path} has basis format {excerpt(header.get('format'))}, this fastspec reads "
                     f"{' and '.join(map(str, _READS))}"
                 )
             named = {f"{name}.{key}" for name in header["weights"] for key in ("u", "s", "vh")}
             if odd := sorted(named.symmetric_difference(f.keys())):
                 raise BasisError(
-                    f"{path} is damaged: its metadata and its tensors name different weights, as {odd[0]!r}; "
-                    f"{_AGAIN}"
+                    f"{path} is damaged: its metadata and its tensors name different weights, as "
+                    f"{excerpt(odd[0])}; {_AGAIN}"
                 )
             digested = header["format"] > 1
             entries = {}
             for name, about in header["weights"].items():
-                tensors = check_entry(f, f"{name}.", about, f"{path}: {name}", digested)
+                tensors = check_entry(f, f"{name}.", about, f"{path}: {name[:200]}", digested)
                 entries[name] = BasisEntry(
                     **tensors, fingerprint=about["fingerprint"], residual=about["residual"]
                 )
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise BasisError(f"{path} is not a readable basis file: {e}") from None
+    except (SafetensorError, ValueError, RecursionError) as e:
+        if isinstance(e, BasisError):
+            raise
+        raise BasisError(f"{path} is not a readable basis file: {excerpt(e)}") from None
     return Basis(entries, os.fspath(path))
 
 
@@ -145,10 +156,11 @@ def check_entry(f: Any, prefix: str, about: Any, label: str, digested: bool) -> 
         and about["residual"] >= 0  # which NaN is not
         and isinstance(about.get("shape"), list)
         and len(about["shape"]) == 2
+        and all(type(n) is int for n in about["shape"])
     ):
         raise BasisError(
-            f"{label} must have a fingerprint, a residual and a shape [m, n] in the metadata, got {about!r}; "
-            f"{_AGAIN}"
+            f"{label} must have a fingerprint, a residual and a shape [m, n] in the metadata, got "
+            f"{excerpt(about)}; {_AGAIN}"
         )
     m, n = about["shape"]
     tensors = {key: f.get_tensor(f"{prefix}{key}") for key in ("u", "s", "vh")}
@@ -170,7 +182,7 @@ def check_entry(f: Any, prefix: str, about: Any, label: str, digested: bool) -> 
         if about.get("digest") != digest:
             raise BasisError(
                 f"{label} is damaged: the digest of its factors and metadata is {digest}, the file says "
-                f"{about.get('digest')!r}; {_AGAIN}"
+                f"{excerpt(about.get('digest'))}; {_AGAIN}"
             )
     return tensors
 

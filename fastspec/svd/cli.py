@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastspec.config import resolve_rank
+from fastspec.files import weight_files
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.svd.basis_file import BasisError
 from fastspec.svd.parts import join_parts, read_part, write_part
@@ -97,7 +98,7 @@ class Checkpoint:
         path = Path(model)
         if not path.exists():
             path = _from_hub(model)
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files = [path] if path.is_file() else weight_files(path)
         if not files:
             raise ValueError(
                 f"{path} holds no .safetensors file; save the model in that format first"

@@ -8,7 +8,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from fastspec.config import Basis, Select, check_select
+from fastspec.config import Basis, Select, check_select, plain_number
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.svd.topk import topk_svd
 
@@ -32,6 +32,7 @@ class Directions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", plain_number(self.rank))
         check_select(self.select)
         if not isinstance(self.select, str):
             object.__setattr__(self, "rank", self.select[1] - self.select[0])

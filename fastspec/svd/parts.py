@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fastspec.files import join_safetensors, write_atomically
+from fastspec.files import excerpt, join_safetensors, write_atomically
 from fastspec.svd.basis_file import FORMAT, BasisError, check_entry, entry_digest
 from fastspec.svd.topk import TopkSVD
 
@@ -56,8 +56,10 @@ def read_part(parts: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
                         f"{label} is of another run: {key} is {about.get(key)!r}, {value!r} is asked for"
                     )
             tensors = check_entry(f, "", about, label, digested=True)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise BasisError(f"{label} is not readable: {e}") from None
+    except (SafetensorError, ValueError, RecursionError) as e:
+        if isinstance(e, BasisError):
+            raise
+        raise BasisError(f"{label} is not readable: {excerpt(e)}") from None
     stored = str(tensors["u"].dtype).removeprefix("torch.")
     if len(tensors["s"]) != about.get("rank") or stored != about.get("dtype"):
         raise BasisError(

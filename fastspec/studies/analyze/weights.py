@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastspec.files import weight_files
 from fastspec.svd.cli import EXCLUDE
 
 _ATTENTION = re.compile(
@@ -62,7 +63,7 @@ def load_weights(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[
         from fastspec.studies.glue.build import effective_weights, finished
 
         return effective_weights(finished(path).model)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = [path] if path.is_file() else weight_files(path)
     if not files:
         files = sorted(f for suffix in ("bin", "pt", "pth") for f in path.glob(f"*.{suffix}"))
     if not files:
