@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <string_view>
@@ -15,8 +16,11 @@
 namespace fastspec {
 
 // A direction with |sigma_i| below this share of the largest leaves the short side (F3). fastspec/ops/aten.py
-// holds it and sets it by fastspec::set_sigma_floor when csrc/ is loaded; until then none is taken.
+// holds it and sets it by fastspec::set_short_limits when csrc/ is loaded; until then none is taken.
 inline double sigma_floor = std::numeric_limits<double>::infinity();
+
+// A bias whose entries are above this many times those of (y - b) U leaves the short side too; held and set likewise.
+inline double bias_ceiling = 0;
 
 // Below this many rows laying out the basis costs more than the thin products save.
 constexpr int64_t kThinRows = 128;
@@ -47,6 +51,18 @@ inline at::Tensor project(const at::Tensor& x, const at::Tensor& basis, const at
   at::Tensor p = at::mm(x, basis);
   if (scale.defined()) p.mul_(scale);
   return shift.defined() ? p.sub_(shift) : p;
+}
+
+// Whether y's rounding is that of its bias [out] and not of x W^T, so that p [N, k] found from y - b lacks digits.
+// (y - b) U = p M^T with M = `sigma`, [k] or [k, k]; means of |p|, for a few large rows would hide the others.
+inline bool drowned(const at::Tensor& p, const at::Tensor& sigma, const at::Tensor& bias) {
+  if (p.size(0) == 0) return false;
+  const double entry = at::linalg_vector_norm(bias).item<double>() / std::sqrt(bias.numel());
+  if (entry == 0) return false;
+  const at::Tensor size = at::linalg_vector_norm(p, 1, at::IntArrayRef{0}) / p.size(0);
+  const at::Tensor along = at::mul(sigma, size).abs();
+  const at::Tensor signal = sigma.dim() == 1 ? along : at::linalg_vector_norm(along, 2, at::IntArrayRef{1});
+  return !(entry <= bias_ceiling * signal.mean().item<double>());
 }
 
 // Calls f(h + o, rows of C on diagonal o, their columns, how many) for every diagonal of a band

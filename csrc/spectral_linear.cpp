@@ -104,6 +104,11 @@ Tensor merged(const Layer& layer) {
   return out.t();
 }
 
+// M = diag(S) + C: [k] for a diagonal core, else [k, k].
+Tensor sigma_of(const Layer& layer) {
+  return at::add(layer.core == Core::Diag ? layer.s : at::diag(layer.s), layer.delta);
+}
+
 // What turns a short-side product into the long side's projection (F3). With M = diag(S) + C
 //   p = (y - b) (U M^-T),  q = dx (V M^-1);  for a diagonal core M^-1 is a scale of the columns.
 struct Unscaled {
@@ -113,13 +118,12 @@ struct Unscaled {
 // None where M is too close to singular for the identity to be exact to rounding.
 std::optional<Unscaled> unscaled(const Tensor& basis, const Layer& layer, bool left) {
   const auto dtype = basis.scalar_type();
+  const Tensor m = sigma_of(layer);
   if (layer.core == Core::Diag) {
-    const Tensor sigma = at::add(layer.s, layer.delta);
-    const auto [low, high] = at::aminmax(sigma.abs());
+    const auto [low, high] = at::aminmax(m.abs());
     if (!(low.item<double>() > sigma_floor * high.item<double>())) return std::nullopt;
-    return Unscaled{basis, at::reciprocal(sigma).to(dtype)};
+    return Unscaled{basis, at::reciprocal(m).to(dtype)};
   }
-  const Tensor m = at::add(at::diag(layer.s), layer.delta);
   const auto [inverse, info] = at::linalg_inv_ex(m);
   const auto norm = [](const Tensor& a) { return a.abs().sum(0).max().item<double>(); };
   if (info.item<int>() != 0 || !(norm(m) * norm(inverse) * sigma_floor < 1)) return std::nullopt;
@@ -182,7 +186,7 @@ std::tuple<Tensor, Tensor> spectral_linear(const Tensor& x, const Tensor& weight
     y = at::linear(x, weight, bias);  // the first step is the pretrained model's bit for bit
   }
   if (!plan.saves_p()) return {y, at::empty({0, k}, x.options())};
-  if (!p.defined()) {
+  if (!p.defined()) {  // from the short side, where that costs no digits
     if (const auto to_p = unscaled(u, layer, true)) {
       Tensor shift;
       if (bias) {
@@ -190,9 +194,9 @@ std::tuple<Tensor, Tensor> spectral_linear(const Tensor& x, const Tensor& weight
         if (to_p->scale.defined()) shift.mul_(to_p->scale);
       }
       p = project(y.view({-1, out}), to_p->basis, to_p->scale, shift);
-    } else {
-      p = project(x2, vh.t());
+      if (bias && drowned(p, sigma_of(layer), *bias)) p = {};
     }
+    if (!p.defined()) p = project(x2, vh.t());
   }
   return {y, p};
 }
@@ -235,7 +239,10 @@ std::tuple<Tensor, Tensor> spectral_linear_backward(const Tensor& g, const OptTe
 
 // The schemas stand in fastspec/ops/spectral_linear.py, for they are there without this file too.
 TORCH_LIBRARY_FRAGMENT(fastspec, m) {
-  m.def("set_sigma_floor(float share) -> ()", [](double share) { fastspec::sigma_floor = share; });
+  m.def("set_short_limits(float sigma_floor, float bias_ceiling) -> ()", [](double share, double ceiling) {
+    fastspec::sigma_floor = share;
+    fastspec::bias_ceiling = ceiling;
+  });
 }
 
 TORCH_LIBRARY_IMPL(fastspec, CPU, m) {

@@ -93,7 +93,9 @@ std::tuple<Tensor, Tensor> task_linear(const Tensor& x, const Tensor& weight, co
   if (scale.defined()) {
     const Tensor shift = bias ? at::mv(u.t(), *bias).mul_(scale) : Tensor();
     p = project(y2, u, scale, shift);
-  } else {
+    if (bias && drowned(p, s, *bias)) p = {};
+  }
+  if (!p.defined()) {
     p = project(x.reshape({-1, in}), vh.to(dtype).t());
   }
   y2.addmm_(apply_cores(p, table, task, core_named(core), true), u.to(dtype).t());

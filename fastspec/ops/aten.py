@@ -20,6 +20,9 @@ from fastspec.cores import diagonals
 # more than 1/share on the short side: the call then takes the two-sided form. For a dense core the same
 # bound stands on 1 / cond_1(diag(S) + C), which for a diagonal core is the same share.
 SIGMA_FLOOR = 1e-2
+# The rounding of y is that of the larger of x W^T and the bias. A bias whose entries are above this many times
+# those of (y - b) U would leave p = (y - b) U / sigma with fewer digits than x Vh^T has, which is taken then.
+BIAS_CEILING = 2.0
 # The forwards of one product with W_eff; where it is resident, that is the given weight.
 ONE_PRODUCT = ("merged", "resident")
 
@@ -110,23 +113,40 @@ def _effective(
     return merge(weight, u, vh, delta, core, out)
 
 
+def _sigma(s: Tensor, delta: Tensor, core: str) -> Tensor:
+    """M = diag(S) + C: [k] for a diagonal core, else [k, k]."""
+    return (s if core == "diag" else torch.diag(s)) + delta
+
+
 def _unscaled(basis: Tensor, s: Tensor, delta: Tensor, core: str, *, left: bool) -> Tensor | None:
     """The basis [m, k] that turns a short-side product into the long side's projection (F3).
 
     With M = diag(S) + C:  p = (y - b) (U M^-T)  and  q = dx (V M^-1).  None where M is too close to
     singular for the identity to be exact to rounding.
     """
+    m = _sigma(s, delta, core)
     if core == "diag":
-        sigma = s + delta
-        low, high = torch.aminmax(sigma.abs())
-        return basis / sigma.to(basis.dtype) if low > SIGMA_FLOOR * high else None
-    m = torch.diag(s) + delta
+        low, high = torch.aminmax(m.abs())
+        return basis / m.to(basis.dtype) if low > SIGMA_FLOOR * high else None
     inverse, info = torch.linalg.inv_ex(m)
     cond = torch.linalg.matrix_norm(m, 1) * torch.linalg.matrix_norm(inverse, 1)
     if info.item() != 0 or not cond * SIGMA_FLOOR < 1:
         return None
     inverse = inverse.to(basis.dtype)
     return basis @ (inverse.mT if left else inverse)
+
+
+def drowned(p: Tensor, sigma: Tensor, bias: Tensor) -> bool:
+    """Whether p [N, k], found from y - b, lacks digits because of the bias's size (`BIAS_CEILING`).
+
+    (y - b) U = p M^T with M = `sigma`, [k] or [k, k]. Means of |p|: a few large rows would hide the others.
+    """
+    entry = bias.square().mean().sqrt()
+    if p.shape[0] == 0 or not entry > 0:
+        return False
+    along = sigma * (p.abs().mean(0))
+    signal = along.abs() if sigma.dim() == 1 else torch.linalg.vector_norm(along, dim=1)
+    return not bool(entry <= BIAS_CEILING * signal.mean())
 
 
 def spectral_linear(
@@ -171,12 +191,12 @@ def spectral_linear(
         return y, x.new_empty((0, u.shape[1]))
     if p is None:
         basis = _unscaled(u, s, delta, core, left=True)
-        if basis is None:
-            p = x2 @ vh.mT
-        else:
+        if basis is not None:
             p = y.view(-1, out_features) @ basis
             if bias is not None:
                 p -= bias @ basis
+        if p is None or (bias is not None and drowned(p, _sigma(s, delta, core), bias)):
+            p = x2 @ vh.mT
     return y, p
 
 

@@ -11,4 +11,4 @@ from fastspec.ops import aten
 def load() -> None:
     """Let csrc/ serve the CPU from here on, autograd included, where it loads."""
     if _extension.load() is None:
-        torch.ops.fastspec.set_sigma_floor(aten.SIGMA_FLOOR)
+        torch.ops.fastspec.set_short_limits(aten.SIGMA_FLOOR, aten.BIAS_CEILING)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastspec.cores import diagonals
 from fastspec.ops import compiled, cuda
-from fastspec.ops.aten import SIGMA_FLOOR
+from fastspec.ops.aten import SIGMA_FLOOR, drowned
 
 _OPERANDS = "Tensor u, Tensor s, Tensor vh, Tensor table, Tensor task, str core"
 
@@ -57,12 +57,13 @@ def _task_linear(
     dtype = x.dtype
     y = F.linear(x, weight.to(dtype), bias)
     y2 = y.view(-1, out_features)
+    p = None
     if short and out_features < in_features and _is_invertible(s):
         basis = u / s.to(dtype)
         p = y2 @ basis
         if bias is not None:
             p -= bias @ basis
-    else:
+    if p is None or (bias is not None and drowned(p, s, bias)):
         p = x.reshape(-1, in_features) @ vh.to(dtype).mT
     y2.addmm_(_apply_cores(p, table, task, core, transpose=True), u.to(dtype).mT)
     return y, p if saves_p else x.new_empty((0, u.shape[1]))
