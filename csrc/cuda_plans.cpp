@@ -15,9 +15,9 @@ Tensor diagonals(const Tensor& padded_core, int64_t k, int64_t h) {
   return padded_core.as_strided({k, 2 * h + 1}, {k + 2 * h + 1, 1});
 }
 
-// t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in delta's dtype or wider.
+// t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in float32 at least.
 Tensor apply_core(const Tensor& t, const Tensor& delta, Core core, bool transpose) {
-  const auto wide = at::promote_types(t.scalar_type(), delta.scalar_type());
+  const auto wide = accumulation_dtype(t, delta);
   if (core == Core::Diag) {
     Tensor out = at::empty_like(t);
     return at::mul_out(out, t, delta);  // one launch, rounded to the dtype of t as it is stored
@@ -26,13 +26,13 @@ Tensor apply_core(const Tensor& t, const Tensor& delta, Core core, bool transpos
   return at::mm(t.to(wide), transpose ? c.t() : c).to(t.scalar_type());
 }
 
-// The trained entries of q^T p, in delta's shape and dtype.
+// The trained entries of q^T p, in delta's shape and dtype; they are summed in float32 at least.
 Tensor reduce_core(const Tensor& q, const Tensor& p, const Tensor& delta, Core core) {
-  const auto wide = delta.scalar_type();
+  const auto wide = accumulation_dtype(delta, delta);
   if (core == Core::Diag) {
-    return at::mul(q.to(wide), p).sum(0).to(wide);  // p is widened on its way in
+    return at::mul(q.to(wide), p).sum(0).to(delta.scalar_type());  // p is widened on its way in
   }
-  const Tensor c = at::mm(q.to(wide).t(), p.to(wide));
+  const Tensor c = at::mm(q.to(wide).t(), p.to(wide)).to(delta.scalar_type());
   return core == Core::Dense ? c : band_storage(c, delta);
 }
 

@@ -4,7 +4,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <string_view>
@@ -19,7 +18,7 @@ namespace fastspec {
 // holds it and sets it by fastspec::set_short_limits when csrc/ is loaded; until then none is taken.
 inline double sigma_floor = std::numeric_limits<double>::infinity();
 
-// A bias whose entries are above this many times those of (y - b) U leaves the short side too; held and set likewise.
+// A bias whose part in U is above this many times (y - b) U leaves the short side too; held and set likewise.
 inline double bias_ceiling = 0;
 
 // Below this many rows laying out the basis costs more than the thin products save.
@@ -53,16 +52,24 @@ inline at::Tensor project(const at::Tensor& x, const at::Tensor& basis, const at
   return shift.defined() ? p.sub_(shift) : p;
 }
 
-// Whether y's rounding is that of its bias [out] and not of x W^T, so that p [N, k] found from y - b lacks digits.
-// (y - b) U = p M^T with M = `sigma`, [k] or [k, k]; means of |p|, for a few large rows would hide the others.
-inline bool drowned(const at::Tensor& p, const at::Tensor& sigma, const at::Tensor& bias) {
+constexpr int64_t kSampledRows = 128;
+
+// Whether p [N, k], found from y - b, lacks digits because y's rounding is that of its bias [out], not of x W^T.
+// That rounding reaches direction i of (y - b) U = p M^T, M = `sigma` [k] or [k, k], as the root of
+// sum_j (b_j U_ji)^2. Means of |p|, for a few large rows would hide the others; rows at equal distances stand for all.
+inline bool drowned(const at::Tensor& p, const at::Tensor& u, const at::Tensor& sigma, const at::Tensor& bias) {
   if (p.size(0) == 0) return false;
-  const double entry = at::linalg_vector_norm(bias).item<double>() / std::sqrt(bias.numel());
-  if (entry == 0) return false;
-  const at::Tensor size = at::linalg_vector_norm(p, 1, at::IntArrayRef{0}) / p.size(0);
+  const at::Tensor noise = at::mv(at::square(u).t(), at::square(bias)).sqrt_();
+  const at::Tensor some = p.slice(0, 0, p.size(0), std::max<int64_t>(1, p.size(0) / kSampledRows));
+  const at::Tensor size = at::linalg_vector_norm(some, 1, at::IntArrayRef{0}) / some.size(0);
   const at::Tensor along = at::mul(sigma, size).abs();
   const at::Tensor signal = sigma.dim() == 1 ? along : at::linalg_vector_norm(along, 2, at::IntArrayRef{1});
-  return !(entry <= bias_ceiling * signal.mean().item<double>());
+  return !(noise.sum().item<double>() <= bias_ceiling * signal.sum().item<double>());
+}
+
+// The dtype in which the arithmetic of a core is done: the widest, float32 at least.
+inline at::ScalarType accumulation_dtype(const at::Tensor& a, const at::Tensor& b) {
+  return at::promote_types(at::promote_types(a.scalar_type(), b.scalar_type()), at::kFloat);
 }
 
 // Calls f(h + o, rows of C on diagonal o, their columns, how many) for every diagonal of a band

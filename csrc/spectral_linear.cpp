@@ -56,9 +56,9 @@ bool all_zero(const Tensor& delta) {
   return !at::any(delta).item<bool>();
 }
 
-// t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in delta's dtype or wider.
+// t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in float32 at least.
 Tensor apply_core(const Tensor& t, const Tensor& delta, Core core, bool transpose) {
-  const auto wide = at::promote_types(t.scalar_type(), delta.scalar_type());
+  const auto wide = accumulation_dtype(t, delta);
   const Tensor d = delta.to(wide), wide_t = t.to(wide);
   const Tensor out =
       core == Core::Dense ? at::mm(wide_t, transpose ? d.t() : d) : diagonals_apply(wide_t, {}, d, transpose);
@@ -72,10 +72,11 @@ Tensor apply_sigma(const Tensor& t, const Layer& layer, bool transpose) {
   return diagonals_apply(t, s, layer.delta.to(t.scalar_type()), transpose);
 }
 
-// The trained entries of q^T p, in delta's shape and dtype.
+// The trained entries of q^T p, in delta's shape and dtype; they are summed in float32 at least.
 Tensor reduce_core(const Tensor& q_in, const Tensor& p_in, const Tensor& delta, Core core) {
-  const Tensor q = q_in.to(delta.scalar_type()), p = p_in.to(delta.scalar_type());
-  return core == Core::Dense ? at::mm(q.t(), p) : diagonals_reduce(q, p, delta);
+  const auto wide = accumulation_dtype(delta, delta);
+  const Tensor q = q_in.to(wide), p = p_in.to(wide);
+  return (core == Core::Dense ? at::mm(q.t(), p) : diagonals_reduce(q, p, delta.to(wide))).to(delta.scalar_type());
 }
 
 // W + L R into a row-major `out`.
@@ -194,7 +195,7 @@ std::tuple<Tensor, Tensor> spectral_linear(const Tensor& x, const Tensor& weight
         if (to_p->scale.defined()) shift.mul_(to_p->scale);
       }
       p = project(y.view({-1, out}), to_p->basis, to_p->scale, shift);
-      if (bias && drowned(p, sigma_of(layer), *bias)) p = {};
+      if (bias && drowned(p, u, sigma_of(layer), *bias)) p = Tensor();
     }
     if (!p.defined()) p = project(x2, vh.t());
   }

@@ -41,7 +41,7 @@ Tensor without_unnamed(Tensor of_rows, const Tensor& task) {
 Tensor apply_cores(const Tensor& t, const Tensor& table, const Tensor& task, Core core, bool transpose) {
   const int64_t n = t.size(0), k = t.size(1);
   if (n == 0) return t;
-  const auto wide = at::promote_types(t.scalar_type(), table.scalar_type());
+  const auto wide = accumulation_dtype(t, table);
   const Tensor c = without_unnamed(at::index_select(table, 0, at::clamp_min(task, 0)).to(wide), task);
   const Tensor blocks = t.view({task.size(0), -1, k}).to(wide);
   Tensor out;
@@ -65,20 +65,20 @@ Tensor reduce_cores(const Tensor& q_in, const Tensor& p_in, const Tensor& table,
   Tensor grad = at::zeros_like(table);
   const int64_t n = q_in.size(0), k = q_in.size(1);
   if (n == 0) return grad;
-  const Tensor q = q_in.to(table.scalar_type()).view({task.size(0), -1, k});
-  const Tensor p = p_in.to(table.scalar_type()).view({task.size(0), -1, k});
+  const auto wide = accumulation_dtype(table, table);
+  const Tensor q = q_in.to(wide).view({task.size(0), -1, k}), p = p_in.to(wide).view({task.size(0), -1, k});
   Tensor shares;
   if (core == Core::Diag) {
     shares = at::mul(q, p).sum(1);
   } else if (core == Core::Dense) {
     shares = at::bmm(q.mT(), p);
   } else {
-    shares = at::zeros({task.size(0), table.size(1), k}, table.options());
+    shares = at::zeros({task.size(0), table.size(1), k}, q.options());
     each_diagonal(table, [&](int64_t row, int64_t i, int64_t j, int64_t count) {
       shares.select(1, row).narrow(1, i, count).copy_(at::mul(q.narrow(2, i, count), p.narrow(2, j, count)).sum(1));
     });
   }
-  return grad.index_add_(0, at::clamp_min(task, 0), without_unnamed(shares, task));
+  return grad.index_add_(0, at::clamp_min(task, 0), without_unnamed(shares, task).to(table.scalar_type()));
 }
 
 // y [B, ..., out] and p [N, k] (no rows where it is not saved).
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> task_linear(const Tensor& x, const Tensor& weight, co
   if (scale.defined()) {
     const Tensor shift = bias ? at::mv(u.t(), *bias).mul_(scale) : Tensor();
     p = project(y2, u, scale, shift);
-    if (bias && drowned(p, s, *bias)) p = {};
+    if (bias && drowned(p, u, s, *bias)) p = Tensor();
   }
   if (!p.defined()) {
     p = project(x.reshape({-1, in}), vh.to(dtype).t());

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 ADAPTER_FILE = "adapter.safetensors"
+_UNFINISHED = ".tmp"
+_ABANDONED_SECONDS = 60  # between a file's beginning and its lock lies less
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -22,12 +31,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` once all of it is there, and leaves no trace otherwise."""
+    """A file to write that takes the name `path` once all of it is there, and leaves no trace otherwise.
+
+    What a killed process left of it is removed first.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    for file in target.parent.glob(f".{glob.escape(target.name)}.*{_UNFINISHED}"):
+        _remove_abandoned(file)
+    fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_UNFINISHED)
     try:
         with os.fdopen(fd, "wb") as f:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(f, fcntl.LOCK_EX)
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -35,9 +52,28 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
         os.replace(name, target)
-    except BaseException:
+    except BaseException as e:
         Path(name).unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.filename is None:
+            e.filename = str(target)  # which a full disk does not name
         raise
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether it is what `whole_file` writes, or a kill left, before it has its name."""
+    return path.name.startswith(".") and path.name.endswith(_UNFINISHED)
+
+
+def _remove_abandoned(file: Path) -> None:
+    """Remove a file that `whole_file` began and no process writes any more: its lock is free."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError):  # locked, removed by another process, or not ours to remove
+        if time.time() - file.stat().st_mtime < _ABANDONED_SECONDS:
+            return
+        with file.open("rb") as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
 
 
 def cache_dir() -> Path:

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from fastspec.studies.glue.table_rows import Row
 
@@ -18,28 +19,36 @@ WORDS = [
 # fmt: on
 
 
-def make_model(folder: Path, layers: int = 2) -> Path:
-    """A randomly initialised BERT of 32 dimensions with a word-level tokenizer, saved to `folder`."""
-    import torch
+def word_tokenizer(words: list[str]) -> Any:
+    """A token for every word, after the special ones of BERT."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
         model_max_length=64,
-    ).save_pretrained(folder)
+    )
+
+
+def make_model(folder: Path, layers: int = 2) -> Path:
+    """A randomly initialised BERT of 32 dimensions with a word-level tokenizer, saved to `folder`."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=layers,
         num_attention_heads=2,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from glue_support import word_tokenizer
 from support import relative_error
 from tiny_models import bert
 
@@ -173,12 +174,24 @@ def test_a_checkpoint_is_an_adapter_and_the_optimiser_of_it(tmp_path):
         "scheduler.pt",
         "rng_state.pth",
         "trainer_state.json",
+        "training_args.bin",
     }
     numbers = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     assert (folder / "adapter.safetensors").stat().st_size < 4 * numbers + 4096
     ids = torch.arange(16).reshape(2, 8)
     want = run.model.eval()(ids).logits
     assert torch.equal(load_adapter(bert(num_labels=3), folder).eval()(ids).logits, want)
+
+
+def test_the_tokenizer_is_saved_beside_the_adapter(tmp_path):
+    run = trainer(tmp_path / "run", max_steps=1)
+    run.processing_class = tokenizer = word_tokenizer(["a", "dog"])
+    run.save_model(tmp_path / "best")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "best")
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    arguments = torch.load(tmp_path / "best" / "training_args.bin", weights_only=False)
+    assert arguments.to_dict() == run.args.to_dict()
+    load_adapter(bert(num_labels=3), tmp_path / "best")
 
 
 def test_load_best_model_at_end(tmp_path):

@@ -244,6 +244,21 @@ class Attention(nn.Module):
         self.mha = nn.MultiheadAttention(8, 2)
 
 
+@pytest.mark.parametrize("loads", [False, True])
+def test_what_is_made_under_inference_mode_can_be_trained(net, loads, tmp_path):
+    base = copy.deepcopy(net)
+    fastspec.save_adapter(spectralize(net, SpectralConfig(rank=4)), tmp_path)
+    with torch.inference_mode():
+        if loads:
+            fastspec.load_adapter(base, tmp_path)
+        else:
+            spectralize(base, SpectralConfig(rank=4))
+        base(IDS)
+    base(IDS).sum().backward()
+    torch.optim.SGD([p for p in base.parameters() if p.requires_grad], lr=0.1).step()
+    assert all(bool(layer.delta.any()) for _, layer in spectral_layers(base))
+
+
 def test_progress_is_silent_for_small_models(net, capsys):
     spectralize(net, SpectralConfig(rank=2))
     captured = capsys.readouterr()

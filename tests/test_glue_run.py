@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from glue_support import make_model, make_task
 
 from fastspec.cli import main
@@ -248,6 +251,50 @@ def test_resuming_after_sigkill_gives_the_same_numbers(place):
         assert resumed[name] == whole[name], name
     a, b = (p / "adapter" / "adapter.safetensors" for p in (folder, place / "whole"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_folder_whose_first_file_was_never_finished_is_used(place):
+    folder = place / "cut-off"
+    folder.mkdir()
+    (folder / ".config.json.abc123.tmp").write_text("{")
+    assert run(tiny(place, method="head", epochs=1), folder, progress=False)["last"]
+
+
+def test_a_second_process_waits_for_the_one_that_makes_the_run(place, capfd):
+    """As after a kill of a suite, whose run goes on when the suite is started again."""
+    config, folder = tiny(place, method="head", epochs=1), place / "shared"
+    folder.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(folder / finetune.LOCK):
+            second = pool.submit(run, config, folder)
+            while "waiting for it to end" not in capfd.readouterr().out:
+                time.sleep(0.01)
+            assert not (folder / "config.json").exists()
+        first = run(config, folder, progress=False)
+        assert second.result() == first
+
+
+def test_a_full_disk_is_said_in_words_and_loses_one_checkpoint_only(place, monkeypatch):
+    fields = {"epochs": 2, "batch_size": 4, "save_steps": 4}
+    config, folder = tiny(place, **fields), place / "full-disk"
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-11" in str(path):
+            Path(path).write_bytes(b"PK")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        return save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        OSError, match=r"checkpoint-11 could not be written: .* Make room on its disk"
+    ):
+        run(config, folder, progress=False)
+    assert not (folder / "checkpoint-11").exists()
+    monkeypatch.undo()
+    resumed = run(config, folder, progress=False)
+    assert resumed["resumed_from"] == "checkpoint-8"
+    assert resumed["losses"] == run(config, place / "roomy", progress=False)["losses"]
 
 
 def test_compare_finds_what_differs(finished, tmp_path):

@@ -54,6 +54,31 @@ def test_sixteen_bit_types(core, dtype, forward, gradient):
     assert run(p, core, Plan(forward, gradient))[2].dtype == torch.float32
 
 
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("delta_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradient", ["two_sided", "dense"])
+@pytest.mark.parametrize("operators", ["chosen", "aten"])
+def test_coefficients_of_sixteen_bits_are_summed_in_float32(
+    core, delta_dtype, dtype, gradient, operators
+):
+    p = singular_problem(24, 40, 6, core=core, n=2000, dtype=dtype)
+    p["delta"] = p["delta"].to(delta_dtype)
+    p["g"] = p["g"].abs()  # sums that grow, where 16 bits would stop
+    p["x"] = p["x"].abs()
+    if operators == "aten":
+        factors = (p["u"], p["s"], p["vh"], p["delta"], core, "merged", gradient)
+        thin = aten.spectral_linear(p["x"], p["weight"], p["bias"], *factors)[1]
+        got = aten.spectral_linear_backward(
+            p["g"], p["x"], thin, p["weight"], *factors, True, True
+        )[1]
+    else:
+        got = run(p, core, Plan("merged", gradient))[2]
+    assert got.dtype == delta_dtype
+    rounding = torch.finfo(delta_dtype).eps + torch.finfo(dtype).eps
+    assert relative_error(got, exact(p, core)[2]) < rounding
+
+
 def test_sixteen_bit_plan_keeps_small_coefficients():
     """A merged bfloat16 weight would round shifts of a thousandth away; the chosen plan must not."""
     p = singular_problem(64, 64, 8, n=40, dtype=torch.bfloat16, bias=False)
@@ -117,6 +142,36 @@ def test_the_short_side_is_really_taken_and_left(core, sizes):
         q = dict(p, delta=torch.diag(shift) if core == "dense" else shift)
         error = relative_error(run(q, core, Plan("merged", "short"))[2], exact(q, core)[2])
         assert (error > TOLERANCE[torch.float32]) == taken
+
+
+@pytest.mark.parametrize("core", ["diag", "dense"])
+@pytest.mark.parametrize("kind", ["even", "one entry"])
+@pytest.mark.parametrize("size", [0.0, 1.0, 100.0, 1e4, 1e6])
+@pytest.mark.parametrize("operators", ["chosen", "aten"])
+def test_a_large_bias_costs_the_short_side_no_digits(core, kind, size, operators):
+    """p = (y - b) U / sigma has the digits of y, which a large bias takes from x W^T."""
+    p = singular_problem(24, 64, 6, core=core, n=300)
+    p["bias"] = p["bias"] * size if kind == "even" else torch.eye(24)[5] * size
+    factors = (p["x"], p["weight"], p["bias"], p["u"], p["s"], p["vh"], p["delta"], core)
+    if operators == "aten":
+        thin = aten.spectral_linear(*factors, "merged", "short")[1]
+    else:
+        thin = torch.ops.fastspec.spectral_linear(*factors, "merged", "short")[1]
+    want = p["x"].double() @ p["vh"].double().mT
+    assert relative_error(thin, want) < 3e-6
+    if operators == "chosen":
+        assert relative_error(run(p, core, Plan("merged", "short"))[2], exact(p, core)[2]) < 3e-6
+
+
+def test_a_few_large_rows_hide_no_lost_digits():
+    p = singular_problem(24, 64, 6, n=300)
+    p["bias"] = p["bias"] * 1e4
+    p["x"][::100] *= 1e4
+    thin = aten.spectral_linear(
+        *(p[n] for n in ("x", "weight", "bias", "u", "s", "vh", "delta")), "diag", "merged", "short"
+    )[1]
+    want = p["x"].double() @ p["vh"].double().mT
+    assert relative_error(thin[1:100], want[1:100]) < 3e-6
 
 
 @pytest.mark.parametrize("core", CORES)

@@ -80,6 +80,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
+@torch.inference_mode(False)  # what is made here is trained elsewhere
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Put a saved adapter into `model`, in place.
 

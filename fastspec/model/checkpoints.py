@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from fastspec.model.adapter import load_adapter, save_adapter
 from fastspec.model.convert import adaptation
@@ -21,7 +23,8 @@ class AdapterCheckpoints:
     """Mixin for `Trainer` and its subclasses: `class MyTrainer(AdapterCheckpoints, Seq2SeqTrainer)`.
 
     `save_model`, the checkpoints, `resume_from_checkpoint` and `load_best_model_at_end` then write and
-    read adapter folders (`fastspec.save_adapter`), so every checkpoint also serves `load_adapter`.
+    read adapter folders (`fastspec.save_adapter`), so every checkpoint also serves `load_adapter`. Beside the
+    adapter lie the tokenizer and training_args.bin, as beside a model.
 
     Raises:
         ValueError: the model is not a spectralized one, or the arguments ask for DeepSpeed or FSDP,
@@ -30,7 +33,9 @@ class AdapterCheckpoints:
 
     args: Any
     accelerator: Any
+    data_collator: Any
     model: Any
+    processing_class: Any
     state: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,8 +56,15 @@ class AdapterCheckpoints:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            save_adapter(self._adapted_model(), output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        save_adapter(self._adapted_model(), folder)
+        # beside it, what Trainer saves beside a model
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self._adapted_model(), resume_from_checkpoint)

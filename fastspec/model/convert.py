@@ -34,6 +34,7 @@ class Adaptation:
     modules_to_save: tuple[str, ...]
 
 
+@torch.inference_mode(False)  # what is made here is trained elsewhere
 def spectralize(
     model: nn.Module,
     config: SpectralConfig | None = None,

@@ -8,6 +8,7 @@ float32 at least. Section numbers F1 to F4 are those of the design notes (docs/d
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
@@ -20,9 +21,10 @@ from fastspec.cores import diagonals
 # more than 1/share on the short side: the call then takes the two-sided form. For a dense core the same
 # bound stands on 1 / cond_1(diag(S) + C), which for a diagonal core is the same share.
 SIGMA_FLOOR = 1e-2
-# The rounding of y is that of the larger of x W^T and the bias. A bias whose entries are above this many times
-# those of (y - b) U would leave p = (y - b) U / sigma with fewer digits than x Vh^T has, which is taken then.
+# The rounding of y is that of the larger of x W^T and the bias. A bias whose part in U is above this many
+# times (y - b) U would leave p = (y - b) U / sigma with fewer digits than x Vh^T has, which is taken then.
 BIAS_CEILING = 2.0
+_SAMPLED_ROWS = 128
 # The forwards of one product with W_eff; where it is resident, that is the given weight.
 ONE_PRODUCT = ("merged", "resident")
 
@@ -49,12 +51,17 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which the arithmetic of a core is done: the widest of theirs, float32 at least."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
 def apply_core(t: Tensor, delta: Tensor, core: str, *, transpose: bool = False) -> Tensor:
-    """t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in delta's dtype or wider."""
-    wide = torch.promote_types(t.dtype, delta.dtype)
+    """t C, or t C^T  [N, k], in the dtype of t; the arithmetic is in float32 at least."""
+    wide = accumulation_dtype(t, delta)
     d, k = delta.to(wide), t.shape[-1]
     if core == "diag":
-        out = t * d
+        out = t.to(wide) * d
     elif core == "dense":
         out = t.to(wide) @ (d.mT if transpose else d)
     else:
@@ -75,15 +82,16 @@ def apply_sigma(
 
 
 def reduce_core(q: Tensor, p: Tensor, delta: Tensor, core: str) -> Tensor:
-    """The trained entries of q^T p, in delta's shape and dtype."""
-    q, p = q.to(delta.dtype), p.to(delta.dtype)
+    """The trained entries of q^T p, in delta's shape and dtype; they are summed in float32 at least."""
+    wide = accumulation_dtype(delta)
+    q, p = q.to(wide), p.to(wide)
     if core == "diag":
-        return (q * p).sum(0)
+        return (q * p).sum(0).to(delta.dtype)
     if core == "dense":
-        return q.mT @ p
+        return (q.mT @ p).to(delta.dtype)
     out = torch.zeros_like(delta)
     for row, i, j in diagonals(delta.shape[0], q.shape[-1]):
-        out[row, i] = (q[:, i] * p[:, j]).sum(0)
+        out[row, i] = (q[:, i] * p[:, j]).sum(0).to(delta.dtype)
     return out
 
 
@@ -136,17 +144,20 @@ def _unscaled(basis: Tensor, s: Tensor, delta: Tensor, core: str, *, left: bool)
     return basis @ (inverse.mT if left else inverse)
 
 
-def drowned(p: Tensor, sigma: Tensor, bias: Tensor) -> bool:
-    """Whether p [N, k], found from y - b, lacks digits because of the bias's size (`BIAS_CEILING`).
+def drowned(p: Tensor, u: Tensor, sigma: Tensor, bias: Tensor) -> bool:
+    """Whether p [N, k], found from y - b, lacks digits because y's rounding is that of its bias [out].
 
-    (y - b) U = p M^T with M = `sigma`, [k] or [k, k]. Means of |p|: a few large rows would hide the others.
+    That rounding reaches direction i of (y - b) U = p M^T, M = `sigma` [k] or [k, k], as the root of
+    sum_j (b_j U_ji)^2. Means of |p|: a few large rows would hide the others. Rows at equal distances stand
+    for all.
     """
-    entry = bias.square().mean().sqrt()
-    if p.shape[0] == 0 or not entry > 0:
+    if p.shape[0] == 0:
         return False
-    along = sigma * (p.abs().mean(0))
-    signal = along.abs() if sigma.dim() == 1 else torch.linalg.vector_norm(along, dim=1)
-    return not bool(entry <= BIAS_CEILING * signal.mean())
+    noise = (u.square().mT @ bias.square()).sqrt()
+    some = p[:: max(1, p.shape[0] // _SAMPLED_ROWS)]
+    along = (sigma * some.abs().mean(0)).abs()
+    signal = along if sigma.dim() == 1 else torch.linalg.vector_norm(along, dim=1)
+    return not bool(noise.sum() <= BIAS_CEILING * signal.sum())
 
 
 def spectral_linear(
@@ -195,7 +206,7 @@ def spectral_linear(
             p = y.view(-1, out_features) @ basis
             if bias is not None:
                 p -= bias @ basis
-        if p is None or (bias is not None and drowned(p, _sigma(s, delta, core), bias)):
+        if p is None or (bias is not None and drowned(p, u, _sigma(s, delta, core), bias)):
             p = x2 @ vh.mT
     return y, p
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastspec.cores import diagonals
 from fastspec.ops import compiled, cuda
-from fastspec.ops.aten import SIGMA_FLOOR, drowned
+from fastspec.ops.aten import SIGMA_FLOOR, accumulation_dtype, drowned
 
 _OPERANDS = "Tensor u, Tensor s, Tensor vh, Tensor table, Tensor task, str core"
 
@@ -63,7 +63,7 @@ def _task_linear(
         p = y2 @ basis
         if bias is not None:
             p -= bias @ basis
-    if p is None or (bias is not None and drowned(p, s, bias)):
+    if p is None or (bias is not None and drowned(p, u, s, bias)):
         p = x.reshape(-1, in_features) @ vh.to(dtype).mT
     y2.addmm_(_apply_cores(p, table, task, core, transpose=True), u.to(dtype).mT)
     return y, p if saves_p else x.new_empty((0, u.shape[1]))
@@ -160,11 +160,11 @@ def _apply_cores(
     n, k = t.shape
     if n == 0:
         return t
-    wide = torch.promote_types(t.dtype, table.dtype)
+    wide = accumulation_dtype(t, table)
     c = _cores(table, task, wide)
     blocks = t.view(len(task), -1, k)
     if core == "diag":
-        out = blocks * c[:, None]
+        out = blocks.to(wide) * c[:, None]
     elif core == "dense":
         out = torch.bmm(blocks.to(wide), c.mT if transpose else c)
     else:
@@ -177,21 +177,21 @@ def _apply_cores(
 
 def _reduce_cores(q: Tensor, p: Tensor, table: Tensor, task: Tensor, core: str) -> Tensor:
     """The trained entries of q^T p of every task's rows, in the table's shape and dtype."""
-    k = q.shape[1]
+    k, wide = q.shape[1], accumulation_dtype(table)
     grad = torch.zeros_like(table)
     if len(q) == 0:
         return grad
-    q, p = (t.to(table.dtype).view(len(task), -1, k) for t in (q, p))
+    q, p = (t.to(wide).view(len(task), -1, k) for t in (q, p))
     if core == "diag":
         shares = (q * p).sum(1)
     elif core == "dense":
         shares = torch.bmm(q.mT, p)
     else:
-        shares = table.new_zeros(len(task), *table.shape[1:])
+        shares = q.new_zeros(len(task), *table.shape[1:])
         for d, i, j in diagonals(table.shape[1], k):
             shares[:, d, i] = (q[..., i] * p[..., j]).sum(1)
     named = (task >= 0).view(-1, *(1,) * (shares.dim() - 1))
-    index, shares = task.clamp_min(0), torch.where(named, shares, 0)
+    index, shares = task.clamp_min(0), torch.where(named, shares, 0).to(table.dtype)
     # each device's way to add rows of one task in a fixed order
     if grad.device.type == "cpu":
         return grad.index_add_(0, index, shares)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from fastspec.files import write_json
+from fastspec.files import is_unfinished, write_json
 from fastspec.studies import encoders
 from fastspec.studies.glue import donor_basis, methods
 from fastspec.studies.glue.build import Prepared, prepare
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 INPUTS = "inputs.json"
+LOCK = ".lock"
 
 
 def tokenise(tokenizer: Any, split: Split, max_length: int) -> Any:
@@ -53,8 +56,9 @@ def run(
     """Finetune, score and record one configuration; returns what `result.json` holds.
 
     A finished run of the same configuration in `output` is returned as it is, an unfinished one is
-    continued from its last whole checkpoint, with the numbers of an uninterrupted run. `callbacks` are
-    transformers', called along with the run's own.
+    continued from its last whole checkpoint, with the numbers of an uninterrupted run. Where another
+    process makes the same run, this one waits for it. `callbacks` are transformers', called along with
+    the run's own.
 
     Raises:
         ValueError: `output` holds a run of another configuration, or its rows or the pretrained
@@ -63,6 +67,34 @@ def run(
         DataError, FileNotFoundError: see `fastspec.studies.glue.data.load`.
     """
     folder = Path(output) if output else Path("runs") / config.folder_name()
+    with _alone_in(folder, progress):
+        return _run(config, folder, overwrite, progress, callbacks)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, progress: bool) -> Iterator[None]:
+    """Two processes that make one run would write over each other's checkpoints: the second waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if progress:
+            print(f"another process makes {folder}; waiting for it to end", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(
+    config: GlueConfig,
+    folder: Path,
+    overwrite: bool,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
     done = _claim(folder, config, overwrite)
     if done is not None:
         if progress:
@@ -132,7 +164,7 @@ def _claim(folder: Path, config: GlueConfig, overwrite: bool) -> dict[str, Any] 
             )
         if (folder / RESULT).exists():
             return read_json(folder / RESULT)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif any(path.name != LOCK and not is_unfinished(path) for path in folder.iterdir()):
         raise ValueError(f"--output {folder} is not empty and holds no run; name another folder")
     write_json(folder / CONFIG, fields)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
@@ -247,6 +249,17 @@ class GlueTrainer(Trainer):
                 )
             logs["step_ms"] = self.clock.milliseconds
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as e:  # torch.save raises the second
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} could not be written: {str(e) or type(e).__name__}. Make room on its disk and "
+                "start again: the run goes on from the checkpoint before it"
+            ) from e
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A checkpoint holds what training changes; the frozen rest comes from the model again."""
