@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import assert_close, minilm, minilm_path
 from tiny_models import bert, gpt2, mlp
 
+import fastspec.peft
 from fastspec.model.adapter import AdapterError
 from fastspec.peft import SpectralConfig, convert_to_lora, save_as_lora
 
@@ -47,7 +48,8 @@ class TestFolders:
         assert {t.shape for n, t in tensors.items() if "delta" in n} == {torch.Size([4, 4])}
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert config["peft_type"] == "FASTSPEC"
-        assert len(config["base_fingerprint"]) == 64
+        assert config["base_fingerprint"].keys() == {n.removeprefix(PREFIX) for n in names}
+        assert {len(digest) for digest in config["base_fingerprint"].values()} == {16}
         assert not list(tmp_path.glob("*.bin"))
 
     def test_the_basis_of_a_real_encoder_is_not_in_it(self, tmp_path):
@@ -110,6 +112,14 @@ class TestFolders:
             model.load_adapter(tmp_path, "other")
         assert list(model.peft_config) == ["default"]
         assert torch.equal(output(model), y)
+
+    @pytest.mark.parametrize("load", [PeftModel.from_pretrained, fastspec.peft.load_adapter])
+    def test_the_weight_that_differs_is_named(self, tmp_path, load):
+        adapted("mlp").save_pretrained(tmp_path)
+        base = mlp()
+        base.lin1.weight.data[0, 0] += 1e-3
+        with pytest.raises(AdapterError, match=r"not the same are 'lin1' of 2"):
+            load(base, tmp_path)
 
     def test_a_config_may_be_taken_to_other_weights_on_purpose(self, tmp_path):
         adapted("mlp").save_pretrained(tmp_path)

@@ -159,8 +159,10 @@ def test_tensors(tmp_path, sound, change, match):
 BOMB = "(.*)*(.*)*(.*)*(.*)*(.*)*x"  # takes years
 CONFIGS = {
     "another method": ({"peft_type": "LORA"}, "not 'FASTSPEC'"),
-    "other base weights": ({"base_fingerprint": "0" * 64}, "other base weights"),
-    "no base weights": ({"base_fingerprint": None}, "other base weights"),
+    "other base weights": ({"base_fingerprint": {"lin0": "0" * 16}}, "other base weights"),
+    "one digest for all": ({"base_fingerprint": "0" * 64}, "must map layers to digests"),
+    "digests that are none": ({"base_fingerprint": {"lin0": 3}}, "must map layers to digests"),
+    "no base weights": ({"base_fingerprint": None}, "no base_fingerprint"),
     "biases": ({"bias": "all"}, "trains biases"),
     "a wider select": ({"select": [0, 5]}, "rank 4 by its tensor and 5 by the config"),
     "a kind of core": ({"core": "x"}, "core must be"),

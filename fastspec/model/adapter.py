@@ -1,8 +1,8 @@
 """Adapter folders: `save_adapter` and `load_adapter`, some KB a task.
 
 The tensors are the coefficients, the heads and whatever else `spectralize` made trainable. The config
-holds the `SpectralConfig` and a fingerprint of every other parameter of the model: the base weights, from
-which the factors are rebuilt.
+holds the `SpectralConfig` and a digest of every other tensor of the model: the base, from whose weights the
+factors are rebuilt.
 
 A folder may come from anybody. It holds no code and no patterns: the config names its layers and heads
 one by one (a regular expression can be made to run for years), names only ever select modules the model
@@ -25,10 +25,10 @@ import fastspec
 from fastspec.config import SpectralConfig
 from fastspec.cores import delta_shape
 from fastspec.files import excerpt
-from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError, Expected, open_adapter, write_adapter
+from fastspec.model.base import Base
 from fastspec.model.convert import Adaptation, adaptation, spectralize
-from fastspec.model.fsdp import FACTORS, assign, is_sharded, reshard, whole
+from fastspec.model.fsdp import assign, is_sharded, reshard, whole
 from fastspec.model.targets import find_targets, is_norm, spectral_layers, unwrap
 
 # what the file spells out by `layers` and `modules_to_save` instead
@@ -67,7 +67,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = {
         "fastspec_version": fastspec.__version__,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "base_fingerprint": _base_fingerprint(model, set(tensors)),
+        **Base(model).describe(own),
         "modules_to_save": list(adapted.modules_to_save),
         "layers": {name: layer.rank for name, layer in spectral_layers(model)},
         "spectral": {name: fields[name] for name in FIELDS},
@@ -80,12 +80,21 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, strict: bool = True
+) -> nn.Module:
     """Put a saved adapter into `model`, in place.
 
-    `model` is the plain base model, which is then spectralized by the adapter's own config, or one that
-    was spectralized alike: then the values are copied into the existing tensors. Of a model sharded by
-    FSDP2 every process must call this.
+    Of a model sharded by FSDP2 every process must call this.
+
+    Args:
+        model: the plain base model, which is then spectralized by the adapter's own config, or one that
+            was spectralized alike: then the values are copied into the existing tensors. Embeddings may
+            have more rows than the adapter's base had. Heads that the adapter does not hold may differ,
+            with a warning.
+        folder: of `save_adapter`.
+        strict: False lets every other tensor of the base differ too, with a warning, but for those of
+            layers with coefficients that are not zero.
 
     Returns:
         The same model.
@@ -97,7 +106,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     wrapper, model = model, unwrap(model)
     reshard(model)
-    config, (tensors,) = read_adapters(model, [folder])
+    config, (tensors,) = read_adapters(model, [folder], strict=strict)
     if next(spectral_layers(model), None) is None:
         spectralize_for(model, config, folder)
     for name, target in adapter_tensors(model).items():
@@ -109,6 +118,7 @@ def read_adapters(
     model: nn.Module,
     folders: Sequence[str | os.PathLike[str]],
     sizes_free: Callable[[Sequence[str]], Collection[str]] = lambda heads: (),
+    strict: bool = True,
 ) -> tuple[SpectralConfig, list[dict[str, Tensor]]]:
     """Read adapter folders and check each against `model`, which is plain or adapted alike.
 
@@ -117,6 +127,7 @@ def read_adapters(
     Args:
         sizes_free: from the names of the heads, the names of the tensors whose first dimension may
             differ from the model's: those of their output layers.
+        strict: as in `load_adapter`.
 
     Returns:
         The config they share (the model's own if it is adapted), and the tensors of every folder.
@@ -132,7 +143,7 @@ def read_adapters(
         expected = {n: (t.shape, t.dtype) for n, t in adapter_tensors(model).items()}
     limit = 8 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
     free: Collection[str] = ()
-    fingerprint = None
+    base = Base(model)
     told: dict[str, Any] = {}
     found = []
     for folder in map(Path, folders):
@@ -150,13 +161,8 @@ def read_adapters(
             assert config is not None
             assert expected is not None
             tensors = file.tensors(expected, limit, free)
-        fingerprint = fingerprint or _base_fingerprint(model, set(tensors))
-        if fingerprint != meta["base_fingerprint"]:
-            made_from = f" ({excerpt(meta['base_model'])})" if meta["base_model"] else ""
-            raise AdapterError(
-                f"{folder}: the adapter was made from other base weights{made_from}; coefficients only "
-                "mean something in the basis of their own model: load that one, in the same dtype"
-            )
+        used = None if strict else [n for n in meta["layers"] if bool(tensors[f"{n}.delta"].any())]
+        base.check(meta, tensors, folder, used)
         found.append(tensors)
     assert config is not None, "read_adapters needs at least one folder"
     return config, found
@@ -254,18 +260,6 @@ def _expected(model: nn.Module, config: SpectralConfig, folder: Path) -> Expecte
         for n, p in model.get_submodule(head).state_dict().items():
             expected[f"{head}.{n}"] = (p.shape, p.dtype)
     return expected
-
-
-def _base_fingerprint(model: nn.Module, trained: set[str]) -> str:
-    """Fingerprint of every parameter the adapter does not hold, as the unmerged model has it."""
-    state: dict[str, Tensor] = {}
-    factors = {f"{layer}.{f}" for layer, _ in spectral_layers(model) for f in FACTORS}
-    for name, p in model.named_parameters():
-        if name.endswith(".base_weight"):
-            state[name.removesuffix(".base_weight") + ".weight"] = p
-        elif name not in trained and name not in factors and not name.endswith(".delta"):
-            state.setdefault(name, p)
-    return combined_fingerprint({name: tensor_fingerprint(whole(p)) for name, p in state.items()})
 
 
 def _check_same_config(have: SpectralConfig, want: SpectralConfig, folder: Path) -> None:

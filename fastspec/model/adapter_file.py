@@ -227,7 +227,8 @@ def _checked(meta: Any, path: Path) -> dict[str, Any]:
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']!r}; this version reads format {FORMAT}")
         for key, kind in (
-            ("base_fingerprint", str),
+            ("base", dict),
+            ("rows", dict),
             ("sha256", str),
             ("modules_to_save", list),
             ("layers", dict),
@@ -237,6 +238,10 @@ def _checked(meta: Any, path: Path) -> dict[str, Any]:
                 raise TypeError(f"{key!r} is not a {kind.__name__}")
         if not isinstance(meta.get("base_model"), (str, type(None))):
             raise TypeError("'base_model' is not a str")
+        if not all(isinstance(digest, str) for digest in meta["base"].values()):
+            raise TypeError("'base' must map names of tensors to digests")
+        if not all(type(n) is int and 0 <= n <= MAX_RANK for n in meta["rows"].values()):
+            raise TypeError("'rows' must map names of tensors to counts")
         for value in meta["spectral"].values():
             if not all(map(_is_plain, value if isinstance(value, list) else [value])):
                 raise TypeError("'spectral' must map names to numbers, strings or lists of them")

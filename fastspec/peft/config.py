@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from fastspec import config as spectral
 from fastspec.config import Basis, Rank, Select, resolve_rank
 from fastspec.cores import Core
+from fastspec.files import excerpt
 from fastspec.svd.factors import Directions
 
 BIASES = ("none", "all", "fastspec_only")
@@ -46,8 +47,9 @@ class SpectralConfig(PeftConfig):
             layers.
         tol: relative residual asked of every singular triplet.
         seed: of the SVD's start block and of random bases.
-        base_fingerprint: what ties a saved adapter to the base weights its basis is rebuilt from; PEFT's
-            `save_pretrained` stores it, loading checks it. Leave it out for a new adapter.
+        base_fingerprint: what ties a saved adapter to the base weights its basis is rebuilt from: a digest
+            of each adapted layer's. PEFT's `save_pretrained` stores it, loading checks it. Leave it out
+            for a new adapter.
 
     Raises:
         ValueError, TypeError: a field is out of its range; the message names it.
@@ -67,7 +69,7 @@ class SpectralConfig(PeftConfig):
     bias: str = "none"
     tol: float = 1e-5
     seed: int = 0
-    base_fingerprint: str | None = None
+    base_fingerprint: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +99,11 @@ class SpectralConfig(PeftConfig):
             raise ValueError(
                 f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}"
             )
+        told = self.base_fingerprint
+        if told is not None and not (
+            isinstance(told, dict) and all(isinstance(v, str) for v in told.values())
+        ):
+            raise TypeError(f"base_fingerprint must map layers to digests, got {excerpt(told)}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: which layers it is to pick")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):

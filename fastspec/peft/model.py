@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.files import excerpt
+from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
+from fastspec.model.base import DIGITS
 from fastspec.model.targets import avoid_fused_inference, check_layer
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
@@ -129,16 +131,8 @@ class SpectralModel(BaseTuner):
                 w = layer.base_matrix()
                 key = (w.data_ptr(), tuple(w.shape), w.stride(), wanted[name])
                 missing.setdefault(key, []).append(name)
-        fingerprint = combined_fingerprint(fingerprints)
-        if config.base_fingerprint not in (None, fingerprint):
-            made_from = config.base_model_name_or_path
-            raise AdapterError(
-                f"the adapter {adapter_name!r} was made from other base weights"
-                f"{f' ({made_from})' if made_from else ''}; coefficients only mean something in the basis "
-                "of their own model: load that one, in the same dtype (or, to start a new adapter by this "
-                "config, set its base_fingerprint to None)"
-            )
-        config.base_fingerprint = fingerprint
+        check_fingerprints(config, fingerprints, f"the adapter {adapter_name!r}")
+        config.base_fingerprint = {name: digest[:DIGITS] for name, digest in fingerprints.items()}
 
         first = [names[0] for names in missing.values()]
         made = factorize(
@@ -203,6 +197,28 @@ def _with_adapter_names(
     module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]
 ) -> tuple[tuple, dict]:
     return args, kwargs | {"adapter_names": adapter_names}
+
+
+def check_fingerprints(config: SpectralConfig, have: Mapping[str, str], whose: str) -> None:
+    """Compare the weights of an adapter's layers with those it was made from, if the config names them.
+
+    Raises:
+        AdapterError: a weight differs, or only one of both has the layer; the message names it.
+    """
+    told = config.base_fingerprint
+    if told is None:
+        return
+    names = sorted(have.keys() | told.keys())
+    differing = [n for n in names if have.get(n, "")[:DIGITS] != told.get(n)]
+    if differing:
+        made_from = config.base_model_name_or_path
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise AdapterError(
+            f"{whose} was made from other base weights{f' ({excerpt(made_from)})' if made_from else ''}, or "
+            f"for other layers: not the same are {excerpt(differing[0])}{more} of {len(names)}; coefficients "
+            "only mean something in the basis of their own model: load that one, in the same dtype (or, to "
+            "start a new adapter by this config, set its base_fingerprint to None)"
+        )
 
 
 def check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
