@@ -203,11 +203,9 @@ def test_a_compiled_model_is_adapted_inside(net):
 # ------------------------------------------------------------------ what is trained and not stored
 
 
-def test_saving_refuses_what_is_trained_outside_the_adapter(net, tmp_path):
+def test_saving_refuses_a_trained_weight_below_its_own_basis(net, tmp_path):
     spectralize(net, SpectralConfig(rank=2))
-    net.encoder[0].bias.requires_grad_(True)
-    with pytest.raises(
-        ValueError, match=r"encoder\.0\.bias is trainable but no part of the adapter"
-    ):
+    net.encoder[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"encoder\.0\.weight is trainable, and the layer's basis"):
         fastspec.save_adapter(net, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

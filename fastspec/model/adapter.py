@@ -1,8 +1,9 @@
 """Adapter folders: `save_adapter` and `load_adapter`, some KB a task.
 
-The tensors are the coefficients, the heads and whatever else `spectralize` made trainable. The config
-holds the `SpectralConfig` and a digest of every other tensor of the model: the base, from whose weights the
-factors are rebuilt.
+The tensors are the coefficients, the heads, whatever else `spectralize` made trainable, and what was
+trained or moved beside it: parameters unfrozen by hand, running statistics. The config holds the
+`SpectralConfig` and a digest of every other tensor of the model: the base, from whose weights the factors are
+rebuilt.
 
 A folder may come from anybody. It holds no code and no patterns: the config names its layers and heads
 one by one (a regular expression can be made to run for years), names only ever select modules the model
@@ -11,10 +12,8 @@ has, and no file is read before its size was compared with what this model can u
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +22,44 @@ from torch import Tensor, nn
 
 import fastspec
 from fastspec.config import SpectralConfig
-from fastspec.cores import delta_shape
 from fastspec.files import excerpt
 from fastspec.model.adapter_file import AdapterError, Expected, open_adapter, write_adapter
+from fastspec.model.adapter_fit import (
+    FIELDS,
+    check_same_config,
+    check_same_layers,
+    config_of,
+    expected_state,
+    expected_tensors,
+)
 from fastspec.model.base import Base
 from fastspec.model.convert import Adaptation, adaptation, spectralize
 from fastspec.model.fsdp import assign, is_sharded, reshard, whole
-from fastspec.model.targets import find_targets, is_norm, spectral_layers, unwrap
-
-# what the file spells out by `layers` and `modules_to_save` instead
-PATTERNS = ("rank", "target_modules", "exclude_modules", "modules_to_save")
-FIELDS = tuple(f.name for f in dataclasses.fields(SpectralConfig) if f.name not in PATTERNS)
+from fastspec.model.targets import is_norm, spectral_layers, unwrap
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write what `spectralize` made trainable in `model` to `folder`, atomically: one file is replaced.
+    """Write what is trained in `model` to `folder`, atomically: one file is replaced.
 
-    A model sharded by FSDP2 is gathered: every process must call this, the first one writes.
+    That is what `spectralize` made trainable, every other parameter that requires a gradient now, and the
+    persistent buffers that changed since, as the running statistics of a BatchNorm in train mode. A model
+    sharded by FSDP2 is gathered: every process must call this, the first one writes.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model is not a spectralized one, a value to save is not finite, or a parameter is
-            trainable that the adapter would not hold.
+        ValueError: the model is not a spectralized one, a value to save is not finite, or the weight of an
+            adapted layer is trained, from which its basis is made.
     """
     model = unwrap(model)
     adapted = adaptation_of(model)
     reshard(model)
+    base = Base(model)
     own = adapter_tensors(model)
-    left_out = [n for n, p in model.named_parameters() if p.requires_grad and n not in own]
-    if left_out:
-        raise ValueError(
-            f"{left_out[0]} is trainable but no part of the adapter, which could then not be loaded into "
-            "its own base: name its module in modules_to_save, or freeze it again; nothing was written"
-        )
-    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in own.items()}
+    state = base.changed(own, adapted.buffers)
+    own |= {name: base.tensors[name] for name in state}
+    tensors = _apart({name: whole(t.detach()).cpu().contiguous() for name, t in own.items()})
     bad = next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
     if bad is not None:
         raise ValueError(f"{bad} holds NaN or infinity: nothing was written")
@@ -67,8 +68,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = {
         "fastspec_version": fastspec.__version__,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        **Base(model).describe(own),
+        **base.describe(own),
         "modules_to_save": list(adapted.modules_to_save),
+        "state": state,
         "layers": {name: layer.rank for name, layer in spectral_layers(model)},
         "spectral": {name: fields[name] for name in FIELDS},
     }
@@ -109,15 +111,21 @@ def load_adapter(
     config, (tensors,) = read_adapters(model, [folder], strict=strict)
     if next(spectral_layers(model), None) is None:
         spectralize_for(model, config, folder)
-    for name, target in adapter_tensors(model).items():
-        assign(target, tensors[name])
+    own, base = adapter_tensors(model), Base(model).tensors
+    for name, value in tensors.items():
+        if name in own:
+            assign(own[name], value)
+            continue
+        assign(base[name], value)
+        if isinstance(base[name], nn.Parameter):
+            base[name].requires_grad_(True)
     return wrapper
 
 
 def read_adapters(
     model: nn.Module,
     folders: Sequence[str | os.PathLike[str]],
-    sizes_free: Callable[[Sequence[str]], Collection[str]] = lambda heads: (),
+    sizes_free: Callable[[Sequence[str]], Collection[str]] | None = None,
     strict: bool = True,
 ) -> tuple[SpectralConfig, list[dict[str, Tensor]]]:
     """Read adapter folders and check each against `model`, which is plain or adapted alike.
@@ -125,8 +133,8 @@ def read_adapters(
     Nothing is changed. The base weights are fingerprinted once.
 
     Args:
-        sizes_free: from the names of the heads, the names of the tensors whose first dimension may
-            differ from the model's: those of their output layers.
+        sizes_free: for adapters that share the model: from the names of the heads, the names of the
+            tensors whose first dimension may differ from the model's: those of their output layers.
         strict: as in `load_adapter`.
 
     Returns:
@@ -141,7 +149,7 @@ def read_adapters(
     if adapted:
         config = adaptation_of(model).config
         expected = {n: (t.shape, t.dtype) for n, t in adapter_tensors(model).items()}
-    limit = 8 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
+    limit = 16 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
     free: Collection[str] = ()
     base = Base(model)
     told: dict[str, Any] = {}
@@ -151,21 +159,40 @@ def read_adapters(
             meta = file.meta
             saying = {key: meta[key] for key in ("spectral", "layers", "modules_to_save")}
             if saying != told:  # of a thousand folders nearly all say the same
-                own = _config_of(meta, model, folder)
+                own = config_of(meta, model, folder)
                 config = config or own
-                expected = expected or _expected(model, own, folder)
-                _check_same_config(config, own, folder)
+                expected = expected or expected_tensors(model, own, folder)
+                check_same_config(config, own, folder)
                 if adapted:
-                    _check_same_layers(model, meta["layers"], folder)
-                free, told = sizes_free(meta["modules_to_save"]), saying
+                    check_same_layers(model, meta["layers"], folder)
+                if sizes_free is not None:
+                    free = sizes_free(meta["modules_to_save"])
+                told = saying
             assert config is not None
             assert expected is not None
-            tensors = file.tensors(expected, limit, free)
+            state = expected_state(meta, base.tensors, folder)
+            if state and sizes_free is not None:
+                raise AdapterError(
+                    f"{folder}: it holds {excerpt(meta['state'][0])}, of which a model has one for all its "
+                    "tasks: load_adapter() it into a model of its own"
+                )
+            tensors = file.tensors(expected | state, limit, free)
         used = None if strict else [n for n in meta["layers"] if bool(tensors[f"{n}.delta"].any())]
         base.check(meta, tensors, folder, used)
         found.append(tensors)
     assert config is not None, "read_adapters needs at least one folder"
     return config, found
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with tied tensors copied, which a file can't share."""
+    seen = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            tensors[name] = tensor.clone()
+        seen.add(place)
+    return tensors
 
 
 def spectralize_for(
@@ -204,81 +231,3 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         state = model.get_submodule(head).state_dict(keep_vars=True)
         tensors |= {f"{head}.{n}": t for n, t in state.items()}
     return tensors
-
-
-def _config_of(meta: dict[str, Any], model: nn.Module, folder: Path) -> SpectralConfig:
-    """The adapter's config for this model: exactly its layers, at their ranks, and its heads."""
-    layers, heads = meta["layers"], meta["modules_to_save"]
-    modules = {name for name, _ in model.named_modules()}
-    unknown = next((n for n in (*layers, *heads) if n not in modules), None)
-    if unknown is not None:
-        raise AdapterError(
-            f"{folder}: the adapter does not fit this model: it adapts {excerpt(unknown)}, which this "
-            "model does not have"
-        )
-    foreign = next((field for field in meta["spectral"] if field not in FIELDS), None)
-    if foreign is not None:
-        raise AdapterError(
-            f"{folder}: {excerpt(foreign)} is no field of an adapter's config; it has {', '.join(FIELDS)}"
-        )
-    by_rank: dict[int, list[str]] = {}
-    for name, rank in layers.items():
-        by_rank.setdefault(rank, []).append(re.escape(name))
-    ranks = {rf"\A(?:{'|'.join(names)})\Z": rank for rank, names in by_rank.items()}
-    try:
-        return SpectralConfig(
-            **meta["spectral"],
-            rank=next(iter(by_rank)) if len(by_rank) == 1 else ranks,
-            target_modules="|".join(map(re.escape, layers)),
-            modules_to_save=heads,
-        )
-    except (ValueError, TypeError) as e:
-        raise AdapterError(f"{folder}: not a usable adapter config: {excerpt(e)}") from None
-
-
-def _expected(model: nn.Module, config: SpectralConfig, folder: Path) -> Expected:
-    """What `adapter_tensors` would be if the plain `model` were spectralized by `config`."""
-    try:
-        targets, heads = find_targets(model, config)
-    except (ValueError, TypeError) as e:
-        raise AdapterError(
-            f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
-        ) from None
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for t in targets:
-        shape = delta_shape(config.core, t.directions.rank, config.half_width)
-        expected[f"{t.name}.delta"] = (shape, torch.float32)
-        bias: Any = t.module.bias
-        if config.train_bias and bias is not None:
-            expected[f"{t.name}.bias"] = (bias.shape, bias.dtype)
-    if config.train_layernorm:
-        for name, module in model.named_modules():
-            if is_norm(module):
-                for n, p in module.named_parameters(recurse=False):
-                    expected[f"{name}.{n}"] = (p.shape, p.dtype)
-    for head in heads:
-        for n, p in model.get_submodule(head).state_dict().items():
-            expected[f"{head}.{n}"] = (p.shape, p.dtype)
-    return expected
-
-
-def _check_same_config(have: SpectralConfig, want: SpectralConfig, folder: Path) -> None:
-    # how a model computes or how its targets were spelled does not matter: shapes are compared besides
-    fields = ("core", "half_width", "select", "basis", "seed", "train_bias", "train_layernorm")
-    differing = [f for f in fields if getattr(have, f) != getattr(want, f)]
-    if differing:
-        details = "; ".join(
-            f"{f}: the adapter has {excerpt(getattr(want, f))}, the model {getattr(have, f)!r}"
-            for f in differing
-        )
-        raise AdapterError(f"{folder}: the model was spectralized otherwise: {details}")
-
-
-def _check_same_layers(model: nn.Module, want: Mapping[str, int], folder: Path) -> None:
-    have = {name: layer.rank for name, layer in spectral_layers(model)}
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
-            raise AdapterError(
-                f"{folder}: the model was spectralized otherwise: {name} has rank {want.get(name)} in "
-                f"the adapter and {have.get(name)} in the model (None: not adapted)"
-            )

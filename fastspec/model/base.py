@@ -1,5 +1,8 @@
 """The base of an adapter: every parameter and persistent buffer it does not hold, by one digest each.
 
+What does not stay as it was is no base: a parameter trained by hand, the running statistics of a
+BatchNorm. It belongs to the adapter (`Base.changed`).
+
 One digest a tensor, so that a message can name the one that differs; 16 hex digits of SHA-256, since they
 guard against mistakes and not against forgery, which nobody needs: a folder says what it likes.
 """
@@ -63,6 +66,34 @@ class Base:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 found.append(name)
+        return found
+
+    def changed(self, stored: Iterable[str], buffers: Mapping[str, str]) -> list[str]:
+        """Names of what is trained, or moved, beside the tensors `stored`: state of the adapter too.
+
+        Args:
+            stored: names of the tensors that the adapter has.
+            buffers: digests of the buffers as they were (`buffer_digests`).
+
+        Raises:
+            ValueError: the weight of an adapted layer is trained; the message names it.
+        """
+        layers = {f"{name}.weight" for name, _ in spectral_layers(self.model)}
+        found = []
+        for name in self.names(stored):
+            tensor = self.tensors[name]
+            if isinstance(tensor, nn.Parameter):
+                if not tensor.requires_grad:
+                    continue
+                if name in layers:
+                    raise ValueError(
+                        f"{name} is trainable, and the layer's basis is made from it, so that the adapter "
+                        "could not be loaded: freeze it, or name the layer in modules_to_save instead of "
+                        "adapting it; nothing was written"
+                    )
+            elif self.digest(name) == buffers.get(name):
+                continue
+            found.append(name)
         return found
 
     def describe(self, stored: Iterable[str]) -> dict[str, Any]:
@@ -163,6 +194,15 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf not in module._non_persistent_buffers_set:
                 yield (f"{name}.{leaf}" if name else leaf), buffer
+
+
+def buffer_digests(model: nn.Module) -> dict[str, str]:
+    """The digests by which `Base.changed` knows later which persistent buffers moved."""
+    return {
+        name: tensor_fingerprint(buffer)[:DIGITS]
+        for name, buffer in persistent_buffers(model)
+        if buffer.device.type != "meta"
+    }
 
 
 def _listed(names: list[str]) -> str:

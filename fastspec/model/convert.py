@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastspec.config import SpectralConfig
+from fastspec.model.base import buffer_digests
 from fastspec.model.targets import (
     Target,
     avoid_fused_inference,
@@ -28,10 +29,17 @@ from fastspec.svd.factors import Factors, factorize
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """What `spectralize` left on a model as `model.spectral`: its config and the modules trained whole."""
+    """What `spectralize` left on a model as `model.spectral`.
+
+    Attributes:
+        config: as it was given.
+        modules_to_save: names of the modules trained whole.
+        buffers: a digest of each persistent buffer, by which it shows later that one moved.
+    """
 
     config: SpectralConfig
     modules_to_save: tuple[str, ...]
+    buffers: dict[str, str] = dataclasses.field(repr=False)
 
 
 def spectralize(
@@ -94,6 +102,7 @@ def spectralize(
         id(t.module): _adapted(t, factors[i], config) for t, i in zip(targets, index, strict=True)
     }
 
+    buffers = buffer_digests(model)
     # nothing above changed the model; nothing below can fail
     model.requires_grad_(False)
     for parent in list(model.modules()):
@@ -111,7 +120,7 @@ def spectralize(
                 module.requires_grad_(True)
     for name in heads:
         model.get_submodule(name).requires_grad_(True)
-    model.spectral = Adaptation(config, heads)  # type: ignore[assignment]
+    model.spectral = Adaptation(config, heads, buffers)  # type: ignore[assignment]
     if config.target_modules == "all-linear":
         _warn_of_stacks(model)
     return wrapper

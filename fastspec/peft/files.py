@@ -38,9 +38,11 @@ from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import (
     MAX_HEADER_BYTES,
     AdapterError,
+    Expected,
     check_tensors,
     read_bounded,
 )
+from fastspec.peft.beside import base_tensors, check_alone
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import BASE, SpectralLinear
@@ -110,7 +112,7 @@ def load_adapter(
     ranks = _ranks(tensors, modules, folder)
     saved = _modules_to_save(heads, kind, modules, ranks, folder)
     _name_everything(config, ranks, saved)
-    expected = {}
+    expected: Expected = {}
     for layer, rank in ranks.items():
         layer_rank = _rank_allowed(config, layer, modules[layer], folder)
         if layer_rank != rank:
@@ -122,7 +124,9 @@ def load_adapter(
     for head in saved:
         for key, tensor in modules[head].state_dict().items():
             expected[f"{PREFIX}{head}.{key}"] = (tuple(tensor.shape), tensor.dtype)
+    _expect_beside(expected, tensors, model, ranks)
     check_tensors(tensors, expected, folder, ())
+    check_alone(model, name, tensors)
     _check_fingerprint(config, {layer: modules[layer] for layer in ranks}, folder)
 
     config.inference_mode = not is_trainable
@@ -300,6 +304,20 @@ def _name_everything(config: SpectralConfig, ranks: Mapping[str, int], saved: li
         # matched against the ends of names, the first that fits: a layer's own name before parts of it
         longest_first = sorted(ranks, key=len, reverse=True)
         config.rank_pattern = {re.escape(layer): ranks[layer] for layer in longest_first}
+
+
+def _expect_beside(
+    expected: Expected, tensors: Mapping[str, Tensor], model: nn.Module, layers: Mapping[str, Any]
+) -> None:
+    """Add those tensors of the base that the adapter brings, which are no weight of its layers."""
+    for name, tensor in base_tensors(model).items():
+        owner, dot, leaf = name.removeprefix(PREFIX).rpartition(".")
+        layer = owner.removesuffix(".base_layer")
+        if layer in layers and leaf == "weight":
+            continue
+        key = f"{PREFIX}{f'{layer}.base_layer' if layer in layers else owner}{dot}{leaf}"
+        if key in tensors:
+            expected.setdefault(key, (tuple(tensor.shape), tensor.dtype))
 
 
 def _check_fingerprint(config: SpectralConfig, layers: Mapping[str, Any], folder: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from peft import mapping
+from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _maybe_include_all_linear_layers,
@@ -23,6 +23,7 @@ from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.base import DIGITS
 from fastspec.model.targets import avoid_fused_inference, check_layer
+from fastspec.peft.beside import changed_beside, check_alone, note_brought, note_buffers
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
 from fastspec.peft.state import FrozenBasis
@@ -54,6 +55,8 @@ class SpectralModel(BaseTuner):
         config = copy.deepcopy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         trainable = [(p, p.requires_grad) for p in model.parameters()]
+        if not any(isinstance(module, SpectralLinear) for module in model.modules()):
+            note_buffers(model)
         try:
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
@@ -146,6 +149,34 @@ class SpectralModel(BaseTuner):
             for name in names:
                 layers[name].use_basis(adapter_name, config.core, basis, wanted[name])
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What PEFT saves: the adapter's tensors, and those of the base that are trained or moved beside."""
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return {name: state_dict[name] for name in changed_beside(model)} | found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """What PEFT loads, checked before it is put into the model."""
+        check_alone(model, adapter_name, state_dict)
+        note_brought(model, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Serve PEFT's argument `adapter_names`: one adapter a row, `"__base__"` for none.
@@ -213,9 +244,10 @@ def check_fingerprints(config: SpectralConfig, have: Mapping[str, str], whose: s
     if differing:
         made_from = config.base_model_name_or_path
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        base = f"other base weights{f' ({excerpt(made_from)})' if made_from else ''}"
         raise AdapterError(
-            f"{whose} was made from other base weights{f' ({excerpt(made_from)})' if made_from else ''}, or "
-            f"for other layers: not the same are {excerpt(differing[0])}{more} of {len(names)}; coefficients "
+            f"{whose} was made from {base}, or lacks tensors of some of its layers: not the same are "
+            f"{excerpt(differing[0])}{more} of {len(names)}; coefficients "
             "only mean something in the basis of their own model: load that one, in the same dtype (or, to "
             "start a new adapter by this config, set its base_fingerprint to None)"
         )
