@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import fastspec
-from fastspec.config import SpectralConfig
 from fastspec.files import excerpt
+from fastspec.model.adapter_basis import Adapters, bases_of, basis_tensors, expected_bases
 from fastspec.model.adapter_file import AdapterError, Expected, open_adapter, write_adapter
 from fastspec.model.adapter_fit import (
     FIELDS,
@@ -31,19 +31,27 @@ from fastspec.model.adapter_fit import (
     config_of,
     expected_state,
     expected_tensors,
+    targets_of,
 )
 from fastspec.model.base import Base
-from fastspec.model.convert import Adaptation, adaptation, spectralize
+from fastspec.model.convert import Adaptation, adaptation
 from fastspec.model.fsdp import assign, is_sharded, reshard, whole
-from fastspec.model.targets import is_norm, spectral_layers, unwrap
+from fastspec.model.targets import Target, is_norm, spectral_layers, unwrap
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, bases: bool = False) -> Path:
     """Write what is trained in `model` to `folder`, atomically: one file is replaced.
 
     That is what `spectralize` made trainable, every other parameter that requires a gradient now, and the
     persistent buffers that changed since, as the running statistics of a BatchNorm in train mode. A model
     sharded by FSDP2 is gathered: every process must call this, the first one writes.
+
+    Args:
+        model: a spectralized one.
+        folder: made where there is none.
+        bases: write the bases too, k (in + out) numbers a layer, so that nothing is factorised on loading
+            and the adapter means the same everywhere. Without them they are made again there, and where
+            they come out otherwise, as between tied singular values, loading refuses.
 
     Returns:
         The folder.
@@ -59,7 +67,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     own = adapter_tensors(model)
     state = base.changed(own, adapted.buffers)
     own |= {name: base.tensors[name] for name in state}
-    tensors = _apart({name: whole(t.detach()).cpu().contiguous() for name, t in own.items()})
+    written = own | basis_tensors(model, bases)
+    tensors = _apart({n: whole(t.detach()).cpu().contiguous() for n, t in written.items()})
     bad = next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
     if bad is not None:
         raise ValueError(f"{bad} holds NaN or infinity: nothing was written")
@@ -71,6 +80,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         **base.describe(own),
         "modules_to_save": list(adapted.modules_to_save),
         "state": state,
+        "bases": bases,
         "layers": {name: layer.rank for name, layer in spectral_layers(model)},
         "spectral": {name: fields[name] for name in FIELDS},
     }
@@ -104,13 +114,17 @@ def load_adapter(
     Raises:
         FileNotFoundError: there is no adapter.
         AdapterError: a damaged file, a folder of PEFT, other base weights, another rank or kind of core,
-            heads of another size, values that are not finite. The model is unchanged.
+            heads of another size, values that are not finite, bases that come out otherwise here. The
+            model is unchanged.
     """
     wrapper, model = model, unwrap(model)
     reshard(model)
-    config, (tensors,) = read_adapters(model, [folder], strict=strict)
+    found = read_adapters(model, [folder], strict=strict)
+    (tensors,) = found.tensors
     if next(spectral_layers(model), None) is None:
-        spectralize_for(model, config, folder)
+        spectralize_for(model, found, folder)
+    elif found.bases and not hasattr(model, "task_bank"):
+        found.hold_bases(model)
     own, base = adapter_tensors(model), Base(model).tensors
     for name, value in tensors.items():
         if name in own:
@@ -127,48 +141,49 @@ def read_adapters(
     folders: Sequence[str | os.PathLike[str]],
     sizes_free: Callable[[Sequence[str]], Collection[str]] | None = None,
     strict: bool = True,
-) -> tuple[SpectralConfig, list[dict[str, Tensor]]]:
+) -> Adapters:
     """Read adapter folders and check each against `model`, which is plain or adapted alike.
 
-    Nothing is changed. The base weights are fingerprinted once.
+    Nothing is changed. The base weights are fingerprinted once. The bases of a plain model are compared
+    when it is adapted (`spectralize_for`).
 
     Args:
         sizes_free: for adapters that share the model: from the names of the heads, the names of the
             tensors whose first dimension may differ from the model's: those of their output layers.
         strict: as in `load_adapter`.
 
-    Returns:
-        The config they share (the model's own if it is adapted), and the tensors of every folder.
-
     Raises:
         FileNotFoundError, AdapterError: as `load_adapter`; also folders of different configs.
     """
-    config: SpectralConfig | None = None
+    found: Adapters | None = None
     expected: Expected | None = None
+    targets: list[Target] = []
     adapted = next(spectral_layers(model), None) is not None
     if adapted:
-        config = adaptation_of(model).config
+        found = Adapters(adaptation_of(model).config)
         expected = {n: (t.shape, t.dtype) for n, t in adapter_tensors(model).items()}
-    limit = 16 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
+    # neither a core nor two bases are larger than twice their matrix, whatever a folder says
+    limit = 32 * sum(p.numel() for p in model.parameters())
     free: Collection[str] = ()
     base = Base(model)
     told: dict[str, Any] = {}
-    found = []
     for folder in map(Path, folders):
         with open_adapter(folder) as file:
             meta = file.meta
             saying = {key: meta[key] for key in ("spectral", "layers", "modules_to_save")}
             if saying != told:  # of a thousand folders nearly all say the same
                 own = config_of(meta, model, folder)
-                config = config or own
-                expected = expected or expected_tensors(model, own, folder)
-                check_same_config(config, own, folder)
+                found = found or Adapters(own)
+                if expected is None:
+                    targets, heads = targets_of(model, own, folder)
+                    expected = expected_tensors(model, own, targets, heads)
+                check_same_config(found.config, own, folder)
                 if adapted:
                     check_same_layers(model, meta["layers"], folder)
                 if sizes_free is not None:
                     free = sizes_free(meta["modules_to_save"])
                 told = saying
-            assert config is not None
+            assert found is not None
             assert expected is not None
             state = expected_state(meta, base.tensors, folder)
             if state and sizes_free is not None:
@@ -176,12 +191,16 @@ def read_adapters(
                     f"{folder}: it holds {excerpt(meta['state'][0])}, of which a model has one for all its "
                     "tasks: load_adapter() it into a model of its own"
                 )
-            tensors = file.tensors(expected | state, limit, free)
+            bases = expected_bases(model, targets, meta)
+            tensors = file.tensors(expected | state | bases, limit, free)
         used = None if strict else [n for n in meta["layers"] if bool(tensors[f"{n}.delta"].any())]
         base.check(meta, tensors, folder, used)
-        found.append(tensors)
-    assert config is not None, "read_adapters needs at least one folder"
-    return config, found
+        found.add(folder, meta, tensors)
+    assert found is not None, "read_adapters needs at least one folder"
+    alone = sizes_free is None and not hasattr(model, "task_bank")
+    if adapted and not (alone and found.bases):
+        found.check(bases_of(model))
+    return found
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -195,12 +214,17 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def spectralize_for(
-    model: nn.Module, config: SpectralConfig, folder: str | os.PathLike[str]
-) -> None:
-    """Adapt a plain model by the config of `read_adapters`; an AdapterError names the folder."""
+def spectralize_for(model: nn.Module, adapters: Adapters, folder: str | os.PathLike[str]) -> None:
+    """Adapt a plain model by what `read_adapters` found; an AdapterError names the folder.
+
+    Raises:
+        AdapterError: the model can't be adapted so, or its bases are others than an adapter's. It is
+            unchanged.
+    """
     try:
-        spectralize(model, config)
+        adapters.convert(model)
+    except AdapterError:
+        raise
     except (ValueError, TypeError) as e:
         raise AdapterError(
             f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"

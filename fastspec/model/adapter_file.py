@@ -230,6 +230,7 @@ def _checked(meta: Any, path: Path) -> dict[str, Any]:
             ("base", dict),
             ("rows", dict),
             ("state", list),
+            ("bases", bool),
             ("sha256", str),
             ("modules_to_save", list),
             ("layers", dict),

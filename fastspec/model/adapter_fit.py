@@ -15,7 +15,7 @@ from fastspec.config import SpectralConfig
 from fastspec.cores import delta_shape
 from fastspec.files import excerpt
 from fastspec.model.adapter_file import AdapterError, Expected
-from fastspec.model.targets import find_targets, is_norm, spectral_layers
+from fastspec.model.targets import Target, find_targets, is_norm, spectral_layers
 
 # what the file spells out by `layers` and `modules_to_save` instead
 PATTERNS = ("rank", "target_modules", "exclude_modules", "modules_to_save")
@@ -52,14 +52,22 @@ def config_of(meta: dict[str, Any], model: nn.Module, folder: Path) -> SpectralC
         raise AdapterError(f"{folder}: not a usable adapter config: {excerpt(e)}") from None
 
 
-def expected_tensors(model: nn.Module, config: SpectralConfig, folder: Path) -> Expected:
-    """What `adapter_tensors` would be if the plain `model` were spectralized by `config`."""
+def targets_of(
+    model: nn.Module, config: SpectralConfig, folder: Path
+) -> tuple[list[Target], tuple[str, ...]]:
+    """`find_targets` for the config of a folder."""
     try:
-        targets, heads = find_targets(model, config)
+        return find_targets(model, config)
     except (ValueError, TypeError) as e:
         raise AdapterError(
             f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
         ) from None
+
+
+def expected_tensors(
+    model: nn.Module, config: SpectralConfig, targets: list[Target], heads: tuple[str, ...]
+) -> Expected:
+    """What `adapter_tensors` would be if the plain `model` were spectralized by `config`."""
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for t in targets:
         shape = delta_shape(config.core, t.directions.rank, config.half_width)

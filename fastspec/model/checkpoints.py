@@ -23,11 +23,15 @@ class AdapterCheckpoints:
     `save_model`, the checkpoints, `resume_from_checkpoint` and `load_best_model_at_end` then write and
     read adapter folders (`fastspec.save_adapter`), so every checkpoint also serves `load_adapter`.
 
+    Attributes:
+        save_bases: whether they hold the bases too (`bases` of `save_adapter`).
+
     Raises:
         ValueError: the model is not a spectralized one, or the arguments ask for DeepSpeed or FSDP,
             whose checkpoints Trainer writes past these methods.
     """
 
+    save_bases = False
     args: Any
     accelerator: Any
     model: Any
@@ -52,7 +56,8 @@ class AdapterCheckpoints:
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            save_adapter(self._adapted_model(), output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            save_adapter(self._adapted_model(), folder, bases=self.save_bases)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self._adapted_model(), resume_from_checkpoint)

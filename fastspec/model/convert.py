@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +80,29 @@ def spectralize(
         )
     targets, heads = find_targets(model, config)
 
+    def make(unique: list[Target]) -> list[Factors]:
+        if basis is not None:
+            return _factors_from_file(unique, config, basis)
+        return computed_factors(unique, progress)
+
+    convert(model, config, targets, heads, shared_factors(targets, make))
+    return wrapper
+
+
+def computed_factors(targets: list[Target], progress: bool | None = None) -> list[Factors]:
+    """Factors of targets that share no weight, made from these."""
+    return factorize(
+        [t.matrix for t in targets],
+        [t.directions for t in targets],
+        [t.name for t in targets],
+        progress=progress,
+    )
+
+
+def shared_factors(
+    targets: list[Target], make: Callable[[list[Target]], list[Factors]]
+) -> list[Factors]:
+    """Factors of all targets by `make`, which is asked once for each weight that several share."""
     unique: dict[tuple, int] = {}
     representative: list[Target] = []
     index = []
@@ -89,18 +113,19 @@ def spectralize(
             unique[key] = len(representative)
             representative.append(target)
         index.append(unique[key])
-    if basis is not None:
-        factors = _factors_from_file(representative, config, basis)
-    else:
-        factors = factorize(
-            [t.matrix for t in representative],
-            [t.directions for t in representative],
-            [t.name for t in representative],
-            progress=progress,
-        )
-    layers = {
-        id(t.module): _adapted(t, factors[i], config) for t, i in zip(targets, index, strict=True)
-    }
+    factors = make(representative)
+    return [factors[i] for i in index]
+
+
+def convert(
+    model: nn.Module,
+    config: SpectralConfig,
+    targets: list[Target],
+    heads: tuple[str, ...],
+    factors: list[Factors],
+) -> None:
+    """Put adapted layers in place of `targets`, which `find_targets` found with `heads`; freeze the rest."""
+    layers = {id(t.module): _adapted(t, f, config) for t, f in zip(targets, factors, strict=True)}
 
     buffers = buffer_digests(model)
     # nothing above changed the model; nothing below can fail
@@ -123,7 +148,6 @@ def spectralize(
     model.spectral = Adaptation(config, heads, buffers)  # type: ignore[assignment]
     if config.target_modules == "all-linear":
         _warn_of_stacks(model)
-    return wrapper
 
 
 def _warn_of_stacks(model: nn.Module) -> None:
@@ -141,7 +165,7 @@ def _warn_of_stacks(model: nn.Module) -> None:
         warnings.warn(
             f"{share:.0%} of the model are stacks of matrices, such as {next(iter(stacks))}, which no "
             "nn.Linear holds: they stay as they are, only the linear layers were adapted",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -1,4 +1,7 @@
-"""What is trained, or moves, beside the coefficients: PEFT's files hold it under its own names.
+"""What PEFT's files hold beside the coefficients: sketches of the bases, and what else is trained or moves.
+
+A sketch tells an update from that between other vectors (`fastspec.svd.sketch`); it travels with the
+coefficients, as `<layer>.fastspec_sketch`. Whatever else is trained, or moves, is there under its own name.
 
 Of a base model's tensors there is one each for all adapters, so such an adapter is the only one of its model.
 What every adapter needs for itself belongs in `modules_to_save`, of which PEFT makes copies.
@@ -15,13 +18,17 @@ from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from fastspec.files import excerpt
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.base import DIGITS, buffer_digests
 from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import SpectralLinear
+from fastspec.svd.sketch import TOLERANCE, distance, probed, sketch
 
 NOTE = "fastspec_beside"
+DELTA = ".fastspec_delta"
+SKETCH = ".fastspec_sketch"
 
 
 @dataclasses.dataclass
@@ -103,6 +110,62 @@ def changed_beside(model: nn.Module) -> list[str]:
             )
         found.append(name)
     return found
+
+
+def sketches(model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sketches [8] of an adapter whose coefficients are in `state`, by names like theirs."""
+    found = {}
+    for name, layer in _layers_of(model, adapter):
+        delta = state.get(f"{name}{DELTA}.{adapter}")
+        if delta is not None and delta.device.type != "meta":
+            found[f"{name}{SKETCH}.{adapter}"] = _sketch(layer, adapter, delta)
+    return found
+
+
+def check_sketches(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
+    """Compare an adapter's sketches with what its coefficients do here, and take them out of `state`.
+
+    Args:
+        model: with the adapter, and its bases.
+        adapter: its name.
+        state: of its file, where names have no adapter's name; without sketches nothing is compared.
+
+    Raises:
+        AdapterError: the update of a layer is another one.
+    """
+    told = {name: state.pop(name) for name in list(state) if name.endswith(SKETCH)}
+    told = {name.removeprefix(PREFIX): tensor for name, tensor in told.items()}
+    deltas = {n.removeprefix(PREFIX): t for n, t in state.items() if n.endswith(DELTA)}
+    for name, layer in _layers_of(model, adapter):
+        name = name.removeprefix(PREFIX)
+        own, delta = told.get(f"{name}{SKETCH}"), deltas.get(f"{name}{DELTA}")
+        if own is None or delta is None:
+            continue
+        # what does not fit, or is not finite, is refused by what loads it
+        fits = delta.shape == layer.fastspec_delta[adapter].shape
+        if not (fits and bool(torch.isfinite(delta).all())):
+            continue
+        off = distance(own.cpu(), _sketch(layer, adapter, delta))
+        if not off <= TOLERANCE:
+            raise AdapterError(
+                f"the basis of {excerpt(name)} here is another one than the adapter's: its update differs by "
+                f"{off:.0%}, where rounding differs by less than {TOLERANCE:.0%}: the weight has tied "
+                "singular values, whose vectors depend on threads and machine. Where it was trained, "
+                "fastspec.peft.save_as_lora writes the same update with its vectors"
+            )
+
+
+def _layers_of(model: nn.Module, adapter: str) -> list[tuple[str, SpectralLinear]]:
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, SpectralLinear) and adapter in layer.fastspec_basis
+    ]
+
+
+def _sketch(layer: SpectralLinear, adapter: str, delta: Tensor) -> Tensor:
+    f = layer.factors(adapter)
+    return sketch(probed(f.u, f.vh), delta.to(f.u.device), layer.fastspec_form[adapter].core)
 
 
 def check_alone(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:

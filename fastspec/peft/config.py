@@ -29,7 +29,8 @@ class SpectralConfig(PeftConfig):
     """What `peft.get_peft_model` does to a model: U, S, Vh of its weights frozen, a k x k core trained.
 
     Args (besides PEFT's own `task_type`, `inference_mode`, `base_model_name_or_path`, `revision`):
-        r: directions kept per matrix: a count, a fraction of `min(in, out)` in (0, 1], or `"full"`.
+        r: directions kept per matrix: a count (a matrix with a shorter side keeps all it has, unless all
+            of that count are such), a fraction of `min(in, out)` in (0, 1], or `"full"`.
         core: `"diag"` trains a vector [k], `"band"` the `2 * half_width + 1` diagonals around the main
             one, `"dense"` the whole k x k matrix.
         half_width: band half-width, diagonals on each side.
@@ -112,16 +113,21 @@ class SpectralConfig(PeftConfig):
                 f"target_modules={self.target_modules!r}: name the modules"
             )
 
+    def rank_asked(self, name: str, short_side: int) -> int:
+        """The rank that `r` or a pattern means for the layer `name`; a tiny matrix may have less room."""
+        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        return resolve_rank(rank, short_side)
+
     def directions(self, name: str, short_side: int) -> Directions:
         """The directions of the layer `name`, whose smaller side is `short_side`.
 
         Raises:
             ValueError: the matrix has fewer of them; the message names the layer.
         """
-        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        directions = Directions(
-            resolve_rank(rank, short_side), self.select, self.basis, self.tol, self.seed
-        )
+        rank = self.rank_asked(name, short_side)
+        if isinstance(self.select, str):
+            rank = min(rank, short_side)
+        directions = Directions(rank, self.select, self.basis, self.tol, self.seed)
         try:
             directions.triplets(short_side)
         except ValueError as e:

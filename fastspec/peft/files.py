@@ -42,14 +42,14 @@ from fastspec.model.adapter_file import (
     check_tensors,
     read_bounded,
 )
-from fastspec.peft.beside import base_tensors, check_alone
+from fastspec.peft.beside import DELTA, NOTE, SKETCH, base_tensors, check_alone
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import BASE, SpectralLinear
 from fastspec.peft.model import SpectralModel, check_fingerprints, check_target
+from fastspec.svd.sketch import PROBES
 
 MAX_CONFIG_BYTES = 4 << 20  # 10,000 layers take one
-DELTA = ".fastspec_delta"
 TEXTS = ("base_model_name_or_path", "revision")
 FIELDS = (
     "core",
@@ -121,6 +121,8 @@ def load_adapter(
             )
         shape = delta_shape(config.core, rank, config.half_width)
         expected[f"{PREFIX}{layer}{DELTA}"] = (shape, torch.float32)
+        if f"{PREFIX}{layer}{SKETCH}" in tensors:
+            expected[f"{PREFIX}{layer}{SKETCH}"] = ((PROBES,), torch.float32)
     for head in saved:
         for key, tensor in modules[head].state_dict().items():
             expected[f"{PREFIX}{head}.{key}"] = (tuple(tensor.shape), tensor.dtype)
@@ -130,6 +132,7 @@ def load_adapter(
     _check_fingerprint(config, {layer: modules[layer] for layer in ranks}, folder)
 
     config.inference_mode = not is_trainable
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -139,12 +142,29 @@ def load_adapter(
         raise AdapterError(
             f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
         ) from None
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    try:
+        set_peft_model_state_dict(model, tensors, adapter_name=name)
+    except AdapterError:
+        _undo(model, name, trainable)
+        raise
     if is_trainable:
         model.set_requires_grad(name)
     else:
         model.eval()
     return model
+
+
+def _undo(model: PeftModel, name: str, trainable: list[tuple[nn.Parameter, bool]]) -> None:
+    """Take away an adapter whose bases came out otherwise, which shows when they are there."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(name)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        return
+    tuner: Any = model.base_model
+    tuner.discard(name, trainable)
+    for attribute in ("peft_config", "peft_type", NOTE):
+        tuner.model.__dict__.pop(attribute, None)
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -23,7 +23,14 @@ from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.base import DIGITS
 from fastspec.model.targets import avoid_fused_inference, check_layer
-from fastspec.peft.beside import changed_beside, check_alone, note_brought, note_buffers
+from fastspec.peft.beside import (
+    changed_beside,
+    check_alone,
+    check_sketches,
+    note_brought,
+    note_buffers,
+    sketches,
+)
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
 from fastspec.peft.state import FrozenBasis
@@ -64,17 +71,21 @@ class SpectralModel(BaseTuner):
             self._make_bases(adapter_name, config)  # type: ignore[arg-type]
             avoid_fused_inference(model)
         except Exception:
-            if len(self.peft_config) == 1:
-                for module in model.modules():
-                    if isinstance(module, AuxiliaryTrainingWrapper):
-                        module.set_adapter([])  # unload then puts the original back, not the copy
-                self.unload()
-            else:
-                del self.peft_config[adapter_name]
-                delete_adapter(model, adapter_name, self.prefix, SpectralLinear)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
+            self.discard(adapter_name, trainable)
             raise
+
+    def discard(self, adapter_name: str, trainable: list[tuple[nn.Parameter, bool]]) -> None:
+        """Take an adapter away again; parameters get the flags of `trainable` back."""
+        if len(self.peft_config) == 1:
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.set_adapter([])  # unload then puts the original back, not the copy
+            self.unload()
+        else:
+            del self.peft_config[adapter_name]
+            delete_adapter(self.model, adapter_name, self.prefix, SpectralLinear)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules in (None, "all-linear"):
@@ -122,6 +133,9 @@ class SpectralModel(BaseTuner):
             name: config.directions(name, min(layer.base_matrix().shape))
             for name, layer in layers.items()
         }
+        _check_ranks(
+            config, {name: min(layer.base_matrix().shape) for name, layer in layers.items()}
+        )
         fingerprints = {}
         missing: dict[tuple, list[str]] = {}  # layers that share a weight share its factors
         for name, layer in layers.items():
@@ -162,7 +176,8 @@ class SpectralModel(BaseTuner):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return {name: state_dict[name] for name in changed_beside(model)} | found
+        beside = {name: state_dict[name] for name in changed_beside(model)}
+        return beside | found | sketches(model, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -174,6 +189,7 @@ class SpectralModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """What PEFT loads, checked before it is put into the model."""
         check_alone(model, adapter_name, state_dict)
+        check_sketches(model, adapter_name, state_dict)
         note_brought(model, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -230,6 +246,24 @@ def _with_adapter_names(
     return args, kwargs | {"adapter_names": adapter_names}
 
 
+def _check_ranks(config: SpectralConfig, sides: Mapping[str, int]) -> None:
+    """Refuse a rank that no layer has room for: it was not meant for others, beside which tiny ones keep all.
+
+    Raises:
+        ValueError: the message names a layer.
+    """
+    if not isinstance(config.select, str):
+        return
+    asked = {name: config.rank_asked(name, side) for name, side in sides.items()}
+    served = {rank for name, rank in asked.items() if rank <= sides[name]}
+    for name, rank in asked.items():
+        if rank not in served:
+            raise ValueError(
+                f"{name}: rank {rank} is above min(in, out) = {sides[name]}; give a smaller r or "
+                "rank_pattern, or name the layer in exclude_modules or modules_to_save"
+            )
+
+
 def check_fingerprints(config: SpectralConfig, have: Mapping[str, str], whose: str) -> None:
     """Compare the weights of an adapter's layers with those it was made from, if the config names them.
 
@@ -265,6 +299,8 @@ def check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
             f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so it can't be "
             "adapted: name it in exclude_modules"
         )
+    if isinstance(target._parameters.get("weight"), nn.UninitializedParameter):
+        raise ValueError(f"{name}: a lazy layer without weights yet: run the model once first")
     if target._forward_hooks or target._forward_pre_hooks or "forward" in vars(target):
         raise ValueError(
             f"{name}: the layer has forward hooks or a forward of its own (offloading, weight norm, or the "
