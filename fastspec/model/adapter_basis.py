@@ -18,7 +18,7 @@ from fastspec.model.fsdp import assign, whole
 from fastspec.model.targets import Target, find_targets, spectral_layers
 from fastspec.svd.basis_file import BasisEntry, misfit
 from fastspec.svd.factors import Factors
-from fastspec.svd.sketch import PROBES, TOLERANCE, distance, probed, sketch
+from fastspec.svd.sketch import PROBES, TOLERANCE, distance, probed, sketch, sketches
 
 SKETCH = "update_sketch"  # no other tensor of an adapter has a name without dots
 LEAVES = ("u", "s", "vh")
@@ -62,12 +62,10 @@ class Adapters:
             AdapterError: an update is another one.
         """
         for name, u, vh in bases:
-            basis = probed(u, vh)
-            for folder, sketches, tensors in zip(
-                self.folders, self.sketches, self.tensors, strict=True
-            ):
-                here = sketch(basis, tensors[f"{name}.delta"], self.config.core)
-                off = distance(here, sketches[name])
+            deltas = torch.stack([tensors[f"{name}.delta"] for tensors in self.tensors])
+            here = sketches(probed(u, vh), deltas.to(u.device), self.config.core)
+            there = torch.stack([told[name] for told in self.sketches])
+            for folder, off in zip(self.folders, distance(here, there).tolist(), strict=True):
                 if not off <= TOLERANCE:
                     raise AdapterError(
                         f"{folder}: the basis of {excerpt(name)} here is another one than the adapter's: its "
@@ -129,11 +127,11 @@ def bases_of(model: nn.Module) -> Iterable[tuple[str, Tensor, Tensor]]:
 def basis_tensors(model: nn.Module, whole_bases: bool) -> dict[str, Tensor]:
     """What the file of an adapter holds of its bases: the sketches [layers, 8], and on request all."""
     layers = dict(spectral_layers(model))
-    sketches = [
+    own = [
         sketch(probed(u, vh), whole(layers[name].delta), layers[name].core)
         for name, u, vh in bases_of(model)
     ]
-    found = {SKETCH: torch.stack(sketches)}
+    found = {SKETCH: torch.stack(own)}
     if whole_bases:
         found |= {
             f"{n}.{leaf}": getattr(layer, leaf) for n, layer in layers.items() for leaf in LEAVES

@@ -9,6 +9,7 @@ guard against mistakes and not against forgery, which nobody needs: a folder say
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -99,7 +100,7 @@ class Base:
     def describe(self, stored: Iterable[str]) -> dict[str, Any]:
         """What an adapter file says of the base: `base`, and `rows` of what may have more elsewhere."""
         names = self.names(stored)
-        embeddings = self._embeddings()
+        embeddings = self._embeddings
         return {
             "base": {name: self.digest(name) for name in names},
             "rows": {n: len(self.tensors[n]) for n in names if n in embeddings},
@@ -125,7 +126,7 @@ class Base:
         """
         told, rows = meta["base"], meta["rows"]
         names = self.names(stored)
-        embeddings = self._embeddings()
+        embeddings = self._embeddings
         differing = sorted(set(names).symmetric_difference(told))
         for name in names:
             if name not in told:
@@ -179,6 +180,7 @@ class Base:
             "training"
         )
 
+    @functools.cached_property
     def _embeddings(self) -> set[str]:
         """Names of the tensors that have one row a token."""
         owners = [n for n, m in self.model.named_modules() if isinstance(m, nn.Embedding)]

@@ -145,7 +145,7 @@ def check_sketches(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> 
         fits = delta.shape == layer.fastspec_delta[adapter].shape
         if not (fits and bool(torch.isfinite(delta).all())):
             continue
-        off = distance(own.cpu(), _sketch(layer, adapter, delta))
+        off = float(distance(own.cpu(), _sketch(layer, adapter, delta)))
         if not off <= TOLERANCE:
             raise AdapterError(
                 f"the basis of {excerpt(name)} here is another one than the adapter's: its update differs by "

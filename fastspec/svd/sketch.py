@@ -38,22 +38,27 @@ def sketch(basis: tuple[Tensor, Tensor], delta: Tensor, core: Core) -> Tensor:
         delta: storage of the core C, finite.
         core: its kind.
     """
+    return sketches(basis, delta[None], core)[0]
+
+
+def sketches(basis: tuple[Tensor, Tensor], deltas: Tensor, core: Core) -> Tensor:
+    """Those [n, 8] of n updates in one basis: `deltas` [n, ...] are their coefficients."""
     left, right = basis
-    c = delta.detach().to(left)
-    largest = c.abs().amax()
-    c = c / largest.clamp_min(torch.finfo(c.dtype).tiny)  # whose square stays within the range
+    c = deltas.detach().to(left).flatten(1)
+    least = torch.finfo(c.dtype).tiny
+    c = c / c.abs().amax(1, keepdim=True).clamp_min(least)  # whose square stays within the range
     if core == "diag":
-        acted, norm = c[:, None] * right, c.norm()
+        t, norm = c @ (left * right), c.norm(dim=1)
     else:
-        matrix = core_matrix(c, core)
-        acted, norm = matrix @ right, matrix.norm()
-    t = (left * acted).sum(0) / norm.clamp_min(torch.finfo(c.dtype).tiny)
-    return t.to("cpu", torch.float32)
+        matrices = [core_matrix(one.view(deltas.shape[1:]), core) for one in c]
+        t = torch.stack([(left * (matrix @ right)).sum(0) for matrix in matrices])
+        norm = torch.stack([matrix.norm() for matrix in matrices])
+    return (t / norm.clamp_min(least)[:, None]).to("cpu", torch.float32)
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """About the relative distance of the updates that two sketches are of."""
-    return float((a.double() - b.double()).square().mean().sqrt())
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """About the relative distance of the updates that two sketches [..., 8] are of."""
+    return (a.double() - b.double()).square().mean(-1).sqrt()
 
 
 def _signs(n: int, side: str) -> Tensor:
