@@ -6,12 +6,14 @@ import dataclasses
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastspec.config import SpectralConfig
+from fastspec.model.base import buffer_digests
 from fastspec.model.targets import (
     Target,
     avoid_fused_inference,
@@ -28,10 +30,17 @@ from fastspec.svd.factors import Factors, factorize
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """What `spectralize` left on a model as `model.spectral`: its config and the modules trained whole."""
+    """What `spectralize` left on a model as `model.spectral`.
+
+    Attributes:
+        config: as it was given.
+        modules_to_save: names of the modules trained whole.
+        buffers: a digest of each persistent buffer, by which it shows later that one moved.
+    """
 
     config: SpectralConfig
     modules_to_save: tuple[str, ...]
+    buffers: dict[str, str] = dataclasses.field(repr=False)
 
 
 @torch.inference_mode(False)  # what is made here is trained elsewhere
@@ -72,6 +81,29 @@ def spectralize(
         )
     targets, heads = find_targets(model, config)
 
+    def make(unique: list[Target]) -> list[Factors]:
+        if basis is not None:
+            return _factors_from_file(unique, config, basis)
+        return computed_factors(unique, progress)
+
+    convert(model, config, targets, heads, shared_factors(targets, make))
+    return wrapper
+
+
+def computed_factors(targets: list[Target], progress: bool | None = None) -> list[Factors]:
+    """Factors of targets that share no weight, made from these."""
+    return factorize(
+        [t.matrix for t in targets],
+        [t.directions for t in targets],
+        [t.name for t in targets],
+        progress=progress,
+    )
+
+
+def shared_factors(
+    targets: list[Target], make: Callable[[list[Target]], list[Factors]]
+) -> list[Factors]:
+    """Factors of all targets by `make`, which is asked once for each weight that several share."""
     unique: dict[tuple, int] = {}
     representative: list[Target] = []
     index = []
@@ -82,19 +114,21 @@ def spectralize(
             unique[key] = len(representative)
             representative.append(target)
         index.append(unique[key])
-    if basis is not None:
-        factors = _factors_from_file(representative, config, basis)
-    else:
-        factors = factorize(
-            [t.matrix for t in representative],
-            [t.directions for t in representative],
-            [t.name for t in representative],
-            progress=progress,
-        )
-    layers = {
-        id(t.module): _adapted(t, factors[i], config) for t, i in zip(targets, index, strict=True)
-    }
+    factors = make(representative)
+    return [factors[i] for i in index]
 
+
+def convert(
+    model: nn.Module,
+    config: SpectralConfig,
+    targets: list[Target],
+    heads: tuple[str, ...],
+    factors: list[Factors],
+) -> None:
+    """Put adapted layers in place of `targets`, which `find_targets` found with `heads`; freeze the rest."""
+    layers = {id(t.module): _adapted(t, f, config) for t, f in zip(targets, factors, strict=True)}
+
+    buffers = buffer_digests(model)
     # nothing above changed the model; nothing below can fail
     model.requires_grad_(False)
     for parent in list(model.modules()):
@@ -112,10 +146,9 @@ def spectralize(
                 module.requires_grad_(True)
     for name in heads:
         model.get_submodule(name).requires_grad_(True)
-    model.spectral = Adaptation(config, heads)  # type: ignore[assignment]
+    model.spectral = Adaptation(config, heads, buffers)  # type: ignore[assignment]
     if config.target_modules == "all-linear":
         _warn_of_stacks(model)
-    return wrapper
 
 
 def _warn_of_stacks(model: nn.Module) -> None:
@@ -133,7 +166,7 @@ def _warn_of_stacks(model: nn.Module) -> None:
         warnings.warn(
             f"{share:.0%} of the model are stacks of matrices, such as {next(iter(stacks))}, which no "
             "nn.Linear holds: they stay as they are, only the linear layers were adapted",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

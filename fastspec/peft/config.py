@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from fastspec import config as spectral
 from fastspec.config import Basis, Rank, Select, resolve_rank
 from fastspec.cores import Core
+from fastspec.files import excerpt
 from fastspec.svd.factors import Directions
 
 BIASES = ("none", "all", "fastspec_only")
@@ -28,7 +29,8 @@ class SpectralConfig(PeftConfig):
     """What `peft.get_peft_model` does to a model: U, S, Vh of its weights frozen, a k x k core trained.
 
     Args (besides PEFT's own `task_type`, `inference_mode`, `base_model_name_or_path`, `revision`):
-        r: directions kept per matrix: a count, a fraction of `min(in, out)` in (0, 1], or `"full"`.
+        r: directions kept per matrix: a count (a matrix with a shorter side keeps all it has, unless all
+            of that count are such), a fraction of `min(in, out)` in (0, 1], or `"full"`.
         core: `"diag"` trains a vector [k], `"band"` the `2 * half_width + 1` diagonals around the main
             one, `"dense"` the whole k x k matrix.
         half_width: band half-width, diagonals on each side.
@@ -46,8 +48,9 @@ class SpectralConfig(PeftConfig):
             layers.
         tol: relative residual asked of every singular triplet.
         seed: of the SVD's start block and of random bases.
-        base_fingerprint: what ties a saved adapter to the base weights its basis is rebuilt from; PEFT's
-            `save_pretrained` stores it, loading checks it. Leave it out for a new adapter.
+        base_fingerprint: what ties a saved adapter to the base weights its basis is rebuilt from: a digest
+            of each adapted layer's. PEFT's `save_pretrained` stores it, loading checks it. Leave it out
+            for a new adapter.
 
     Raises:
         ValueError, TypeError: a field is out of its range; the message names it.
@@ -67,7 +70,7 @@ class SpectralConfig(PeftConfig):
     bias: str = "none"
     tol: float = 1e-5
     seed: int = 0
-    base_fingerprint: str | None = None
+    base_fingerprint: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +100,11 @@ class SpectralConfig(PeftConfig):
             raise ValueError(
                 f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}"
             )
+        told = self.base_fingerprint
+        if told is not None and not (
+            isinstance(told, dict) and all(isinstance(v, str) for v in told.values())
+        ):
+            raise TypeError(f"base_fingerprint must map layers to digests, got {excerpt(told)}")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: which layers it is to pick")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -105,16 +113,21 @@ class SpectralConfig(PeftConfig):
                 f"target_modules={self.target_modules!r}: name the modules"
             )
 
+    def rank_asked(self, name: str, short_side: int) -> int:
+        """The rank that `r` or a pattern means for the layer `name`; a tiny matrix may have less room."""
+        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        return resolve_rank(rank, short_side)
+
     def directions(self, name: str, short_side: int) -> Directions:
         """The directions of the layer `name`, whose smaller side is `short_side`.
 
         Raises:
             ValueError: the matrix has fewer of them; the message names the layer.
         """
-        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        directions = Directions(
-            resolve_rank(rank, short_side), self.select, self.basis, self.tol, self.seed
-        )
+        rank = self.rank_asked(name, short_side)
+        if isinstance(self.select, str):
+            rank = min(rank, short_side)
+        directions = Directions(rank, self.select, self.basis, self.tol, self.seed)
         try:
             directions.triplets(short_side)
         except ValueError as e:

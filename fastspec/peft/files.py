@@ -34,22 +34,34 @@ from transformers.pytorch_utils import Conv1D
 
 from fastspec.cores import delta_shape
 from fastspec.files import excerpt
-from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import (
     MAX_HEADER_BYTES,
     AdapterError,
+    Expected,
     check_tensors,
     read_bounded,
 )
+from fastspec.peft.beside import DELTA, NOTE, SKETCH, base_tensors, check_alone
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import BASE, SpectralLinear
-from fastspec.peft.model import SpectralModel, check_target
+from fastspec.peft.model import SpectralModel, check_fingerprints, check_target
+from fastspec.svd.sketch import PROBES
 
 MAX_CONFIG_BYTES = 4 << 20  # 10,000 layers take one
-DELTA = ".fastspec_delta"
-TEXTS = ("base_model_name_or_path", "revision", "base_fingerprint")
-FIELDS = ("core", "half_width", "select", "basis", "tol", "seed", "task_type", *TEXTS)
+TEXTS = ("base_model_name_or_path", "revision")
+FIELDS = (
+    "core",
+    "half_width",
+    "select",
+    "basis",
+    "tol",
+    "seed",
+    "task_type",
+    "base_fingerprint",
+    *TEXTS,
+)
 # the modules to save that PEFT's model classes add themselves, where the model has them
 CLASSIFIERS = ("classifier", "score")
 HEADS = {
@@ -100,7 +112,7 @@ def load_adapter(
     ranks = _ranks(tensors, modules, folder)
     saved = _modules_to_save(heads, kind, modules, ranks, folder)
     _name_everything(config, ranks, saved)
-    expected = {}
+    expected: Expected = {}
     for layer, rank in ranks.items():
         layer_rank = _rank_allowed(config, layer, modules[layer], folder)
         if layer_rank != rank:
@@ -109,13 +121,18 @@ def load_adapter(
             )
         shape = delta_shape(config.core, rank, config.half_width)
         expected[f"{PREFIX}{layer}{DELTA}"] = (shape, torch.float32)
+        if f"{PREFIX}{layer}{SKETCH}" in tensors:
+            expected[f"{PREFIX}{layer}{SKETCH}"] = ((PROBES,), torch.float32)
     for head in saved:
         for key, tensor in modules[head].state_dict().items():
             expected[f"{PREFIX}{head}.{key}"] = (tuple(tensor.shape), tensor.dtype)
+    _expect_beside(expected, tensors, model, ranks)
     check_tensors(tensors, expected, folder, ())
+    check_alone(model, name, tensors)
     _check_fingerprint(config, {layer: modules[layer] for layer in ranks}, folder)
 
     config.inference_mode = not is_trainable
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -125,12 +142,29 @@ def load_adapter(
         raise AdapterError(
             f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
         ) from None
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    try:
+        set_peft_model_state_dict(model, tensors, adapter_name=name)
+    except AdapterError:
+        _undo(model, name, trainable)
+        raise
     if is_trainable:
         model.set_requires_grad(name)
     else:
         model.eval()
     return model
+
+
+def _undo(model: PeftModel, name: str, trainable: list[tuple[nn.Parameter, bool]]) -> None:
+    """Take away an adapter whose bases came out otherwise, which shows when they are there."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(name)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        return
+    tuner: Any = model.base_model
+    tuner.discard(name, trainable)
+    for attribute in ("peft_config", "peft_type", NOTE):
+        tuner.model.__dict__.pop(attribute, None)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -292,17 +326,28 @@ def _name_everything(config: SpectralConfig, ranks: Mapping[str, int], saved: li
         config.rank_pattern = {re.escape(layer): ranks[layer] for layer in longest_first}
 
 
+def _expect_beside(
+    expected: Expected, tensors: Mapping[str, Tensor], model: nn.Module, layers: Mapping[str, Any]
+) -> None:
+    """Add those tensors of the base that the adapter brings, which are no weight of its layers."""
+    for name, tensor in base_tensors(model).items():
+        owner, dot, leaf = name.removeprefix(PREFIX).rpartition(".")
+        layer = owner.removesuffix(".base_layer")
+        if layer in layers and leaf == "weight":
+            continue
+        key = f"{PREFIX}{f'{layer}.base_layer' if layer in layers else owner}{dot}{leaf}"
+        if key in tensors:
+            expected.setdefault(key, (tuple(tensor.shape), tensor.dtype))
+
+
 def _check_fingerprint(config: SpectralConfig, layers: Mapping[str, Any], folder: Path) -> None:
     weights = {
         name: layer.base_weight if isinstance(layer, SpectralLinear) else layer.weight
         for name, layer in layers.items()
     }
-    prints = {name: tensor_fingerprint(weight) for name, weight in weights.items()}
-    if combined_fingerprint(prints) != config.base_fingerprint:
-        made_from = config.base_model_name_or_path
+    if config.base_fingerprint is None:
         raise AdapterError(
-            f"{folder}: the adapter was made from other base weights"
-            f"{f' ({excerpt(made_from)})' if made_from else ''}, or lacks tensors of some of its layers: "
-            "coefficients only mean something in the basis of their own model: load that one, in the same "
-            "dtype"
+            f"{folder}: its config has no base_fingerprint, so any weights might be its own"
         )
+    prints = {name: tensor_fingerprint(weight) for name, weight in weights.items()}
+    check_fingerprints(config, prints, f"{folder}: the adapter")

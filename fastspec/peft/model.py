@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from peft import mapping
+from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _maybe_include_all_linear_layers,
@@ -18,9 +18,19 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.files import excerpt
+from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
+from fastspec.model.base import DIGITS
 from fastspec.model.targets import avoid_fused_inference, check_layer
+from fastspec.peft.beside import (
+    changed_beside,
+    check_alone,
+    check_sketches,
+    note_brought,
+    note_buffers,
+    sketches,
+)
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
 from fastspec.peft.state import FrozenBasis
@@ -52,6 +62,8 @@ class SpectralModel(BaseTuner):
         config = copy.deepcopy(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         trainable = [(p, p.requires_grad) for p in model.parameters()]
+        if not any(isinstance(module, SpectralLinear) for module in model.modules()):
+            note_buffers(model)
         try:
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
@@ -59,17 +71,21 @@ class SpectralModel(BaseTuner):
             self._make_bases(adapter_name, config)  # type: ignore[arg-type]
             avoid_fused_inference(model)
         except Exception:
-            if len(self.peft_config) == 1:
-                for module in model.modules():
-                    if isinstance(module, AuxiliaryTrainingWrapper):
-                        module.set_adapter([])  # unload then puts the original back, not the copy
-                self.unload()
-            else:
-                del self.peft_config[adapter_name]
-                delete_adapter(model, adapter_name, self.prefix, SpectralLinear)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
+            self.discard(adapter_name, trainable)
             raise
+
+    def discard(self, adapter_name: str, trainable: list[tuple[nn.Parameter, bool]]) -> None:
+        """Take an adapter away again; parameters get the flags of `trainable` back."""
+        if len(self.peft_config) == 1:
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.set_adapter([])  # unload then puts the original back, not the copy
+            self.unload()
+        else:
+            del self.peft_config[adapter_name]
+            delete_adapter(self.model, adapter_name, self.prefix, SpectralLinear)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules in (None, "all-linear"):
@@ -117,6 +133,9 @@ class SpectralModel(BaseTuner):
             name: config.directions(name, min(layer.base_matrix().shape))
             for name, layer in layers.items()
         }
+        _check_ranks(
+            config, {name: min(layer.base_matrix().shape) for name, layer in layers.items()}
+        )
         fingerprints = {}
         missing: dict[tuple, list[str]] = {}  # layers that share a weight share its factors
         for name, layer in layers.items():
@@ -129,16 +148,8 @@ class SpectralModel(BaseTuner):
                 w = layer.base_matrix()
                 key = (w.data_ptr(), tuple(w.shape), w.stride(), wanted[name])
                 missing.setdefault(key, []).append(name)
-        fingerprint = combined_fingerprint(fingerprints)
-        if config.base_fingerprint not in (None, fingerprint):
-            made_from = config.base_model_name_or_path
-            raise AdapterError(
-                f"the adapter {adapter_name!r} was made from other base weights"
-                f"{f' ({made_from})' if made_from else ''}; coefficients only mean something in the basis "
-                "of their own model: load that one, in the same dtype (or, to start a new adapter by this "
-                "config, set its base_fingerprint to None)"
-            )
-        config.base_fingerprint = fingerprint
+        check_fingerprints(config, fingerprints, f"the adapter {adapter_name!r}")
+        config.base_fingerprint = {name: digest[:DIGITS] for name, digest in fingerprints.items()}
 
         first = [names[0] for names in missing.values()]
         made = factorize(
@@ -151,6 +162,36 @@ class SpectralModel(BaseTuner):
             basis = FrozenBasis(factors, wanted[names[0]], fingerprints[names[0]])
             for name in names:
                 layers[name].use_basis(adapter_name, config.core, basis, wanted[name])
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What PEFT saves: the adapter's tensors, and those of the base that are trained or moved beside."""
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        beside = {name: state_dict[name] for name in changed_beside(model)}
+        return beside | found | sketches(model, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """What PEFT loads, checked before it is put into the model."""
+        check_alone(model, adapter_name, state_dict)
+        check_sketches(model, adapter_name, state_dict)
+        note_brought(model, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -205,6 +246,47 @@ def _with_adapter_names(
     return args, kwargs | {"adapter_names": adapter_names}
 
 
+def _check_ranks(config: SpectralConfig, sides: Mapping[str, int]) -> None:
+    """Refuse a rank that no layer has room for: it was not meant for others, beside which tiny ones keep all.
+
+    Raises:
+        ValueError: the message names a layer.
+    """
+    if not isinstance(config.select, str):
+        return
+    asked = {name: config.rank_asked(name, side) for name, side in sides.items()}
+    served = {rank for name, rank in asked.items() if rank <= sides[name]}
+    for name, rank in asked.items():
+        if rank not in served:
+            raise ValueError(
+                f"{name}: rank {rank} is above min(in, out) = {sides[name]}; give a smaller r or "
+                "rank_pattern, or name the layer in exclude_modules or modules_to_save"
+            )
+
+
+def check_fingerprints(config: SpectralConfig, have: Mapping[str, str], whose: str) -> None:
+    """Compare the weights of an adapter's layers with those it was made from, if the config names them.
+
+    Raises:
+        AdapterError: a weight differs, or only one of both has the layer; the message names it.
+    """
+    told = config.base_fingerprint
+    if told is None:
+        return
+    names = sorted(have.keys() | told.keys())
+    differing = [n for n in names if have.get(n, "")[:DIGITS] != told.get(n)]
+    if differing:
+        made_from = config.base_model_name_or_path
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        base = f"other base weights{f' ({excerpt(made_from)})' if made_from else ''}"
+        raise AdapterError(
+            f"{whose} was made from {base}, or lacks tensors of some of its layers: not the same are "
+            f"{excerpt(differing[0])}{more} of {len(names)}; coefficients "
+            "only mean something in the basis of their own model: load that one, in the same dtype (or, to "
+            "start a new adapter by this config, set its base_fingerprint to None)"
+        )
+
+
 def check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
     """Refuse what the layer can't stand in for."""
     if not isinstance(target, (nn.Linear, Conv1D)):
@@ -217,6 +299,8 @@ def check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
             f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so it can't be "
             "adapted: name it in exclude_modules"
         )
+    if isinstance(target._parameters.get("weight"), nn.UninitializedParameter):
+        raise ValueError(f"{name}: a lazy layer without weights yet: run the model once first")
     if target._forward_hooks or target._forward_pre_hooks or "forward" in vars(target):
         raise ValueError(
             f"{name}: the layer has forward hooks or a forward of its own (offloading, weight norm, or the "
