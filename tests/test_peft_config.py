@@ -135,11 +135,13 @@ class TestConfig:
         assert SpectralConfig(**json.loads(text)) == config
         assert pickle.loads(pickle.dumps(config)) == config
 
-    def test_is_not_changed_by_its_use(self):
+    def test_serves_other_base_weights_too(self):
         config = SpectralConfig(r=4, task_type="SEQ_CLS")
-        get_peft_model(bert(0), config)
-        assert config.target_modules == "all-linear"
-        get_peft_model(bert(1), config)  # other base weights
+        first = get_peft_model(bert(0), config)
+        second = get_peft_model(bert(1), config)
+        prints = [m.peft_config["default"].base_fingerprint for m in (first, second)]
+        assert prints[0] != prints[1]
+        assert second.peft_config["default"].target_modules == config.target_modules
 
     def test_rank_pattern(self):
         model = adapted("mlp", r=0.5, rank_pattern={"lin1": "full"})
@@ -158,7 +160,7 @@ class TestConfig:
             ({"tol": 2}, "tol must lie in"),
             ({"bias": "lora_only"}, "bias must be one of"),
             ({"layers_pattern": "layer"}, "layers_pattern needs layers_to_transform"),
-            ({"layers_to_transform": [0]}, "name the modules"),
+            ({"layers_to_transform": [0], "target_modules": "q"}, "name the modules"),
             ({"task_type": "NONE"}, "Invalid task type"),
             ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ],

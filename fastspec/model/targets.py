@@ -268,10 +268,18 @@ def matcher(pattern: str | Sequence[str]) -> Callable[[str], bool]:
 
 def _heads(model: nn.Module, config: SpectralConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the modules trained whole, and of all output layers, which are never adapted."""
-    kept_out: list[str] = []
+    heads = own_heads(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is not None:
-        kept_out += [n for n, m in model.named_modules() if m is output]
+    kept_out = [n for n, m in model.named_modules() if output is not None and m is output]
+    kept_out += heads
+    if config.modules_to_save is not None:
+        heads = _named_heads(model, config.modules_to_save)
+    return tuple(heads), tuple(kept_out)
+
+
+def own_heads(model: nn.Module) -> list[str]:
+    """Names of the modules that the task put on top of a pretrained model, whose weights are new."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and prefix in model._modules:
         children = {n for n in model._modules if n != prefix}
@@ -285,10 +293,7 @@ def _heads(model: nn.Module, config: SpectralConfig) -> tuple[tuple[str, ...], t
         if output is not None and any(m is output for m in child.modules()):
             continue  # a language model's output layer is pretrained, not a new head
         heads.append(name)
-    kept_out += heads
-    if config.modules_to_save is not None:
-        heads = _named_heads(model, config.modules_to_save)
-    return tuple(heads), tuple(kept_out)
+    return heads
 
 
 def _named_heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.config import PeftConfig
@@ -15,6 +18,9 @@ from fastspec.cores import Core
 from fastspec.svd.factors import Directions
 
 BIASES = ("none", "all", "fastspec_only")
+ALL_LINEAR = "all-linear"
+# the fields that using a config for a model changes
+RESOLVED = ("target_modules", "modules_to_save", "base_fingerprint")
 
 
 class PeftType(str, enum.Enum):
@@ -39,9 +45,10 @@ class SpectralConfig(PeftConfig):
             or their last parts. Linear layers and GPT-2's `Conv1D`.
         exclude_modules: the same forms; what matches stays plain.
         rank_pattern: `r` for some layers, by regular expressions for the ends of their names.
-        layers_to_transform, layers_pattern: as in `LoraConfig`.
-        modules_to_save: modules trained whole and stored with the adapter. With a `task_type` PEFT adds
-            the usual heads itself.
+        layers_to_transform, layers_pattern: as in `LoraConfig`, and with `"all-linear"` too.
+        modules_to_save: modules trained whole and stored with the adapter. With a `task_type` of
+            classification or question answering the usual heads are added; where none is named, all
+            new modules of the model.
         bias: `"none"`, or biases to train as well: `"all"`, or `"fastspec_only"`, those of the adapted
             layers.
         tol: relative residual asked of every singular triplet.
@@ -58,7 +65,7 @@ class SpectralConfig(PeftConfig):
     half_width: int = 1
     select: Select = "leading"
     basis: Basis = "svd"
-    target_modules: list[str] | set[str] | str | None = "all-linear"
+    target_modules: list[str] | set[str] | str | None = ALL_LINEAR
     exclude_modules: list[str] | set[str] | str | None = None
     rank_pattern: dict[str, Rank] = dataclasses.field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
@@ -97,12 +104,14 @@ class SpectralConfig(PeftConfig):
             raise ValueError(
                 f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}"
             )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
+        some_layers = self.layers_to_transform not in (None, [])
+        if self.layers_pattern and not some_layers:
             raise ValueError("layers_pattern needs layers_to_transform: which layers it is to pick")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+        targets = self.target_modules
+        if some_layers and isinstance(targets, str) and targets.lower() != ALL_LINEAR:
             raise ValueError(
-                "layers_to_transform picks among a list of target_modules, got "
-                f"target_modules={self.target_modules!r}: name the modules"
+                f"layers_to_transform picks among a list of target_modules or {ALL_LINEAR!r}, got "
+                f"target_modules={targets!r}: name the modules"
             )
 
     def directions(self, name: str, short_side: int) -> Directions:
@@ -124,6 +133,35 @@ class SpectralConfig(PeftConfig):
             ) from None
         return directions
 
+    def for_new_adapter(self) -> SpectralConfig:
+        """This very config, as PEFT has it; if it is some adapter's already, a copy as that one was given.
+
+        A field that was changed since by somebody else keeps the change.
+        """
+        resolved: dict[str, tuple[Any, Any]] | None = vars(self).get("_resolved")
+        if resolved is None:
+            return self
+        config = copy.copy(self)
+        del config._resolved
+        for name, (given, became) in resolved.items():
+            value = getattr(self, name)
+            setattr(config, name, copy.copy(given if value == became else value))
+        return config
+
+    @contextmanager
+    def resolving(self) -> Iterator[None]:
+        """Around what fits the config to a model: after an error it is as it was given."""
+        given = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
+        try:
+            yield
+        except BaseException:
+            vars(self).update(given)
+            raise
+        self._resolved = {name: (value, getattr(self, name)) for name, value in given.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; sets are sorted, so that equal configs make equal files."""
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+        fields = {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+        if self.modules_to_save is not None:  # PEFT enters its own names again and again
+            fields["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
+        return fields

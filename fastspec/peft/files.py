@@ -44,18 +44,17 @@ from fastspec.model.adapter_file import (
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import BASE, SpectralLinear
-from fastspec.peft.model import SpectralModel, check_target
+from fastspec.peft.model import SpectralModel
+from fastspec.peft.targets import ANSWERS, CLASSIFIERS, check_target
 
 MAX_CONFIG_BYTES = 4 << 20  # 10,000 layers take one
 DELTA = ".fastspec_delta"
 TEXTS = ("base_model_name_or_path", "revision", "base_fingerprint")
 FIELDS = ("core", "half_width", "select", "basis", "tol", "seed", "task_type", *TEXTS)
-# the modules to save that PEFT's model classes add themselves, where the model has them
-CLASSIFIERS = ("classifier", "score")
 HEADS = {
     PeftModelForSequenceClassification: CLASSIFIERS,
     PeftModelForTokenClassification: CLASSIFIERS,
-    PeftModelForQuestionAnswering: ("qa_outputs",),
+    PeftModelForQuestionAnswering: ANSWERS,
 }
 METHODS = {  # what these classes take from the base model when they are made
     PeftModelForCausalLM: ("prepare_inputs_for_generation",),

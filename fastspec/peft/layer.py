@@ -26,6 +26,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("fastspec_delta",)
     other_param_names = ("fastspec_basis", "fastspec_form")
+    cast_input_dtype_enabled = (
+        True  # of `peft.helpers.disable_input_dtype_casting`: nothing is cast here
+    )
     fastspec_base_weight: Tensor | None
 
     def __init__(self, base_layer: nn.Module) -> None:

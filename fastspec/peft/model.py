@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft import mapping
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _maybe_include_all_linear_layers,
-    delete_adapter,
-)
+from peft.tuners.tuners_utils import BaseTuner, delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
-from fastspec.model.targets import avoid_fused_inference, check_layer
+from fastspec.model.convert import warn_of_stacks
+from fastspec.model.targets import avoid_fused_inference
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
 from fastspec.peft.state import FrozenBasis
+from fastspec.peft.targets import (
+    check_names,
+    check_target,
+    is_all_linear,
+    meant,
+    resolve_all_linear,
+    resolve_heads,
+)
 from fastspec.svd.factors import factorize
 
 
@@ -48,41 +51,57 @@ class SpectralModel(BaseTuner):
             AdapterError: the config is a saved adapter's, and that was made from other base weights.
             Whatever is raised, the model computes what it did before.
         """
-        # the caller's config stays as it is, for use with other models
-        config = copy.deepcopy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config
+        config: Any = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = config.for_new_adapter()
         trainable = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            super().inject_adapter(
-                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-            )
-            self._make_bases(adapter_name, config)  # type: ignore[arg-type]
+            with config.resolving():
+                everywhere = is_all_linear(config)
+                if state_dict is None:
+                    check_names(config, model)
+                super().inject_adapter(
+                    model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+                )
+                self._make_bases(adapter_name, config)
             avoid_fused_inference(model)
-        except Exception:
-            if len(self.peft_config) == 1:
-                for module in model.modules():
-                    if isinstance(module, AuxiliaryTrainingWrapper):
-                        module.set_adapter([])  # unload then puts the original back, not the copy
-                self.unload()
-            else:
-                del self.peft_config[adapter_name]
-                delete_adapter(model, adapter_name, self.prefix, SpectralLinear)
+        except BaseException:
+            self._take_back(model, adapter_name)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad = requires_grad
             raise
+        if everywhere and len(self.peft_config) == 1:
+            warn_of_stacks(model)
+
+    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
+        """Remove an adapter of which only some layers are there."""
+        if len(self.peft_config) > 1:
+            del self.peft_config[adapter_name]
+            delete_adapter(model, adapter_name, self.prefix, SpectralLinear)
+            return
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.set_adapter([])  # unload then puts the original back, not the copy
+        self.unload()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules in (None, "all-linear"):
-            peft_config.target_modules = "all-linear"
-            _maybe_include_all_linear_layers(peft_config, self.model)
-            attentions = [
-                name
-                for name, module in self.model.named_modules()
-                if isinstance(module, nn.MultiheadAttention)
-            ]
-            # which read its weight without calling it
-            peft_config.target_modules -= {f"{name}.out_proj" for name in attentions}
+        resolve_heads(peft_config, self.model)
+        if is_all_linear(peft_config):
+            resolve_all_linear(peft_config, self.model)
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return meant(peft_config, key)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put a module in the place of another.
+
+        PEFT's own hands the weight on as well, which layers and heads here have already, and which a head
+        of several layers does not have.
+        """
+        setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,
@@ -203,23 +222,3 @@ def _with_adapter_names(
     module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]
 ) -> tuple[tuple, dict]:
     return args, kwargs | {"adapter_names": adapter_names}
-
-
-def check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
-    """Refuse what the layer can't stand in for."""
-    if not isinstance(target, (nn.Linear, Conv1D)):
-        raise TypeError(
-            f"{name}: {type(target).__name__} is not supported, only nn.Linear and transformers' Conv1D "
-            "are: leave it out of target_modules"
-        )
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so it can't be "
-            "adapted: name it in exclude_modules"
-        )
-    if target._forward_hooks or target._forward_pre_hooks or "forward" in vars(target):
-        raise ValueError(
-            f"{name}: the layer has forward hooks or a forward of its own (offloading, weight norm, or the "
-            "user's), which an adapted layer does not run: remove them, or name it in exclude_modules"
-        )
-    check_layer(name, target)
