@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,6 +133,17 @@ class SpectralConfig(PeftConfig):
                 "or modules_to_save"
             ) from None
         return directions
+
+    def name_layers(self, ranks: Mapping[str, int], modules_to_save: list[str]) -> None:
+        """Let the config say by full names which layers of which ranks it means, and what is saved whole."""
+        self.target_modules = "|".join(map(re.escape, sorted(ranks)))  # matched against whole names
+        self.modules_to_save = modules_to_save or None
+        self.r = max(ranks.values())
+        self.rank_pattern = {}
+        if any(rank != self.r for rank in ranks.values()):
+            # matched against the ends of names, the first that fits: a layer's own name before parts of it
+            longest_first = sorted(ranks, key=len, reverse=True)
+            self.rank_pattern = {re.escape(layer): ranks[layer] for layer in longest_first}
 
     def for_new_adapter(self) -> SpectralConfig:
         """This very config, as PEFT has it; if it is some adapter's already, a copy as that one was given.

@@ -98,7 +98,7 @@ def load_adapter(
     tensors = _read_tensors(folder, limit)
     ranks = _ranks(tensors, modules, folder)
     saved = _modules_to_save(heads, kind, modules, ranks, folder)
-    _name_everything(config, ranks, saved)
+    config.name_layers(ranks, saved)
     expected = {}
     for layer, rank in ranks.items():
         layer_rank = _rank_allowed(config, layer, modules[layer], folder)
@@ -278,17 +278,6 @@ def _modules_to_save(
                 f"{folder}: it saves {outer!r} whole and a part of it, {inner!r}, too"
             )
     return saved
-
-
-def _name_everything(config: SpectralConfig, ranks: Mapping[str, int], saved: list[str]) -> None:
-    """Let the config say in names of ours what the folder may have said in patterns."""
-    config.target_modules = "|".join(map(re.escape, sorted(ranks)))  # matched against whole names
-    config.modules_to_save = saved or None
-    config.r = max(ranks.values())
-    if any(rank != config.r for rank in ranks.values()):
-        # matched against the ends of names, the first that fits: a layer's own name before parts of it
-        longest_first = sorted(ranks, key=len, reverse=True)
-        config.rank_pattern = {re.escape(layer): ranks[layer] for layer in longest_first}
 
 
 def _check_fingerprint(config: SpectralConfig, layers: Mapping[str, Any], folder: Path) -> None:

@@ -27,6 +27,7 @@ from fastspec.peft.targets import (
     resolve_all_linear,
     resolve_heads,
 )
+from fastspec.peft.weighted import sum_into, summed_config
 from fastspec.svd.factors import factorize
 
 
@@ -170,6 +171,36 @@ class SpectralModel(BaseTuner):
             basis = FrozenBasis(factors, wanted[names[0]], fingerprints[names[0]])
             for name in names:
                 layers[name].use_basis(adapter_name, config.core, basis, wanted[name])
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add an adapter that does what the given ones do together, each times its weight.
+
+        It is inactive at first. Modules to save are taken along, where only one of the adapters has them.
+
+        Raises:
+            ValueError: the sum would not be exact (other core, basis or rank; two heads for one module;
+                trained biases), the name is taken, or another way of combining is asked for.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"combination_type={combination_type!r}: only 'linear' is there, which is exact for "
+                "adapters in one basis; others approximate a sum of different low-rank products"
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"the adapter {adapter_name!r} is there already: delete_adapter() it first"
+            )
+        configs: Any = self.peft_config
+        config = summed_config(self.model, configs, adapters, weights)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        sum_into(self.model, adapter_name, adapters, weights)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
