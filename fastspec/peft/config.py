@@ -5,17 +5,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import glob
+import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 
 from fastspec import config as spectral
 from fastspec.config import Basis, Rank, Select, resolve_rank
 from fastspec.cores import Core
+from fastspec.files import excerpt
+from fastspec.model.adapter_file import AdapterError
 from fastspec.svd.factors import Directions
 
 BIASES = ("none", "all", "fastspec_only")
@@ -170,6 +177,39 @@ class SpectralConfig(PeftConfig):
             vars(self).update(given)
             raise
         self._resolved = {name: (value, getattr(self, name)) for name, value in given.items()}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """The config of a folder, whose tensors are looked at too: PEFT reads them after it changed a model.
+
+        Raises:
+            AdapterError: the folder's tensors are truncated or no safetensors file.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        path = os.path.join(
+            pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME
+        )
+        if os.path.isfile(path):
+            try:
+                with safe_open(path, "pt"):  # compares the header with the size
+                    pass
+            except SafetensorError as e:
+                raise AdapterError(
+                    f"{path}: truncated, damaged or no safetensors file: {excerpt(e)}"
+                ) from None
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config; warn where a model lies, with which transformers then loads the adapter."""
+        if glob.glob(os.path.join(glob.escape(save_directory), "model*.safetensors")):
+            warnings.warn(
+                f"{save_directory} holds a whole model: transformers will load the adapter with it from now "
+                "on, and fail where fastspec.peft was not imported. Save the adapter in a folder of its own",
+                stacklevel=2,
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; sets are sorted, so that equal configs make equal files."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastspec.cores import delta_shape
-from fastspec.files import excerpt
+from fastspec.files import ADAPTER_FILE, excerpt
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.model.adapter_file import (
     MAX_HEADER_BYTES,
@@ -56,13 +56,9 @@ HEADS = {
     PeftModelForTokenClassification: CLASSIFIERS,
     PeftModelForQuestionAnswering: ANSWERS,
 }
-METHODS = {  # what these classes take from the base model when they are made
-    PeftModelForCausalLM: ("prepare_inputs_for_generation",),
-    PeftModelForSeq2SeqLM: (
-        "prepare_inputs_for_generation",
-        "_prepare_encoder_decoder_kwargs_for_generation",
-    ),
-}
+# whose constructors take this method of the base model
+GENERATING = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
+GENERATION = "prepare_inputs_for_generation"
 
 
 def load_adapter(
@@ -152,11 +148,22 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _read_config(folder: Path) -> tuple[SpectralConfig, list[str]]:
     """The config without its patterns, and the ends of the names of the modules it saves."""
     path = folder / CONFIG_NAME
+    if not os.path.exists(path) and os.path.exists(folder / ADAPTER_FILE):
+        raise AdapterError(
+            f"{folder}: a folder of fastspec's own ({ADAPTER_FILE}, but no {CONFIG_NAME}), not of PEFT: load "
+            "it with fastspec.load_adapter, onto a plain or spectralized model"
+        )
     data = read_bounded(path, MAX_CONFIG_BYTES)
     try:
         meta = json.loads(data)
-        if not isinstance(meta, dict) or meta.get("peft_type") != PeftType.FASTSPEC.value:
-            raise ValueError(f"'peft_type' is not {PeftType.FASTSPEC.value!r}")
+        method = meta.get("peft_type") if isinstance(meta, dict) else None
+        if isinstance(method, str) and method != PeftType.FASTSPEC.value:
+            raise ValueError(
+                f"an adapter of PEFT's method {method!r}, not {PeftType.FASTSPEC.value!r}: load it with "
+                "peft.PeftModel.from_pretrained"
+            )
+        if method is None:
+            raise ValueError("'peft_type' is missing: no adapter that PEFT saved")
         if meta.get("bias", "none") != "none":
             raise ValueError("it trains biases of the base model, which this loader does not touch")
         for key in TEXTS:
@@ -192,9 +199,8 @@ def _read_tensors(folder: Path, limit: int) -> dict[str, Tensor]:
 def _kind_of(model: nn.Module, config: SpectralConfig, folder: Path) -> type[PeftModel]:
     """PEFT's class for the task type, whose constructor may ask methods of the base model."""
     kind: type[PeftModel] = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel)
-    for cls, methods in METHODS.items():
-        if issubclass(kind, cls) and not all(hasattr(model, method) for method in methods):
-            raise AdapterError(f"{folder}: this model does not do the task {config.task_type}")
+    if issubclass(kind, GENERATING) and not hasattr(model, GENERATION):
+        raise AdapterError(f"{folder}: this model does not do the task {config.task_type}")
     return kind
 
 
