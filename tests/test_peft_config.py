@@ -1,5 +1,6 @@
 """The PEFT bridge: its configuration, and what it refuses with the model left as it was."""
 
+import dataclasses
 import json
 import pickle
 
@@ -7,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft_support import adapted, layers, mlp_config, output
 from tiny_models import bert, mlp
 from torch import nn
 
 import fastspec
-from fastspec.peft import SpectralConfig
+from fastspec.peft import SpectralConfig, load_adapter
 
 
 def test_numbers_of_numpy_are_pythons_own(tmp_path):
@@ -142,6 +143,20 @@ class TestConfig:
         prints = [m.peft_config["default"].base_fingerprint for m in (first, second)]
         assert prints[0] != prints[1]
         assert second.peft_config["default"].target_modules == config.target_modules
+
+    @pytest.mark.parametrize("targets", ["all-linear", "lin.*|head"])
+    def test_a_tiny_matrix_keeps_all_it_has(self, tmp_path, targets):
+        config = SpectralConfig(r=11, target_modules=targets)
+        with pytest.raises(ValueError, match="head: rank 12"):  # which nothing else serves
+            get_peft_model(mlp(), dataclasses.replace(config, rank_pattern={"head": 12}))
+        model = get_peft_model(mlp(), config)
+        ranks = [m.fastspec_delta["default"].shape[-1] for m in layers(model)]
+        assert ranks == [10, 11, 2]
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(mlp(), tmp_path)
+        load_adapter(mlp(), tmp_path)
+        with pytest.raises(ValueError, match="rank 11"):
+            get_peft_model(mlp(), mlp_config(r=11))
 
     def test_rank_pattern(self):
         model = adapted("mlp", r=0.5, rank_pattern={"lin1": "full"})

@@ -157,6 +157,13 @@ class TestTheConfig:
         assert config.to_dict() == written
         assert {"q_lin", "v_lin"} <= {n.rpartition(".")[2] for n in names_of(second)}
 
+    def test_is_the_same_object_where_it_comes_to_the_same(self, tmp_path):
+        config = mlp_config()
+        get_peft_model(mlp(), config).save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(mlp(), tmp_path, config=config)
+        assert loaded.peft_config["default"] is config
+        assert config.inference_mode
+
     def test_a_change_made_meanwhile_holds(self):
         config = mlp_config()
         get_peft_model(mlp(), config)

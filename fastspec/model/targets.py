@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -268,17 +268,25 @@ def matcher(pattern: str | Sequence[str]) -> Callable[[str], bool]:
 
 def _heads(model: nn.Module, config: SpectralConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the modules trained whole, and of all output layers, which are never adapted."""
-    heads = own_heads(model)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    kept_out = [n for n, m in model.named_modules() if output is not None and m is output]
-    kept_out += heads
+    heads = _found_heads(model)
+    kept_out = [*output_layer_names(model), *heads]
     if config.modules_to_save is not None:
         heads = _named_heads(model, config.modules_to_save)
     return tuple(heads), tuple(kept_out)
 
 
-def own_heads(model: nn.Module) -> list[str]:
-    """Names of the modules that the task put on top of a pretrained model, whose weights are new."""
+def output_layer_names(model: nn.Module) -> list[str]:
+    """Names of a language model's output layer, which is pretrained."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [] if output is None else [n for n, m in model.named_modules() if m is output]
+
+
+def unsaved_heads(model: nn.Module, saved: Collection[str]) -> list[str]:
+    """Names of the heads that an adapter does not hold, whose `modules_to_save` is `saved`."""
+    return [head for head in _found_heads(model) if head not in saved]
+
+
+def _found_heads(model: nn.Module) -> list[str]:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and prefix in model._modules:

@@ -28,7 +28,7 @@ from fastspec.svd.factors import Directions
 BIASES = ("none", "all", "fastspec_only")
 ALL_LINEAR = "all-linear"
 # the fields that using a config for a model changes
-RESOLVED = ("target_modules", "modules_to_save", "base_fingerprint")
+RESOLVED = ("target_modules", "modules_to_save", "rank_pattern", "base_fingerprint")
 
 
 class PeftType(str, enum.Enum):
@@ -42,7 +42,8 @@ class SpectralConfig(PeftConfig):
     """What `peft.get_peft_model` does to a model: U, S, Vh of its weights frozen, a k x k core trained.
 
     Args (besides PEFT's own `task_type`, `inference_mode`, `base_model_name_or_path`, `revision`):
-        r: directions kept per matrix: a count, a fraction of `min(in, out)` in (0, 1], or `"full"`.
+        r: directions kept per matrix: a count, a fraction of `min(in, out)` in (0, 1], or `"full"`. Where
+            `target_modules` lists no names, a matrix too small for a count that others serve keeps all.
         core: `"diag"` trains a vector [k], `"band"` the `2 * half_width + 1` diagonals around the main
             one, `"dense"` the whole k x k matrix.
         half_width: band half-width, diagonals on each side.
@@ -122,16 +123,19 @@ class SpectralConfig(PeftConfig):
                 f"target_modules={targets!r}: name the modules"
             )
 
+    def rank_of(self, name: str, short_side: int) -> int:
+        """The rank the config asks of a layer, which may be above its short side."""
+        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        return resolve_rank(rank, short_side)
+
     def directions(self, name: str, short_side: int) -> Directions:
         """The directions of the layer `name`, whose smaller side is `short_side`.
 
         Raises:
             ValueError: the matrix has fewer of them; the message names the layer.
         """
-        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        directions = Directions(
-            resolve_rank(rank, short_side), self.select, self.basis, self.tol, self.seed
-        )
+        rank = self.rank_of(name, short_side)
+        directions = Directions(rank, self.select, self.basis, self.tol, self.seed)
         try:
             directions.triplets(short_side)
         except ValueError as e:
@@ -162,10 +166,16 @@ class SpectralConfig(PeftConfig):
             return self
         config = copy.copy(self)
         del config._resolved
+        vars(config)["_copied_from"] = self
         for name, (given, became) in resolved.items():
             value = getattr(self, name)
             setattr(config, name, copy.copy(given if value == became else value))
         return config
+
+    def settled(self) -> SpectralConfig:
+        """The config for the adapter to keep: the one this was copied from, where both came to the same."""
+        origin: SpectralConfig | None = vars(self).pop("_copied_from", None)
+        return self if origin is None or origin.to_dict() != self.to_dict() else origin
 
     @contextmanager
     def resolving(self) -> Iterator[None]:

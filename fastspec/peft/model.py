@@ -23,6 +23,7 @@ from fastspec.peft.targets import (
     check_names,
     check_target,
     is_all_linear,
+    lower_ranks,
     meant,
     resolve_all_linear,
     resolve_heads,
@@ -88,6 +89,9 @@ class SpectralModel(BaseTuner):
         resolve_heads(peft_config, self.model)
         if is_all_linear(peft_config):
             resolve_all_linear(peft_config, self.model)
+            lower_ranks(peft_config, self.model)
+        elif isinstance(peft_config.target_modules, str):
+            lower_ranks(peft_config, self.model)
         return peft_config
 
     @staticmethod
@@ -159,6 +163,7 @@ class SpectralModel(BaseTuner):
                 "config, set its base_fingerprint to None)"
             )
         config.base_fingerprint = fingerprint
+        config = self.peft_config[adapter_name] = config.settled()  # type: ignore[assignment]
 
         first = [names[0] for names in missing.values()]
         made = factorize(

@@ -15,8 +15,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastspec.model.targets import check_layer, own_heads
+from fastspec.model.targets import check_layer, unsaved_heads
 from fastspec.peft.config import ALL_LINEAR, SpectralConfig
+from fastspec.peft.layer import SpectralLinear
 
 # the modules to save that PEFT's model classes add themselves, where the model has them
 CLASSIFIERS = ("classifier", "score")
@@ -41,7 +42,7 @@ def resolve_heads(config: SpectralConfig, model: nn.Module) -> None:
         reached = [] if is_all_linear(config) else [n for n in _names(model) if meant(named, n)]
         heads += [
             head
-            for head in own_heads(model)
+            for head in unsaved_heads(model, given)
             if not head.endswith(usual)  # as PEFT finds them
             and not any(f"{name}.".startswith(f"{head}.") for name in reached)
         ]
@@ -75,6 +76,28 @@ def resolve_all_linear(config: SpectralConfig, model: nn.Module) -> None:
     found = {name for name in found if not name.startswith(wrapped)}
     check_layers(config, found)
     config.target_modules = {name for name in found if picked(config, name)}
+
+
+def lower_ranks(config: SpectralConfig, model: nn.Module) -> None:
+    """Let `rank_pattern` give a layer all it has, where a rank that others serve is above its short side.
+
+    Only for targets that are no list of names: what was asked of a layer by name is refused instead.
+    """
+    if not isinstance(config.select, str):
+        return
+    lowered: dict[int, dict[str, int]] = {}
+    served = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D, SpectralLinear)) and meant(config, name):
+            side = min(module.weight.shape)
+            rank = config.rank_of(name, side)
+            if rank <= side:
+                served.add(rank)
+            else:
+                lowered.setdefault(rank, {})[re.escape(name)] = side
+    for rank, sides in lowered.items():
+        if rank in served:  # the first that fits is taken
+            config.rank_pattern = {**sides, **config.rank_pattern}
 
 
 def meant(config: SpectralConfig, name: str) -> Any:
