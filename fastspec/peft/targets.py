@@ -107,26 +107,27 @@ def meant(config: SpectralConfig, name: str) -> Any:
     - nothing is targeted of what PEFT takes for a module to save: it goes by the ends of names for these,
       so `"classifier"` means DistilBERT's `pre_classifier` as well.
     """
-    found = check_target_module_exists(config, name)
-    if not found:
-        return found
-    if any(re.search(rf"{m}(\.|$)", name) for m in config.modules_to_save or ()):
+    in_any_layer = SimpleNamespace(**vars(config) | {"layers_to_transform": None})
+    found = check_target_module_exists(in_any_layer, name)
+    if found and any(re.search(rf"{m}(\.|$)", name) for m in config.modules_to_save or ()):
         return False
-    return found if isinstance(config.target_modules, str) else picked(config, name)
+    return found and (found if picked(config, name) else False)
 
 
 def picked(config: SpectralConfig, name: str, layers: Any = None) -> bool:
-    """Whether the module `name` is in one of `layers`, by default those of `layers_to_transform`."""
+    """Whether the module `name` is in one of `layers`, by default those of `layers_to_transform`.
+
+    As in PEFT its layer is the first number in its name, or the first after one of `layers_pattern`.
+    """
     layers = config.layers_to_transform if layers is None else layers
     if layers is None or layers == []:
         return True
-    parent, _, leaf = name.rpartition(".")
-    end = SimpleNamespace(  # PEFT looks for a layer only where the end of a name matched
-        target_modules=[leaf],
-        layers_to_transform=layers,
-        layers_pattern=config.layers_pattern,
-    )
-    return bool(parent) and bool(check_target_module_exists(end, name))
+    patterns = config.layers_pattern or r"[^.]+"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = re.search(rf"(?:^|\.){pattern}\.(\d+)\.", name)
+        if found is not None:
+            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
 
 
 def check_layers(config: SpectralConfig, targets: Iterable[str]) -> None:
