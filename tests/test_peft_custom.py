@@ -7,9 +7,11 @@ import pytest
 import torch
 from peft import (
     PeftModel,
+    get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_base_model_state_dict,
     set_peft_model_state_dict,
 )
 from peft_support import layers, shift
@@ -211,6 +213,21 @@ def test_a_state_dict_and_a_pickle_and_back(case):
     assert not torch.equal(run(other), y)
     set_peft_model_state_dict(other, get_peft_model_state_dict(model))
     assert torch.equal(run(other), y)
+
+
+@every_case
+def test_the_base_s_weights_come_back_after_a_change_of_them(case):
+    model = adapted(case)
+    state, y = base(case).state_dict(), run(model)
+    with torch.no_grad():
+        for parameter in model.get_base_model().parameters():
+            parameter.add_(0.1)
+    assert not any(set_base_model_state_dict(model, state, strict=False))
+    found = get_base_model_state_dict(model)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(adapted(case)))
+    assert torch.equal(run(model), y)
 
 
 @every_case
