@@ -1,6 +1,7 @@
 """The PEFT bridge: what kind of folder it is, and that a damaged one is refused in words."""
 
 import functools
+import json
 import subprocess
 import sys
 
@@ -82,6 +83,16 @@ def test_of_an_encoder_and_decoder(tmp_path):
     assert torch.equal(loaded(**ids).logits, model(**ids).logits)
     with pytest.raises(AdapterError, match="does not do the task SEQ_2_SEQ_LM"):
         load_adapter(mlp(), tmp_path)
+
+
+def test_a_head_that_the_model_has_not_is_seen_behind_those_that_peft_names(tmp_path):
+    adapted("bert").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    assert fields["modules_to_save"] == ["classifier", "score"]
+    path.write_text(json.dumps(fields | {"modules_to_save": ["score", "classifier", "ranker"]}))
+    with pytest.raises(AdapterError, match="it saves 'ranker', which this model does not have"):
+        load_adapter(bert(), tmp_path)
 
 
 def test_saving_into_the_base_model_s_own_folder_says_what_follows(tmp_path):

@@ -273,8 +273,11 @@ def _modules_to_save(
     own = next((names for cls, names in HEADS.items() if issubclass(kind, cls)), ())
     ends = tuple({*heads, *own})
     saved = [name for name in modules if ends and name.endswith(ends)]
-    lost = next((h for h in heads if not any(name.endswith(h) for name in saved)), None)
-    if lost is not None and lost not in CLASSIFIERS:
+    named = (
+        head for head in heads if head not in (*CLASSIFIERS, *ANSWERS)
+    )  # by its user, not by PEFT
+    lost = next((h for h in named if not any(name.endswith(h) for name in saved)), None)
+    if lost is not None:
         raise AdapterError(f"{folder}: it saves {excerpt(lost)}, which this model does not have")
     for inner in (*saved, *ranks):
         own_name = inner in saved and inner in ranks
