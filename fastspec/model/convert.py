@@ -148,10 +148,10 @@ def convert(
         model.get_submodule(name).requires_grad_(True)
     model.spectral = Adaptation(config, heads, buffers)  # type: ignore[assignment]
     if config.target_modules == "all-linear":
-        _warn_of_stacks(model)
+        warn_of_stacks(model)
 
 
-def _warn_of_stacks(model: nn.Module) -> None:
+def warn_of_stacks(model: nn.Module) -> None:
     """Say that stacks of matrices (experts in one parameter) stay plain, where they are much of the model."""
     stacks = {
         f"{name}.{leaf}": parameter.numel()

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastspec.cores import delta_shape
-from fastspec.files import excerpt
+from fastspec.files import ADAPTER_FILE, excerpt
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import (
     MAX_HEADER_BYTES,
@@ -46,7 +46,8 @@ from fastspec.peft.beside import DELTA, NOTE, SKETCH, base_tensors, check_alone
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import BASE, SpectralLinear
-from fastspec.peft.model import SpectralModel, check_fingerprints, check_target
+from fastspec.peft.model import SpectralModel, check_fingerprints
+from fastspec.peft.targets import ANSWERS, CLASSIFIERS, check_target
 from fastspec.svd.sketch import PROBES
 
 MAX_CONFIG_BYTES = 4 << 20  # 10,000 layers take one
@@ -62,20 +63,14 @@ FIELDS = (
     "base_fingerprint",
     *TEXTS,
 )
-# the modules to save that PEFT's model classes add themselves, where the model has them
-CLASSIFIERS = ("classifier", "score")
 HEADS = {
     PeftModelForSequenceClassification: CLASSIFIERS,
     PeftModelForTokenClassification: CLASSIFIERS,
-    PeftModelForQuestionAnswering: ("qa_outputs",),
+    PeftModelForQuestionAnswering: ANSWERS,
 }
-METHODS = {  # what these classes take from the base model when they are made
-    PeftModelForCausalLM: ("prepare_inputs_for_generation",),
-    PeftModelForSeq2SeqLM: (
-        "prepare_inputs_for_generation",
-        "_prepare_encoder_decoder_kwargs_for_generation",
-    ),
-}
+# whose constructors take this method of the base model
+GENERATING = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
+GENERATION = "prepare_inputs_for_generation"
 
 
 def load_adapter(
@@ -111,7 +106,7 @@ def load_adapter(
     tensors = _read_tensors(folder, limit)
     ranks = _ranks(tensors, modules, folder)
     saved = _modules_to_save(heads, kind, modules, ranks, folder)
-    _name_everything(config, ranks, saved)
+    config.name_layers(ranks, saved)
     expected: Expected = {}
     for layer, rank in ranks.items():
         layer_rank = _rank_allowed(config, layer, modules[layer], folder)
@@ -187,11 +182,22 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _read_config(folder: Path) -> tuple[SpectralConfig, list[str]]:
     """The config without its patterns, and the ends of the names of the modules it saves."""
     path = folder / CONFIG_NAME
+    if not os.path.exists(path) and os.path.exists(folder / ADAPTER_FILE):
+        raise AdapterError(
+            f"{folder}: a folder of fastspec's own ({ADAPTER_FILE}, but no {CONFIG_NAME}), not of PEFT: load "
+            "it with fastspec.load_adapter, onto a plain or spectralized model"
+        )
     data = read_bounded(path, MAX_CONFIG_BYTES)
     try:
         meta = json.loads(data)
-        if not isinstance(meta, dict) or meta.get("peft_type") != PeftType.FASTSPEC.value:
-            raise ValueError(f"'peft_type' is not {PeftType.FASTSPEC.value!r}")
+        method = meta.get("peft_type") if isinstance(meta, dict) else None
+        if isinstance(method, str) and method != PeftType.FASTSPEC.value:
+            raise ValueError(
+                f"an adapter of PEFT's method {method!r}, not {PeftType.FASTSPEC.value!r}: load it with "
+                "peft.PeftModel.from_pretrained"
+            )
+        if method is None:
+            raise ValueError("'peft_type' is missing: no adapter that PEFT saved")
         if meta.get("bias", "none") != "none":
             raise ValueError("it trains biases of the base model, which this loader does not touch")
         for key in TEXTS:
@@ -227,9 +233,8 @@ def _read_tensors(folder: Path, limit: int) -> dict[str, Tensor]:
 def _kind_of(model: nn.Module, config: SpectralConfig, folder: Path) -> type[PeftModel]:
     """PEFT's class for the task type, whose constructor may ask methods of the base model."""
     kind: type[PeftModel] = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel)
-    for cls, methods in METHODS.items():
-        if issubclass(kind, cls) and not all(hasattr(model, method) for method in methods):
-            raise AdapterError(f"{folder}: this model does not do the task {config.task_type}")
+    if issubclass(kind, GENERATING) and not hasattr(model, GENERATION):
+        raise AdapterError(f"{folder}: this model does not do the task {config.task_type}")
     return kind
 
 
@@ -302,8 +307,11 @@ def _modules_to_save(
     own = next((names for cls, names in HEADS.items() if issubclass(kind, cls)), ())
     ends = tuple({*heads, *own})
     saved = [name for name in modules if ends and name.endswith(ends)]
-    lost = next((h for h in heads if not any(name.endswith(h) for name in saved)), None)
-    if lost is not None and lost not in CLASSIFIERS:
+    named = (
+        head for head in heads if head not in (*CLASSIFIERS, *ANSWERS)
+    )  # by its user, not by PEFT
+    lost = next((h for h in named if not any(name.endswith(h) for name in saved)), None)
+    if lost is not None:
         raise AdapterError(f"{folder}: it saves {excerpt(lost)}, which this model does not have")
     for inner in (*saved, *ranks):
         own_name = inner in saved and inner in ranks
@@ -313,17 +321,6 @@ def _modules_to_save(
                 f"{folder}: it saves {outer!r} whole and a part of it, {inner!r}, too"
             )
     return saved
-
-
-def _name_everything(config: SpectralConfig, ranks: Mapping[str, int], saved: list[str]) -> None:
-    """Let the config say in names of ours what the folder may have said in patterns."""
-    config.target_modules = "|".join(map(re.escape, sorted(ranks)))  # matched against whole names
-    config.modules_to_save = saved or None
-    config.r = max(ranks.values())
-    if any(rank != config.r for rank in ranks.values()):
-        # matched against the ends of names, the first that fits: a layer's own name before parts of it
-        longest_first = sorted(ranks, key=len, reverse=True)
-        config.rank_pattern = {re.escape(layer): ranks[layer] for layer in longest_first}
 
 
 def _expect_beside(

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastspec.cores import Core, core_matrix, delta_shape
+from fastspec.fingerprint import tensor_fingerprint
 from fastspec.nn.parts import merged_weight, same_values
 from fastspec.ops.functional import spectral_linear, task_linear
 from fastspec.ops.plan import LayerCall, make_plan
@@ -26,6 +27,9 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("fastspec_delta",)
     other_param_names = ("fastspec_basis", "fastspec_form")
+    cast_input_dtype_enabled = (
+        True  # of `peft.helpers.disable_input_dtype_casting`: nothing is cast here
+    )
     fastspec_base_weight: Tensor | None
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -245,7 +249,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         given = state_dict.get(prefix + "base_layer.weight")
         if given is not None:
             self.unmerge()
-            if not same_values(given, self.base_weight):
+            if not same_values(given, self.base_weight) and not self._is_origin(given):
                 error_msgs.append(
                     f"{prefix}base_layer.weight: the basis was made from other weights than these (or the "
                     "state dict was saved while merged): load the base model first, adapt it afterwards"
@@ -258,6 +262,11 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _is_origin(self, given: Tensor) -> bool:
+        """Whether the bases were made from these values, which the weight may have lost since."""
+        made_from = {basis.fingerprint for basis in self.fastspec_basis.values()}  # type: ignore[union-attr]
+        return not made_from or tensor_fingerprint(given.to(self.base_weight.dtype)) in made_from
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
