@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fastspec.model.adapter_file import AdapterError, Expected, open_adapter, wr
 from fastspec.model.convert import Adaptation, adaptation, spectralize
 from fastspec.model.fsdp import FACTORS, assign, is_sharded, reshard, whole
 from fastspec.model.targets import find_targets, is_norm, spectral_layers, unwrap
+from fastspec.nn.layer import SpectralLayer
 
 # what the file spells out by `layers` and `modules_to_save` instead
 PATTERNS = ("rank", "target_modules", "exclude_modules", "modules_to_save")
@@ -45,8 +47,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model is not a spectralized one, a value to save is not finite, or a parameter is
-            trainable that the adapter would not hold.
+        ValueError: the model is not a spectralized one, a value to save is not finite, a parameter is
+            trainable that the adapter would not hold, or an adapted weight has changed since the last call.
     """
     model = unwrap(model)
     adapted = adaptation_of(model)
@@ -67,7 +69,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = {
         "fastspec_version": fastspec.__version__,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "base_fingerprint": _base_fingerprint(model, set(tensors)),
+        "base_fingerprint": _base_fingerprint(model, set(tensors), _refuse_other_basis),
         "modules_to_save": list(adapted.modules_to_save),
         "layers": {name: layer.rank for name, layer in spectral_layers(model)},
         "spectral": {name: fields[name] for name in FIELDS},
@@ -150,7 +152,7 @@ def read_adapters(
             assert config is not None
             assert expected is not None
             tensors = file.tensors(expected, limit, free)
-        fingerprint = fingerprint or _base_fingerprint(model, set(tensors))
+        fingerprint = fingerprint or _base_fingerprint(model, set(tensors), _remake_basis)
         if fingerprint != meta["base_fingerprint"]:
             made_from = f" ({excerpt(meta['base_model'])})" if meta["base_model"] else ""
             raise AdapterError(
@@ -256,8 +258,13 @@ def _expected(model: nn.Module, config: SpectralConfig, folder: Path) -> Expecte
     return expected
 
 
-def _base_fingerprint(model: nn.Module, trained: set[str]) -> str:
-    """Fingerprint of every parameter the adapter does not hold, as the unmerged model has it."""
+def _base_fingerprint(
+    model: nn.Module, trained: set[str], on_other_basis: Callable[[str, SpectralLayer], None]
+) -> str:
+    """Fingerprint of every parameter the adapter does not hold, as the unmerged model has it.
+
+    `on_other_basis` is called with every layer whose factors were made from another weight than it has.
+    """
     state: dict[str, Tensor] = {}
     factors = {f"{layer}.{f}" for layer, _ in spectral_layers(model) for f in FACTORS}
     for name, p in model.named_parameters():
@@ -265,7 +272,35 @@ def _base_fingerprint(model: nn.Module, trained: set[str]) -> str:
             state[name.removesuffix(".base_weight") + ".weight"] = p
         elif name not in trained and name not in factors and not name.endswith(".delta"):
             state.setdefault(name, p)
-    return combined_fingerprint({name: tensor_fingerprint(whole(p)) for name, p in state.items()})
+    prints = {name: tensor_fingerprint(whole(p)) for name, p in state.items()}
+    cast = []
+    for name, layer in spectral_layers(model):
+        own = prints.get(f"{name}.weight")  # of a shared weight, one layer's alone
+        match = True if own is None else layer.basis_of(own)
+        if match is None:
+            cast.append(name)
+        elif not match:
+            on_other_basis(name, layer)
+    if cast:
+        warnings.warn(
+            f"the model was cast after its factors were made ({cast[0]} and {len(cast) - 1} more). A plain "
+            "model makes them from the cast weights, so that an adapter carried from one to the other acts "
+            "in a basis some percent off (bfloat16): cast a model before spectralize()",
+            stacklevel=3,
+        )
+    return combined_fingerprint(prints)
+
+
+def _refuse_other_basis(name: str, layer: SpectralLayer) -> None:
+    raise ValueError(
+        f"{name}.weight has changed since its factors were made, past the count of its writes (as by "
+        "weight.data) or since the last call: put it back, or call the layer's refactorize(), which gives "
+        "the coefficients another basis; nothing was written"
+    )
+
+
+def _remake_basis(name: str, layer: SpectralLayer) -> None:
+    layer.refactorize()
 
 
 def _check_same_config(have: SpectralConfig, want: SpectralConfig, folder: Path) -> None:

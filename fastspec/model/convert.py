@@ -177,6 +177,8 @@ def merge(model: nn.Module) -> nn.Module:
     """
     done: list[SpectralLayer] = []
     layers = {name: layer for name, layer in spectral_layers(model) if not layer.merged}
+    for layer in layers.values():
+        layer.follow_weight()
     ready = _merged_together(list(layers.values()))
     for (name, layer), effective in zip(layers.items(), ready, strict=True):
         try:

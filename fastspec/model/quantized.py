@@ -25,6 +25,7 @@ from fastspec.model.convert import spectralize
 from fastspec.model.targets import spectral_layers
 from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.linear import SpectralLinear
+from fastspec.nn.made_from import MadeFrom
 from fastspec.ops.plan import Plan
 
 FORMATS = ("nf4", "fp4")  # of bitsandbytes
@@ -112,6 +113,7 @@ def quantize_base(model: nn.Module, config: Any) -> nn.Module:
         _by_torchao(plain, config)
     for layer in plain:
         layer.__class__ = QuantizedSpectralLinear
+        layer._made_from = MadeFrom()  # the float weight is gone
     return model
 
 

@@ -27,7 +27,16 @@ class FrozenFactors(nn.Module):
     _singular_dtype: torch.dtype | None  # in which they were made as a singular basis, until a cast
 
     def _hold(self, factors: Factors) -> None:
-        """Take these factors, in place of former ones if any."""
+        """Take these factors, in place of former ones if any.
+
+        Raises:
+            ValueError: the former ones were made parameters, to be sharded along with the weight.
+        """
+        if "u" in self._parameters:
+            raise ValueError(
+                "the factors of a layer are sharded along with its weight, which has changed: load the "
+                "weights before shard_factors(model), which must come after spectralize"
+            )
         self.register_buffer("u", factors.u, persistent=False)
         self.register_buffer("s", factors.s, persistent=False)
         self.register_buffer("vh", factors.vh, persistent=False)

@@ -23,7 +23,7 @@ from fastspec.model.adapter_file import AdapterError
 from fastspec.model.targets import avoid_fused_inference, check_layer
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
-from fastspec.peft.state import FrozenBasis
+from fastspec.peft.state import BaseWeights, FrozenBasis
 from fastspec.svd.factors import factorize
 
 
@@ -139,6 +139,7 @@ class SpectralModel(BaseTuner):
                 "config, set its base_fingerprint to None)"
             )
         config.base_fingerprint = fingerprint
+        told = BaseWeights(config, fingerprints)
 
         first = [names[0] for names in missing.values()]
         made = factorize(
@@ -151,6 +152,8 @@ class SpectralModel(BaseTuner):
             basis = FrozenBasis(factors, wanted[names[0]], fingerprints[names[0]])
             for name in names:
                 layers[name].use_basis(adapter_name, config.core, basis, wanted[name])
+        for name, layer in layers.items():
+            layer.follow(adapter_name, told, name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
