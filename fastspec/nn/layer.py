@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.follow import FollowsWeight
 from fastspec.nn.kept import KeptCopy
 from fastspec.nn.made_from import Seen, readable
-from fastspec.nn.parts import kept_in_float32, merged_weight, same_values
+from fastspec.nn.parts import kept_in_float32, merged_weight, same_values, take_over
 from fastspec.ops import reference
 from fastspec.ops.functional import spectral_linear, task_linear
 from fastspec.ops.plan import LayerCall, Plan, make_plan, why_not
@@ -39,7 +38,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
     def adopt(cls, plain: nn.Module, **options: Any) -> Any:
         """An adapted layer that owns the plain one's tensors, hooks and attributes (nothing is copied)."""
         layer = cls.__new__(cls)
-        layer.__dict__.update({k: copy.copy(v) for k, v in plain.__dict__.items()})
+        take_over(layer, plain)
         layer._attach(**options)
         return layer
 

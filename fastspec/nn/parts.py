@@ -7,6 +7,8 @@ merged weight.
 from __future__ import annotations
 
 import contextlib
+import copy
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +18,20 @@ from torch import Tensor, nn
 from fastspec.cores import Core
 from fastspec.ops import reference
 from fastspec.svd.factors import Factors
+
+
+def take_over(new: nn.Module, old: nn.Module) -> None:
+    """Give `new` the tensors, hooks and attributes of `old`, in whose place it comes.
+
+    The very dictionaries of hooks go along: a hook's handle refers to them, and still removes it.
+    """
+    new.__dict__.update(old.__dict__)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        new.__dict__[name] = copy.copy(old.__dict__[name])  # what `new` adds is not old's
+    wrapped: Iterable[Any] = new._load_state_dict_pre_hooks.values()
+    for hook in wrapped:
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)
 
 
 class FrozenFactors(nn.Module):
