@@ -63,6 +63,13 @@ class QuantizedSpectralLinear(SpectralLinear):
     def _merged_weight(self) -> Tensor:
         self._refuse("merging")
 
+    def unload(self, merged: bool = True) -> nn.Module:
+        if merged or hasattr(self.weight, "quant_state"):
+            self._refuse(
+                "unloading"
+            )  # a plain layer has no product of its own with bitsandbytes' numbers
+        return super().unload(merged)
+
     def refactorize(self) -> None:
         self._refuse("making the factors again")
 

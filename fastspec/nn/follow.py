@@ -113,14 +113,14 @@ class FollowsWeight(FrozenFactors):
             ValueError: `weight` was changed in place while it was merged, which would be lost.
         """
         if self.merged:
-            self._check_merged()
+            self.check_merged()
             self._drop_merged()
 
     def _drop_merged(self) -> None:
         if self.merged:
             self.weight, self.base_weight = self.base_weight, None
 
-    def _check_merged(self) -> None:
+    def check_merged(self) -> None:
         if self.merged and self._merged_seen.written(self.weight):
             raise ValueError(
                 f"a weight {list(self.weight.shape)} was changed in place while it was merged, which "

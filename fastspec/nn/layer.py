@@ -19,6 +19,9 @@ from fastspec.ops.functional import spectral_linear, task_linear
 from fastspec.ops.plan import LayerCall, Plan, make_plan, why_not
 from fastspec.svd.factors import Directions, Factors
 
+# what an adapted layer has beside the plain one's: as parameters and buffers, and when it is made
+ADDED = {"delta", "base_weight", "u", "s", "vh", "_added", "_plain_class"}
+
 
 class SpectralLayer(KeptCopy, FollowsWeight):
     """What adapted layers share, whatever the layout of their stored weight.
@@ -29,6 +32,8 @@ class SpectralLayer(KeptCopy, FollowsWeight):
 
     bias: Any  # Tensor | None
     delta_table: Tensor
+    _plain_class: type[nn.Module]
+    _added: set[str]
     task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -40,7 +45,30 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         layer = cls.__new__(cls)
         take_over(layer, plain)
         layer._attach(**options)
+        layer._plain_class = type(plain)
         return layer
+
+    def unload(self, merged: bool = True) -> nn.Module:
+        """The plain layer again, of the class it had, with this layer's tensors, hooks and attributes.
+
+        Args:
+            merged: with W + U C Vh as its weight, else with W.
+
+        Raises:
+            ValueError: the merged weight is not finite, or the weight was changed in place while merged and
+                W is asked for.
+        """
+        if merged:
+            self.merge()
+        else:
+            self.unmerge()
+        plain = self._plain_class.__new__(self._plain_class)
+        take_over(plain, self)
+        for held in (plain.__dict__, plain._parameters, plain._buffers):
+            for name in self._added:
+                held.pop(name, None)
+        plain._non_persistent_buffers_set -= self._added
+        return plain
 
     def _attach(
         self,
@@ -52,6 +80,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         factors: Factors | None,
     ) -> None:
         """Make an initialised plain layer an adapted one: factors, coefficients, what is trained."""
+        before = set(self.__dict__)
         self.directions = directions
         self.core: Core = core
         self.half_width = half_width
@@ -68,6 +97,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
+        self._added = (set(self.__dict__) - before) | ADDED
 
     @property
     def rank(self) -> int:
@@ -201,7 +231,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
             return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        self._check_merged()
+        self.check_merged()
         if not readable(self._base):  # a shard, whose writes aren't counted: it may be loaded into
             self._made_from.forget()
         super()._save_to_state_dict(destination, prefix, keep_vars)
