@@ -11,11 +11,13 @@ from torch import nn
 
 from fastspec.config import SpectralConfig
 from fastspec.model.merging import rehook, replace_modules, write_merged
+from fastspec.model.passed_by import FirstCalls
 from fastspec.model.targets import (
     Target,
     avoid_fused_inference,
     find_targets,
     is_norm,
+    layers_by_name,
     spectral_layers,
     unwrap,
 )
@@ -97,6 +99,7 @@ def spectralize(
     model.requires_grad_(False)
     replace_modules(model, layers)
     write_merged(model)
+    FirstCalls(layers_by_name).watch(model)
     avoid_fused_inference(model)
     for _, layer in spectral_layers(model):
         layer.delta.requires_grad_(True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastspec.model.passed_by import FirstCalls, warn_passed_by
 from fastspec.model.targets import allow_fused_inference, spectral_layers, unwrap
 from fastspec.nn.layer import SpectralLayer
 
@@ -31,6 +32,10 @@ def merge(model: nn.Module) -> nn.Module:
     """
     done: list[SpectralLayer] = []
     layers = {name: layer for name, layer in _layers(model) if not layer.merged}
+    never_acted = [name for name, layer in layers.items() if layer.acted is False]
+    if never_acted:  # W + U C Vh would change what reads the weight past the layer
+        warn_passed_by(never_acted, "any call so far (so they stay unmerged)")
+        layers = {name: layer for name, layer in layers.items() if name not in never_acted}
     for layer in layers.values():
         layer.follow_weight()
     ready = _merged_together(list(layers.values()))
@@ -103,10 +108,13 @@ def _unloaded(model: nn.Module, merged: bool) -> nn.Module:
             "folder), then load_adapter(base, folder) into a fresh base model and call this with it"
         )
     merge(model) if merged else unmerge(model)
-    plain = {id(layer): layer.unload(merged) for _, layer in layers}
+    plain = {id(layer): layer.unload(merged and layer.acted is not False) for _, layer in layers}
     for layer in plain.values():
         rehook(layer)
     allow_fused_inference(model)
+    for hook in list(model._forward_hooks.values()):
+        if isinstance(watcher := getattr(hook, "__self__", None), FirstCalls):
+            watcher.leave(model)
     for module in model.modules():
         module.__dict__.pop("save_pretrained", None)
     model.__dict__.pop("spectral", None)
@@ -205,7 +213,7 @@ def _merged_state(model: nn.Module, given: Mapping[str, Tensor] | None) -> dict[
             "it out, or call fastspec.merge_and_unload(model) first"
         )
     for name, layer in layers:
-        if not layer.merged:
+        if not layer.merged and layer.acted is not False:
             raise ValueError(
                 f"{name} is not merged, other layers are: fastspec.merge(model) or fastspec.unmerge(model) "
                 "first"

@@ -160,6 +160,10 @@ def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
             yield name, module
 
 
+def layers_by_name(model: nn.Module) -> dict[str, SpectralLayer]:
+    return dict(spectral_layers(model))
+
+
 def avoid_fused_inference(model: nn.Module) -> None:
     """Switch off torch's fused encoder path, which reads the linear layers' weights past their forward."""
     for module in model.modules():

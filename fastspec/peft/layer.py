@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastspec.cores import Core, core_matrix, delta_shape
+from fastspec.model.passed_by import warn_passed_by
 from fastspec.nn.made_from import Seen
 from fastspec.nn.parts import merged_weight
 from fastspec.ops.functional import spectral_linear, task_linear
@@ -29,6 +30,7 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
     adapter_layer_names = ("fastspec_delta",)
     other_param_names = ("fastspec_basis", "fastspec_form", "fastspec_origin")
     fastspec_base_weight: Tensor | None
+    acted: bool | None  # False: calls of the model have passed the layer by, True: have not
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -37,6 +39,7 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
         self.fastspec_basis = nn.ModuleDict()
         self.fastspec_form: dict[str, Form] = {}
         self.fastspec_origin: dict[str, tuple[BaseWeights, str]] = {}
+        self.acted = None
         self.merged_adapters: list[str] = []
         # while merged: the weight as it was, so that unmerging is exact
         self.register_buffer("fastspec_base_weight", None, persistent=False)
@@ -193,6 +196,10 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if the result is not finite; the layer stays as it was.
         """
+        if self.acted is False:
+            names = sorted({name for _, name in self.fastspec_origin.values()})
+            warn_passed_by(names, "any call so far (so they stay unmerged)")
+            return
         adapters = [
             a for a in check_adapters_to_merge(self, adapter_names) if a in self.fastspec_delta
         ]

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
+from fastspec.model.passed_by import FirstCalls
 from fastspec.model.targets import avoid_fused_inference, check_layer
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
@@ -58,6 +59,9 @@ class SpectralModel(BaseTuner):
             )
             self._make_bases(adapter_name, config)  # type: ignore[arg-type]
             avoid_fused_inference(model)
+            if len(self.peft_config) == 1:
+                FirstCalls(_layers_by_name).watch(self)
+                FirstCalls(_layers_by_name).watch(self.model)  # some of PEFT's models call this one
         except Exception:
             if len(self.peft_config) == 1:
                 for module in model.modules():
@@ -189,6 +193,14 @@ class SpectralModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _layers_by_name(model: nn.Module) -> dict[str, SpectralLinear]:
+    return {
+        n.removeprefix("model."): m
+        for n, m in model.named_modules()
+        if isinstance(m, SpectralLinear)
+    }
 
 
 def register() -> None:
