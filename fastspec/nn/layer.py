@@ -128,9 +128,10 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         task = tasks_of_batch(self.task_bank)
         if task is not None:
             return self._with_tasks(x, task)
-        if self.merged:
+        operands = self._operands()
+        if operands is None:
             return self._plain(x)
-        weight, bias, u, s, vh, delta = self._operands()
+        weight, bias, u, s, vh, delta = operands
         w = self._matrix(weight)
         if self.path == "reference":
             return reference.spectral_linear(x, w, bias, u, vh, delta, self.core)
@@ -148,17 +149,18 @@ class SpectralLayer(KeptCopy, FollowsWeight):
             effective=self._kept_weight() if self.keeps_merged else None,
         )
 
-    def _operands(self) -> tuple:
-        """weight, bias, u, s, vh and delta, past `nn.Module.__getattr__`, which takes the host long."""
+    def _operands(self) -> tuple | None:
+        """weight, bias, u, s, vh and delta; None: merged. Past `nn.Module.__getattr__`, which takes long."""
         if not torch.compiler.is_compiling():
-            held = self._parameters
-            weight = held.get("weight")
-            if weight is None or not self._made_from.unchanged(weight):
-                self.follow_weight()
-            buffers = self._buffers
+            held, buffers = self._parameters, self._buffers
             try:
+                if held["base_weight"] is not None:
+                    return None
+                weight: Any = held["weight"]
+                if not self._made_from.unchanged(weight):
+                    weight = self.follow_weight()
                 return (
-                    held["weight"],
+                    weight,
                     held["bias"],
                     buffers["u"],
                     buffers["s"],
@@ -167,7 +169,9 @@ class SpectralLayer(KeptCopy, FollowsWeight):
                 )
             except KeyError:  # another owner, such as a parametrisation
                 pass
-        return self.weight, self.bias, self.u, self.s, self.vh, self.delta
+        if self.merged:
+            return None
+        return self.follow_weight(), self.bias, self.u, self.s, self.vh, self.delta
 
     def _with_tasks(self, x: Tensor, task: Tensor) -> Tensor:
         """Every row of the batch x [B, ..., in] with its own task's core; `delta` plays no part."""

@@ -38,8 +38,15 @@ class FollowsBase(nn.Module):
 
     def _follow_weight(self) -> None:
         """Make the bases again if the unmerged weight is no longer what they were made from."""
-        weight, made = self.base_weight, self._made_from
-        if torch.compiler.is_compiling() or made.unchanged(weight):
+        if torch.compiler.is_compiling():
+            return
+        made, kept = self._made_from, self._buffers["fastspec_base_weight"]
+        if kept is None:  # past `nn.Module.__getattr__`, which takes long
+            kept = self._modules["base_layer"]._parameters.get("weight")  # type: ignore[union-attr]
+        if kept is not None and made.unchanged(kept):
+            return
+        weight = self.base_weight
+        if made.unchanged(weight):
             return
         # a weight that is trained runs the plain formula, which is right with any U and Vh
         if weight.requires_grad or not readable(weight) or made.same_content(weight):
