@@ -37,6 +37,7 @@ from fastspec.model.base import Base
 from fastspec.model.convert import Adaptation, adaptation
 from fastspec.model.fsdp import assign, is_sharded, reshard, whole
 from fastspec.model.targets import Target, is_norm, spectral_layers, unwrap
+from fastspec.nn.layer import SpectralLayer
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, bases: bool = False) -> Path:
@@ -58,12 +59,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, bases: boo
 
     Raises:
         ValueError: the model is not a spectralized one, a value to save is not finite, or the weight of an
-            adapted layer is trained, from which its basis is made.
+            adapted layer is trained or has changed since the last call, and its basis is made from it.
     """
     model = unwrap(model)
     adapted = adaptation_of(model)
     reshard(model)
     base = Base(model)
+    base.check_bases(_refuse_other_basis)
     own = adapter_tensors(model)
     state = base.changed(own, adapted.buffers)
     own |= {name: base.tensors[name] for name in state}
@@ -167,6 +169,7 @@ def read_adapters(
     limit = 32 * sum(p.numel() for p in model.parameters())
     free: Collection[str] = ()
     base = Base(model)
+    base.check_bases(_remake_basis)
     told: dict[str, Any] = {}
     for folder in map(Path, folders):
         with open_adapter(folder) as file:
@@ -256,3 +259,15 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         state = model.get_submodule(head).state_dict(keep_vars=True)
         tensors |= {f"{head}.{n}": t for n, t in state.items()}
     return tensors
+
+
+def _refuse_other_basis(name: str, layer: SpectralLayer) -> None:
+    raise ValueError(
+        f"{name}.weight has changed since its factors were made, past the count of its writes (as by "
+        "weight.data) or since the last call: put it back, or call the layer's refactorize(), which gives "
+        "the coefficients another basis; nothing was written"
+    )
+
+
+def _remake_basis(name: str, layer: SpectralLayer) -> None:
+    layer.refactorize()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.fsdp import FACTORS, whole
 from fastspec.model.targets import output_layer_names, spectral_layers, unsaved_heads
+from fastspec.nn.layer import SpectralLayer
 
 DIGITS = 16
 
@@ -47,17 +48,41 @@ class Base:
                 self.tensors[name.removesuffix(".base_weight") + ".weight"] = tensor
             elif name not in own:
                 self.tensors.setdefault(name, tensor)
-        self._digests: dict[tuple[str, int | None], str] = {}
+        self._fingerprints: dict[tuple[int, int | None], str] = {}
 
     def digest(self, name: str, rows: int | None = None) -> str:
-        """The digest of a tensor, or of its first rows; made once. Of a sharded one every process asks."""
-        key = (name, rows)
-        if key not in self._digests:
-            tensor = whole(self.tensors[name].detach())
+        """The digest of a tensor, or of its first rows. Of a sharded one every process asks."""
+        return self._fingerprint(name, rows)[:DIGITS]
+
+    def _fingerprint(self, name: str, rows: int | None = None) -> str:
+        own = self.tensors[name]
+        key = (id(own), rows)
+        if key not in self._fingerprints:
+            tensor = whole(own.detach())
             if rows is not None:
                 tensor = tensor[:rows]
-            self._digests[key] = tensor_fingerprint(tensor)[:DIGITS]
-        return self._digests[key]
+            self._fingerprints[key] = tensor_fingerprint(tensor)
+        return self._fingerprints[key]
+
+    def check_bases(self, on_other: Callable[[str, SpectralLayer], None]) -> None:
+        """Call `on_other` with every layer whose factors were made from another weight than it has now.
+
+        Warns of a model that was cast after its factors were made.
+        """
+        cast = []
+        for name, layer in spectral_layers(self.model):
+            match = layer.basis_of(self._fingerprint(f"{name}.weight"))
+            if match is None:
+                cast.append(name)
+            elif not match:
+                on_other(name, layer)
+        if cast:
+            warnings.warn(
+                f"the model was cast after its factors were made ({cast[0]} and {len(cast) - 1} more). A "
+                "plain model makes them from the cast weights, so that an adapter carried from one to the "
+                "other acts in a basis some percent off (bfloat16): cast a model before spectralize()",
+                stacklevel=4,
+            )
 
     def names(self, stored: Iterable[str]) -> list[str]:
         """Names of what an adapter leaves out that stores the tensors `stored`; tied ones count once."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastspec.config import SpectralConfig
 from fastspec.model.base import buffer_digests
+from fastspec.model.merging import rehook, replace_modules, write_merged
+from fastspec.model.passed_by import FirstCalls
 from fastspec.model.targets import (
     Target,
     avoid_fused_inference,
     find_targets,
     is_norm,
+    layers_by_name,
     spectral_layers,
     unwrap,
 )
@@ -131,10 +133,9 @@ def convert(
     buffers = buffer_digests(model)
     # nothing above changed the model; nothing below can fail
     model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in layers:
-                parent._modules[name] = layers[id(child)]
+    replace_modules(model, layers)
+    write_merged(model)
+    FirstCalls(layers_by_name).watch(model)
     avoid_fused_inference(model)
     for _, layer in spectral_layers(model):
         layer.delta.requires_grad_(True)
@@ -203,64 +204,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
     print(f"{'all parameters':26}{total:>15,}")
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Merge every adapted layer (see `SpectralLinear.merge`); `unmerge` undoes it bit for bit.
-
-    Raises:
-        ValueError: a merged weight is not finite. The message names the layer; nothing is merged.
-    """
-    done: list[SpectralLayer] = []
-    layers = {name: layer for name, layer in spectral_layers(model) if not layer.merged}
-    ready = _merged_together(list(layers.values()))
-    for (name, layer), effective in zip(layers.items(), ready, strict=True):
-        try:
-            layer.merge(effective)
-        except ValueError as e:
-            for other in done:
-                other.unmerge()
-            raise ValueError(f"{name}: {e}") from None
-        done.append(layer)
-    return model
-
-
-def _merged_together(layers: list[SpectralLayer]) -> list[Tensor | None]:
-    """Merged weights of the layers on a GPU, one launch for each kind; None where a layer makes its own."""
-    # a quantised weight is a subclass, and its layer says why it can't be merged
-    on_gpu = [m for m in layers if m.weight.is_cuda and type(m.weight.data) is Tensor]
-    if not on_gpu or importlib.util.find_spec("triton") is None:
-        return [None] * len(layers)
-    from fastspec.kernels.merge import merge_layers
-
-    with torch.no_grad():
-        merged = merge_layers(
-            [layer._matrix(layer.weight) for layer in on_gpu],
-            [layer.u for layer in on_gpu],
-            [layer.vh for layer in on_gpu],
-            [layer.delta for layer in on_gpu],
-            [layer.core for layer in on_gpu],
-        )
-    # `_matrix` undoes itself: the identity, or a transposition
-    found = {
-        id(layer): None if w is None else layer._matrix(w)
-        for layer, w in zip(on_gpu, merged, strict=True)
-    }
-    return [found.get(id(layer)) for layer in layers]
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Put the base weights back."""
-    for _, layer in spectral_layers(model):
-        layer.unmerge()
-    return model
-
-
-def keep_merged(model: nn.Module, keep: bool = True) -> nn.Module:
-    """Keep a merged copy of every adapted weight between calls (see `SpectralLinear.keep_merged`)."""
-    for _, layer in spectral_layers(model):
-        layer.keep_merged(keep)
-    return model
-
-
 def _percent(part: int, total: int) -> str:
     return f"{100 * part / total if total else 0:10.4f} %"
 
@@ -314,12 +257,5 @@ def _adapted(target: Target, factors: Factors, config: SpectralConfig) -> Spectr
         train_bias=config.train_bias,
         factors=factors,
     )
-    hook = layer.__dict__.pop("_hf_hook", None)
-    if (
-        hook is not None
-    ):  # accelerate's: its forward on the instance would go on calling the plain layer
-        from accelerate.hooks import add_hook_to_module
-
-        del layer.__dict__["forward"], layer.__dict__["_old_forward"]
-        add_hook_to_module(layer, hook)
+    rehook(layer)
     return layer

@@ -18,6 +18,11 @@ from fastspec.config import Rank, SpectralConfig, resolve_rank
 from fastspec.nn.layer import SpectralLayer
 from fastspec.svd.factors import Directions
 
+# what switches off torch's fused path of an encoder; of the second, with nested inputs
+FUSED: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
 HEAD_NAMES = ("classifier", "score", "head", "heads", "fc", "qa_outputs", "classification_head")
 
 
@@ -154,13 +159,25 @@ def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
             yield name, module
 
 
+def layers_by_name(model: nn.Module) -> dict[str, SpectralLayer]:
+    return dict(spectral_layers(model))
+
+
 def avoid_fused_inference(model: nn.Module) -> None:
     """Switch off torch's fused encoder path, which reads the linear layers' weights past their forward."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # the same path, with nested inputs
+        for kind, (name, off) in FUSED.items():
+            if isinstance(module, kind):
+                module.__dict__.setdefault("_fused_inference", getattr(module, name))
+                setattr(module, name, off)
+
+
+def allow_fused_inference(model: nn.Module) -> None:
+    """Undo `avoid_fused_inference`."""
+    for module in model.modules():
+        for kind, (name, _) in FUSED.items():
+            if isinstance(module, kind) and "_fused_inference" in module.__dict__:
+                setattr(module, name, module.__dict__.pop("_fused_inference"))
 
 
 def is_norm(module: nn.Module) -> bool:

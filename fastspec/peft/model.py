@@ -17,6 +17,7 @@ from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.base import DIGITS
 from fastspec.model.convert import warn_of_stacks
+from fastspec.model.passed_by import FirstCalls
 from fastspec.model.targets import avoid_fused_inference
 from fastspec.peft.beside import (
     changed_beside,
@@ -28,7 +29,7 @@ from fastspec.peft.beside import (
 )
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
-from fastspec.peft.state import FrozenBasis
+from fastspec.peft.state import BaseWeights, FrozenBasis
 from fastspec.peft.targets import (
     check_names,
     check_target,
@@ -78,6 +79,9 @@ class SpectralModel(BaseTuner):
                 )
                 self._make_bases(adapter_name, config)
             avoid_fused_inference(model)
+            if len(self.peft_config) == 1:
+                FirstCalls(_layers_by_name).watch(self)
+                FirstCalls(_layers_by_name).watch(self.model)  # some of PEFT's models call this one
         except BaseException:
             self.discard(adapter_name, trainable)
             raise
@@ -168,6 +172,7 @@ class SpectralModel(BaseTuner):
         check_fingerprints(config, fingerprints, f"the adapter {adapter_name!r}")
         config.base_fingerprint = {name: digest[:DIGITS] for name, digest in fingerprints.items()}
         config = self.peft_config[adapter_name] = config.settled()  # type: ignore[assignment]
+        told = BaseWeights(config, fingerprints)
 
         first = [names[0] for names in missing.values()]
         made = factorize(
@@ -180,6 +185,8 @@ class SpectralModel(BaseTuner):
             basis = FrozenBasis(factors, wanted[names[0]], fingerprints[names[0]])
             for name in names:
                 layers[name].use_basis(adapter_name, config.core, basis, wanted[name])
+        for name, layer in layers.items():
+            layer.follow(adapter_name, told, name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -275,6 +282,14 @@ class SpectralModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _layers_by_name(model: nn.Module) -> dict[str, SpectralLinear]:
+    return {
+        n.removeprefix("model."): m
+        for n, m in model.named_modules()
+        if isinstance(m, SpectralLinear)
+    }
 
 
 def register() -> None:

@@ -234,9 +234,11 @@ def check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
         )
     if isinstance(target._parameters.get("weight"), nn.UninitializedParameter):
         raise ValueError(f"{name}: a lazy layer without weights yet: run the model once first")
-    if target._forward_hooks or target._forward_pre_hooks or "forward" in vars(target):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(vars(target)[kind] for kind in hooks) or "forward" in vars(target):
         raise ValueError(
             f"{name}: the layer has forward hooks or a forward of its own (offloading, weight norm, or the "
-            "user's), which an adapted layer does not run: remove them, or name it in exclude_modules"
+            "user's), or backward hooks, which an adapted layer does not run: remove them, or name it in "
+            "exclude_modules"
         )
     check_layer(name, target)
