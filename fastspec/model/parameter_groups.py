@@ -75,6 +75,8 @@ def parameter_groups(
 
 def parameter_kind(name: str, heads: Iterable[str]) -> str:
     """ "head", "coefficients" or "extra", by a parameter's full name; PEFT's wrapping is seen through."""
+    if name.startswith("task_tables."):  # of many tasks, trained together
+        name = name.removeprefix("task_tables.").replace("-", ".")
     if any(re.match(rf"(base_model\.model\.)?{re.escape(h)}\.", name) for h in heads):
         return "head"
     return "coefficients" if name.endswith(".delta") else "extra"

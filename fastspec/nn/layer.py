@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastspec.config import Path
 from fastspec.cores import Core, delta_shape
+from fastspec.nn.batch_rows import Layout, Rows
 from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.parts import FrozenFactors, kept_in_float32, merged_weight, same_values
 from fastspec.ops import reference
@@ -35,6 +36,7 @@ class SpectralLayer(FrozenFactors):
     # W + U C Vh, the coefficients it is for and, on a device, which tensor and version of it they were
     _kept: tuple[Tensor, Tensor, Any] | None
     task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
+    row_layouts: tuple[Layout, ...] | None = None  # how rows of batches came here; None: not known
 
     @staticmethod
     def _matrix(weight: Tensor) -> Tensor:
@@ -119,9 +121,9 @@ class SpectralLayer(FrozenFactors):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        task = tasks_of_batch(self.task_bank)
-        if task is not None:
-            return self._with_tasks(x, task)
+        rows = tasks_of_batch(self.task_bank, self, x)
+        if rows is not None:
+            return self._with_tasks(x, rows)
         if self.merged:
             return self._plain(x)
         weight, bias, u, s, vh, delta = self._operands()
@@ -217,14 +219,17 @@ class SpectralLayer(FrozenFactors):
         )
         return self._matrix(copy)
 
-    def _with_tasks(self, x: Tensor, task: Tensor) -> Tensor:
-        """Every row of the batch x [B, ..., in] with its own task's core; `delta` plays no part."""
+    def _with_tasks(self, x: Tensor, rows: Rows) -> Tensor:
+        """Every row of the batch with its own task's core; `delta` plays no part."""
+        arranged = rows.arrange(x, self)
+        x, task = arranged.x, arranged.task
         w = self._matrix(self.weight if self.base_weight is None else self.base_weight)
         if self.path == "reference":
-            return reference.task_linear(
+            y = reference.task_linear(
                 x, w, self.bias, self.u, self.vh, self.delta_table, task, self.core
             )
-        return task_linear(
+            return arranged.back(y)
+        y = task_linear(
             x,
             w,
             self.bias,
@@ -236,6 +241,7 @@ class SpectralLayer(FrozenFactors):
             core=self.core,
             singular_basis=self.singular_basis,
         )
+        return arranged.back(y)
 
     def effective_weight(self) -> Tensor:
         """W + U C Vh in the stored layout and dtype, computed in float32 at least.
