@@ -7,6 +7,7 @@ below the capacity without a new allocation.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -144,15 +145,14 @@ class TaskBank:
             if isinstance(names, Tensor):
                 return Rows(self._places.decoded(names), uniform=len(names) == 1)
             found = self._found(names)
-            device = self.slots[0].live.device
-            task = torch.tensor(found, dtype=torch.int64, device=device)
+            task = torch.tensor(found, dtype=torch.int64, device=self.slots[0].live.device)
             return Rows(task, uniform=len(set(found)) == 1)
 
     def _found(self, names: BatchTasks) -> list[int]:
         return [-1 if name is None else self._place(name) for name in names]
 
     def places(self, index: Tensor) -> Tensor:
-        """The places [B] that a row tensor names."""
+        """The places [B] in the tables that a row tensor names; -1 for none."""
         return self._places.decoded(index)
 
     def begin(self, names: BatchTasks | None) -> tuple[Flight, Rows | None]:
@@ -180,7 +180,8 @@ class TaskBank:
     def learn_layouts(self, model: nn.Module, args: tuple, kwargs: dict, rows: Rows) -> None:
         """Find out where rows lie in every layer's input, for rows of different tasks."""
         if not rows.uniform and len(rows.task) > 0:
-            self._layouts.learn(model, args, kwargs, len(rows.task), attentions(self.model))
+            by_task = functools.partial(attentions, self.model)
+            self._layouts.learn(model, args, kwargs, len(rows.task), by_task)
 
     def reserve(self, count: int, head_size: int = 0) -> None:
         """Make room for `count` tasks in all, by doubling the tables, and for heads of `head_size` labels."""
@@ -234,20 +235,17 @@ class TaskBank:
     def remove(self, name: str) -> None:
         """Forget a task; see `fastspec.remove_task`."""
         with self.flights.lock:
-            place = self._place(name)
+            self._place(name)
             self._optimizers.check_forgettable()
             if name != self.active:
-                del self._places.of[name]
-                self._places.retire(place, self.flights.now())
+                self._places.drop(name, self.flights.now())
                 return
         with self._alone():
-            place = self._place(name)
             if name == self.active:
                 self._check_unmerged()
                 self._load(None)
                 self.active = None
-            del self._places.of[name]
-            self._places.retire(place, self.flights.now())
+        self.remove(name)
 
     @torch.no_grad()
     def activate(self, name: str | None) -> None:
@@ -342,11 +340,9 @@ class TaskBank:
         self._optimizers.check_forgettable()
         return [self.tables.checked(name, values) for name, values in tasks.items()]
 
-    def _write_new(
-        self, names: Sequence[str] | Mapping[str, Any], free: list[int], checked: list[dict]
-    ) -> None:
-        self._write(free[: len(names)], checked)
-        for name, place in zip(names, free, strict=False):
+    def _write_new(self, tasks: Mapping[str, Any], free: list[int], checked: list[dict]) -> None:
+        self._write(free[: len(tasks)], checked)
+        for name, place in zip(tasks, free, strict=False):
             self._places.put(name, place)
 
     def _write(self, places: list[int], checked: list[dict[str, Tensor]]) -> None:

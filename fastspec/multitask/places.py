@@ -64,6 +64,10 @@ class Places:
         self.retired[place] = moment
         self.changes += 1
 
+    def drop(self, name: str, moment: int) -> None:
+        """Forget a task; `moment` as of `retire`."""
+        self.retire(self.of.pop(name), moment)
+
     def numbered(self, found: list[int], place: Tensor) -> Tensor:
         """The row tensor [B] of these places, which `place` holds too."""
         numbers = [-1 if p < 0 else p | (self.uses[p] << SHIFT) for p in found]

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,12 +41,12 @@ class KnownLayouts:
         args: tuple,
         kwargs: Mapping[str, Any],
         count: int,
-        by_task: Iterable[nn.Module],
+        by_task: Callable[[], Iterable[nn.Module]],
     ) -> None:
         """Find out where the `count` rows lie in every layer's input, once for every kind of call.
 
         Args:
-            by_task: modules inside which a batch has one task at a time.
+            by_task: gives the modules inside which a batch has one task at a time.
 
         Raises:
             ValueError: rows can't be told apart in some layer.
@@ -58,7 +58,7 @@ class KnownLayouts:
             if kind in self._calls.setdefault(model, set()):
                 return
             found = seen_layouts(model, args, kwargs, count)
-            exempt = {m for module in by_task for m in module.modules()}
+            exempt = {m for module in by_task() for m in module.modules()}
             for layer, layouts in found.items():
                 if None in layouts and layer not in exempt:
                     names = {module: name for name, module in model.named_modules()}

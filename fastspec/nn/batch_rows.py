@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,14 @@ Layout = Literal[
     "second",  # [m, B, ..., in]
 ]
 LAYOUTS: tuple[Layout, ...] = ("batch", "blocks", "strided", "second")
+ROWS_FIRST: tuple[Layout, ...] = ("batch",)
 
 
 def same(y: Tensor) -> Tensor:
     return y
 
 
-@dataclasses.dataclass(frozen=True)
-class Arranged:
+class Arranged(NamedTuple):
     """A layer's input with the rows first, and the way back for what the layer makes of it."""
 
     x: Tensor  # [R, ..., in]
@@ -63,28 +63,30 @@ class Rows:
         Raises:
             ValueError: it is not known, or not certain, which part of `x` is whose.
         """
-        count = self.task.shape[0]
+        shape, count = x.shape, self.task.shape[0]
+        known: Collection[Layout] | None = layer.row_layouts
+        if known == ROWS_FIRST and not self.uniform and len(shape) > 1 and shape[0] == count:
+            return Arranged(x, self.task, same)  # nearly every layer
         if self.uniform:
             return Arranged(x[None], self.task[:1], lambda y: y[0])
-        known: Collection[Layout] | None = layer.row_layouts
         if count == 0:
-            known = ("batch",)
+            known = ROWS_FIRST
         if known is None:
             raise ValueError(
-                f"a layer got {list(x.shape)} in a batch of {count} rows, and whose entries these are is "
+                f"a layer got {list(shape)} in a batch of {count} rows, and whose entries these are is "
                 "not known yet: call the whole model once with different tasks, not compiled"
             )
-        found = fitting(x.shape, count, known)
+        found = fitting(shape, count, known)
         if found is None:
             raise ValueError(
-                f"a layer got {list(x.shape)} in a batch of {count} rows, where the batch came as "
+                f"a layer got {list(shape)} in a batch of {count} rows, where the batch came as "
                 f"{' or '.join(sorted(known))} before: its input was flattened, expanded or reordered, and "
                 "which row is whose can't be known here"
             )
         if found == "batch":
             return Arranged(x, self.task, same)
         blocks = by_rows(x, count, found)
-        return Arranged(blocks, self.task, lambda y: _back(y, x.shape[0], found))
+        return Arranged(blocks, self.task, lambda y: _back(y, shape[0], found))
 
 
 def fitting(shape: torch.Size, count: int, layouts: Collection[Layout]) -> Layout | None:
