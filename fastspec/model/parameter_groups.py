@@ -80,6 +80,8 @@ def parameter_kind(name: str, heads: Iterable[str]) -> str:
     """ "head", "coefficients" or "extra", by a parameter's full name; PEFT's wrapping is seen through."""
     if PEFT_HEAD in name:
         return "head"
+    if name.startswith("task_tables."):  # of many tasks, trained together
+        name = name.removeprefix("task_tables.").replace("-", ".")
     if any(re.match(rf"(base_model\.model\.)?{re.escape(h)}\.", name) for h in heads):
         return "head"
     return "coefficients" if name.endswith(".delta") or PEFT_DELTA in name else "extra"

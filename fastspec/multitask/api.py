@@ -115,10 +115,9 @@ def set_task(model: nn.Module, name: str | None) -> None:
 def replace_task(
     model: nn.Module, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor]
 ) -> None:
-    """Other values for a task, in place: serving goes on without recompiling.
+    """Other values for a task: serving goes on without recompiling.
 
-    A batch that runs at the same time may see old values in some layers and new ones in others: where
-    that matters, add the new version under a new name instead and remove the old one.
+    Batches that run at the same time keep the former values to their end.
 
     Raises:
         ValueError, FileNotFoundError, AdapterError: as `add_task`, or there is no such task.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastspec.config import Path
 from fastspec.cores import Core, delta_shape
+from fastspec.nn.batch_rows import Layout, Rows
 from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.follow import FollowsWeight
 from fastspec.nn.kept import KeptCopy
@@ -36,6 +37,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
     _plain_class: type[nn.Module]
     _added: set[str]
     task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
+    row_layouts: tuple[Layout, ...] | None = None  # how rows of batches came here; None: not known
 
     def _plain(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -125,9 +127,9 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        task = tasks_of_batch(self.task_bank)
-        if task is not None:
-            return self._with_tasks(x, task)
+        rows = tasks_of_batch(self.task_bank, self, x)
+        if rows is not None:
+            return self._with_tasks(x, rows)
         operands = self._operands()
         if operands is None:
             return self._plain(x)
@@ -173,14 +175,17 @@ class SpectralLayer(KeptCopy, FollowsWeight):
             return None
         return self.follow_weight(), self.bias, self.u, self.s, self.vh, self.delta
 
-    def _with_tasks(self, x: Tensor, task: Tensor) -> Tensor:
-        """Every row of the batch x [B, ..., in] with its own task's core; `delta` plays no part."""
+    def _with_tasks(self, x: Tensor, rows: Rows) -> Tensor:
+        """Every row of the batch with its own task's core; `delta` plays no part."""
+        arranged = rows.arrange(x, self)
+        x, task = arranged.x, arranged.task
         w = self._matrix(self.follow_weight())
         if self.path == "reference":
-            return reference.task_linear(
+            y = reference.task_linear(
                 x, w, self.bias, self.u, self.vh, self.delta_table, task, self.core
             )
-        return task_linear(
+            return arranged.back(y)
+        y = task_linear(
             x,
             w,
             self.bias,
@@ -192,6 +197,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
             core=self.core,
             singular_basis=self.singular_basis,
         )
+        return arranged.back(y)
 
     def effective_weight(self) -> Tensor:
         """W + U C Vh in the stored layout and dtype, computed in float32 at least.
