@@ -107,7 +107,8 @@ def trains(case: Adapted) -> str:
         if not n.endswith(".delta") and not any(n.startswith(f"{h}.") for h in heads)
     ]
     expect(not stray, f"moves: {', '.join(stray[:2])}")
-    return f"yes, but {idle[0]} never runs" if idle else "yes"
+    more = f" and {len(idle) - 1} more never run" if len(idle) > 1 else " never runs"
+    return f"yes, but {idle[0]}{more}" if idle else "yes"
 
 
 def loads(case: Adapted) -> None:
