@@ -73,8 +73,13 @@ def test_the_page_of_several_processes_runs(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for program in programs(DOCS / "distributed.md"):
         (tmp_path / "page.py").write_text(program)
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "page.py"]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         done = subprocess.run(
-            start, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            [*start, "--nproc-per-node", "2", "page.py"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
