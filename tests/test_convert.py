@@ -1,6 +1,7 @@
 """`spectralize` on whole models: what is adapted, what is trained, what is refused."""
 
 import copy
+import warnings
 
 import pytest
 import tiny_models
@@ -118,6 +119,40 @@ def test_a_plain_models_state_loads(net):
     assert torch.equal(net(IDS), y)
 
 
+@pytest.mark.parametrize(
+    ("saved", "loading"),
+    [
+        ({"rank": 4}, {"rank": 4, "select": "trailing"}),
+        ({"select": (0, 4)}, {"select": (1, 5)}),
+        ({"rank": 4}, {"rank": 4, "basis": "random"}),
+        ({"rank": 4, "basis": "random"}, {"rank": 4, "basis": "random", "seed": 1}),
+        ({"rank": 3, "core": "dense"}, {"rank": 3, "core": "band"}),
+    ],
+)
+def test_a_state_dict_of_other_directions_is_refused(net, saved, loading, tmp_path):
+    model = spectralize(copy.deepcopy(net), SpectralConfig(**saved))
+    with torch.no_grad():
+        for _, layer in spectral_layers(model):
+            layer.delta.fill_(0.1)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = spectralize(copy.deepcopy(net), SpectralConfig(**loading))
+    before = other(IDS)
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.up\.delta: .* mean another update"):
+        other.load_state_dict(state)
+    assert torch.equal(other(IDS), before)
+    alike = spectralize(net, SpectralConfig(**saved))
+    alike.load_state_dict(state)
+    assert torch.equal(alike(IDS), model(IDS))
+    alike.load_state_dict(dict(state))  # of tensors alone
+    assert torch.equal(alike(IDS), model(IDS))
+
+
+def test_the_same_directions_by_another_name_load(net):
+    state = spectralize(copy.deepcopy(net), SpectralConfig(rank=16, seed=3)).state_dict()
+    spectralize(net, SpectralConfig(select=(0, 16))).load_state_dict(state)
+
+
 def test_counts_and_printing(net, capsys):
     total = sum(p.numel() for p in net.parameters())
     spectralize(net, SpectralConfig(rank=4))
@@ -160,6 +195,11 @@ def to_int8(net):
     net.blocks[1].up.weight = nn.Parameter(w, requires_grad=False)
 
 
+def to_inference(net):
+    with torch.inference_mode():
+        net.head = nn.Linear(16, 3)
+
+
 @pytest.mark.parametrize(
     ("change", "config", "error", "message"),
     [
@@ -176,6 +216,15 @@ def to_int8(net):
             r"target_modules names 'query', which is no linear layer.*blocks\.0\.up",
         ),
         (None, {"modules_to_save": ["pooler"]}, ValueError, "pooler"),
+        (
+            None,
+            {"rank": 2, "target_modules": ["up", "head"]},
+            ValueError,
+            r"names 'head', which is a head",
+        ),
+        (None, {"exclude_modules": "down"}, ValueError, r"names go in a list: \['down'\]"),
+        (None, {"exclude_modules": r".*\.donw"}, ValueError, "exclude_modules=.*donw"),
+        (to_inference, {"rank": 2}, ValueError, r"head\.weight was made under .*inference_mode"),
     ],
 )
 def test_refusals_leave_the_model_unchanged(change, config, error, message):
@@ -242,6 +291,36 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.mha = nn.MultiheadAttention(8, 2)
+
+
+@pytest.mark.parametrize("names", [r".*(down|gate_up_proj)", ["down", "up_proj"]])
+def test_stacks_that_are_meant_and_left_plain_are_named(names):
+    net = Net()
+    net.blocks[0].experts = nn.Module()
+    net.blocks[0].experts.gate_up_proj = nn.Parameter(torch.randn(2, 8, 8))
+    net.blocks[1].up_proj = nn.Linear(16, 16)
+    match = r"such as blocks\.0\.experts\.gate_up_proj, which no nn\.Linear holds"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spectralize(copy.deepcopy(net), SpectralConfig(rank=2, target_modules=["down"]))
+    with pytest.warns(UserWarning, match=match):
+        spectralize(net, SpectralConfig(rank=2, target_modules=names))
+
+
+def test_what_is_merged_or_loaded_under_inference_mode_can_be_trained(net, tmp_path):
+    base = copy.deepcopy(net)
+    fastspec.save_adapter(spectralize(copy.deepcopy(net), SpectralConfig(rank=4)), tmp_path / "a")
+    with torch.inference_mode():
+        fastspec.load_tasks(net, [tmp_path / "a"])
+        fastspec.set_task(net, "a")
+        net(IDS)
+    net(IDS).sum().backward()
+    plain = fastspec.load_adapter(base, tmp_path / "a")
+    with torch.inference_mode():
+        fastspec.merge_and_unload(plain)
+        plain(IDS)
+    plain.requires_grad_(True)(IDS).sum().backward()
+    assert all(p.grad is not None for p in plain.parameters())
 
 
 @pytest.mark.parametrize("loads", [False, True])

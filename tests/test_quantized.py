@@ -151,6 +151,50 @@ def test_adapters_of_a_quantised_base(tmp_path, config):
             load_adapter(other, tmp_path)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("config", CASES)
+def test_state_dicts_of_a_quantised_base(config, assign):
+    """Equal weights load; others would lie over factors that are not theirs."""
+    model = quantize_base(adapted(), config)
+    fresh = quantize_base(adapted(shift=0.0), config)
+    fresh.load_state_dict(model.state_dict(), assign=assign)
+    assert torch.equal(fresh(IDS), model(IDS))
+
+    other = adapted()
+    with torch.no_grad():
+        other.blocks[1].up.weight.copy_(other.blocks[1].up.weight.flip(0))
+    before = {n: dequantised(layer.weight) for n, layer in spectral_layers(fresh)}
+    for state in (quantize_base(other, config).state_dict(), adapted().state_dict()):
+        with pytest.raises(
+            RuntimeError, match=r"blocks\.1\.up\.weight: the base here is quantised"
+        ):
+            fresh.load_state_dict(state, assign=assign)
+    for name, layer in spectral_layers(fresh):
+        assert torch.equal(dequantised(layer.weight), before[name])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_quantised_state_dict_does_not_fit_a_float_base(config, assign):
+    state = quantize_base(adapted(), config).state_dict()
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.up\.weight: it is quantised"):
+        adapted().load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_nor_the_bridge_s(assign):
+    peft = pytest.importorskip("peft", reason="needs the extra peft")
+    bridge = pytest.importorskip("fastspec.peft")
+    model = peft.get_peft_model(Net(), bridge.SpectralConfig(r=4))
+    quantised = quantised_plain(Net(), CONFIGS["int8"]).state_dict()
+    state = model.state_dict()
+    for name in state:
+        plain = name.removeprefix("base_model.model.").replace("base_layer.", "")
+        state[name] = quantised.get(plain, state[name])
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.up\.base_layer\.weight: it is quantised"):
+        model.load_state_dict(state, assign=assign)
+
+
 def test_the_documented_code():
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     (code,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "quantize_base" in b)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 import fastspec
@@ -145,16 +145,19 @@ def test_a_subclass_that_computes_more_is_refused(net, kind):
         spectralize(net, SpectralConfig(rank=2))
 
 
-@pytest.mark.parametrize("what", ["weight_norm", "sparse", "lazy"])
-def test_weights_that_are_no_plain_matrix_are_refused_and_nothing_is_frozen(net, what):
+@pytest.mark.parametrize("bridge", [False, True], ids=["core", "bridge"])
+@pytest.mark.parametrize("what", ["weight_norm", "sparse", "lazy", "pruned bias"])
+def test_weights_that_are_no_plain_matrix_are_refused_and_nothing_is_frozen(net, what, bridge):
     if what == "weight_norm":
         parametrizations.weight_norm(net.encoder[2])
     elif what == "sparse":
         net.encoder[2].weight = nn.Parameter(net.encoder[2].weight.detach().to_sparse())
+    elif what == "pruned bias":
+        prune.l1_unstructured(net.encoder[2], "bias", 0.5)
     else:
         net.encoder[2] = nn.LazyLinear(12)
     with pytest.raises((TypeError, ValueError), match=r"encoder\.2: "):
-        spectralize(net, SpectralConfig(rank=2))
+        adapt(net, bridge, rank=2)
     assert type(net.encoder[0]) is nn.Linear
     assert all(p.requires_grad for p in net.parameters())
 
@@ -166,7 +169,7 @@ def test_a_refused_parametrisation_keeps_its_own_state(net, kind, bridge):
     getattr(parametrizations, kind)(net.encoder[2])
     net.train()
     before = {n: t.clone() for n, t in net.state_dict().items()}
-    with pytest.raises(TypeError, match=r"encoder\.2: the weight is made anew"):
+    with pytest.raises(TypeError, match=r"encoder\.2: the weight or bias is made anew"):
         adapt(net, bridge, rank=2)
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())

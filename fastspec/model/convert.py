@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fastspec.model.targets import (
     find_targets,
     is_norm,
     layers_by_name,
+    matcher,
     spectral_layers,
     unwrap,
 )
@@ -128,6 +129,7 @@ def convert(
     factors: list[Factors],
 ) -> None:
     """Put adapted layers in place of `targets`, which `find_targets` found with `heads`; freeze the rest."""
+    _check_trainable(model, config, heads)
     layers = {id(t.module): _adapted(t, f, config) for t, f in zip(targets, factors, strict=True)}
 
     buffers = buffer_digests(model)
@@ -148,22 +150,52 @@ def convert(
     for name in heads:
         model.get_submodule(name).requires_grad_(True)
     model.spectral = Adaptation(config, heads, buffers)  # type: ignore[assignment]
-    if config.target_modules == "all-linear":
-        warn_of_stacks(model)
+    warn_of_stacks(model, config.target_modules)
 
 
-def warn_of_stacks(model: nn.Module) -> None:
-    """Say that stacks of matrices (experts in one parameter) stay plain, where they are much of the model."""
+def _check_trainable(model: nn.Module, config: SpectralConfig, heads: tuple[str, ...]) -> None:
+    """Refuse what can't be trained and is to be."""
+    for name, parameter in model.named_parameters():
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        trained = (
+            name.startswith(tuple(f"{head}." for head in heads))
+            or (config.train_bias and leaf == "bias")
+            or (config.train_layernorm and is_norm(module))
+        )
+        if trained and parameter.is_inference():
+            raise ValueError(
+                f"{name} was made under torch.inference_mode(), so it can't be trained: make or load the "
+                "model outside of it"
+            )
+
+
+def warn_of_stacks(model: nn.Module, meant: str | Sequence[str] = "all-linear") -> None:
+    """Say that stacks of matrices (experts in one parameter) stay plain, where they are much of the model.
+
+    Args:
+        meant: the `target_modules` by which they are meant. A name of it means a stack that it is part of
+            (`gate_proj` means `gate_up_proj`).
+    """
+    if isinstance(meant, str):
+        means = matcher(meant)
+    else:
+        words = [set(name.rpartition(".")[2].split("_")) for name in meant]
+
+        def means(name: str) -> bool:
+            held = set(name.rpartition(".")[2].split("_"))
+            return any(part <= held for part in words)
+
     stacks = {
-        f"{name}.{leaf}": parameter.numel()
+        f"{name}.{leaf}".lstrip("."): parameter.numel()
         for name, module in model.named_modules()
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
+        and means(f"{name}.{leaf}".lstrip("."))
         and min(parameter.shape[1:]) >= 8
         and not isinstance(module, nn.modules.conv._ConvNd)
     }
     share = sum(stacks.values()) / max(1, sum(p.numel() for p in model.parameters()))
-    if share > 0.01:
+    if stacks and (meant != "all-linear" or share > 0.01):
         warnings.warn(
             f"{share:.0%} of the model are stacks of matrices, such as {next(iter(stacks))}, which no "
             "nn.Linear holds: they stay as they are, only the linear layers were adapted",

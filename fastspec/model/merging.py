@@ -20,6 +20,7 @@ from fastspec.nn.layer import SpectralLayer
 WRAPPERS = ("", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.")
 
 
+@torch.inference_mode(False)  # what is made here may be trained elsewhere
 def merge(model: nn.Module) -> nn.Module:
     """Merge every adapted layer (see `SpectralLinear.merge`); `unmerge` undoes it bit for bit.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastspec.availability import install_advice
 from fastspec.config import SpectralConfig
 from fastspec.cores import core_matrix
+from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.convert import spectralize
 from fastspec.model.targets import spectral_layers
 from fastspec.nn.batch_tasks import tasks_of_batch
@@ -72,6 +73,15 @@ class QuantizedSpectralLinear(SpectralLinear):
 
     def refactorize(self) -> None:
         self._refuse("making the factors again")
+
+    def _why_not_load(self, given: Tensor) -> str | None:
+        if tensor_fingerprint(given) == tensor_fingerprint(self.weight):
+            return None
+        return (
+            "the base here is quantised, and its factors are those of the float weight before that; the "
+            f"state dict holds other values ({type(given.data).__name__}, {given.dtype}): load it before "
+            "quantize_base(), or leave the weights out and load with strict=False"
+        )
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(

@@ -104,6 +104,7 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
         targets.append(Target(name, module, directions))
+    _check_heads(model, config, (*heads, *kept_out))
     for rank, (name, side) in lowered.items():
         if rank not in served:
             raise _too_high(name, rank, side)
@@ -130,10 +131,30 @@ def _check_names(model: nn.Module, config: SpectralConfig) -> None:
                     f"{field} names {pattern!r}, which is no linear layer of this model{hint}; the model "
                     f"has: {', '.join(linear[:8])}{', ...' if len(linear) > 8 else ''}"
                 )
+    excluded = config.exclude_modules
+    if isinstance(excluded, str) and not any(map(matcher(excluded), linear)):
+        raise ValueError(
+            f"exclude_modules={excluded!r} is one regular expression, which matches the whole name of no "
+            f"linear layer; names go in a list: [{excluded!r}]; the model has: {', '.join(linear[:8])}"
+        )
     if isinstance(config.rank, Mapping):
         for pattern in config.rank:
             if pattern != "default" and not any(re.search(pattern, name) for name in linear):
                 raise ValueError(f"rank has the pattern {pattern!r}, which no linear layer matches")
+
+
+def _check_heads(model: nn.Module, config: SpectralConfig, heads: Sequence[str]) -> None:
+    """Refuse a target that only means heads and output layers, which are not adapted."""
+    inside = tuple(f"{head}." for head in heads)
+    patterns = config.target_modules
+    for pattern in () if isinstance(patterns, str) else patterns:
+        means = matcher([pattern])
+        found = [n for n, module in model.named_modules() if _is_linear(module) and means(n)]
+        if all(f"{name}.".startswith(inside) for name in found):
+            raise ValueError(
+                f"target_modules names {pattern!r}, which is a head or output layer ({found[0]}): these are "
+                "trained whole, by modules_to_save, and never adapted"
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -201,10 +222,11 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def check_layer(name: str, module: nn.Module) -> None:
     # before the weight is looked at: a parametrised one is made then, and may move its own state
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+    own = {"weight", "bias"} <= module._parameters.keys()
+    if parametrize.is_parametrized(module) or not own:
         raise TypeError(
-            f"{name}: the weight is made anew from other parameters at every use (weight_norm, pruning, "
-            "parametrizations): remove that first, or name the layer in exclude_modules"
+            f"{name}: the weight or bias is made anew from other parameters at every use (weight_norm, "
+            "pruning, parametrizations): remove that first, or name the layer in exclude_modules"
         )
     weight: Any = module.weight
     if is_lazy(weight):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fastspec.files import ADAPTER_FILE
@@ -143,6 +144,7 @@ def list_tasks(model: nn.Module) -> list[str]:
     return list(bank or ())
 
 
+@torch.inference_mode(False)  # what is made here is trained elsewhere
 def load_tasks(
     model: nn.Module,
     folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],

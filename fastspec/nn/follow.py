@@ -56,6 +56,7 @@ class FollowsWeight(FrozenFactors):
         else:
             self.refactorize()
 
+    @torch.inference_mode(False)  # what is made here is used elsewhere
     def refactorize(self) -> None:
         """Make the factors again from the weight as it is now. The coefficients stay as they are.
 

@@ -13,7 +13,7 @@ from fastspec.nn.batch_rows import Layout, Rows
 from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.follow import FollowsWeight
 from fastspec.nn.kept import KeptCopy
-from fastspec.nn.made_from import Seen, readable
+from fastspec.nn.made_from import Seen, is_quantised, readable
 from fastspec.nn.parts import kept_in_float32, merged_weight, same_values, take_over
 from fastspec.ops import reference
 from fastspec.ops.functional import spectral_linear, task_linear
@@ -22,6 +22,8 @@ from fastspec.svd.factors import Directions, Factors
 
 # what an adapted layer has beside the plain one's: as parameters and buffers, and when it is made
 ADDED = {"delta", "base_weight", "u", "s", "vh", "_added", "_plain_class"}
+
+ACTS_IN = "fastspec"  # a layer's entry in the metadata of a state dict
 
 
 class SpectralLayer(KeptCopy, FollowsWeight):
@@ -212,6 +214,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         adapter = (self.factors, self.delta.detach(), self.core)
         return self._matrix(merged_weight(base, adapter))
 
+    @torch.inference_mode(False)  # what is made here may be trained elsewhere
     @torch.no_grad()
     def merge(self, effective: Tensor | None = None) -> None:
         """Let `weight` hold W + U C Vh, so that a call costs what the plain layer costs.
@@ -250,6 +253,24 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         base = destination.pop(prefix + "base_weight", None)
         if base is not None:
             destination[prefix + "weight"] = base
+        if (told := getattr(destination, "_metadata", {}).get(prefix[:-1])) is not None:
+            told[ACTS_IN] = self._acts_in()
+
+    def _acts_in(self) -> dict[str, Any]:
+        """What says, beside the base weight and `delta`, which update that is: a state dict's metadata."""
+        d = self.directions
+        start, stop = d.triplets(min(self._matrix(self._base).shape))
+        told = {"core": self.core, "basis": d.basis, "triplets": [start, stop]}
+        return told | ({"seed": d.seed} if d.basis == "random" else {})
+
+    def _why_not_load(self, given: Tensor) -> str | None:
+        """What speaks against the weight that a state dict holds."""
+        if not is_quantised(given):
+            return None
+        return (
+            f"it is quantised in the state dict ({type(given.data).__name__}) and not here: call "
+            "quantize_base() on this model first, or load a state dict of the float model"
+        )
 
     def _load_from_state_dict(
         self,
@@ -262,6 +283,16 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         error_msgs: list[str],
     ) -> None:
         given = state_dict.get(prefix + "weight")
+        if given is not None and (why := self._why_not_load(given)):
+            error_msgs.append(f"{prefix}weight: {why}")
+            return
+        there, here = local_metadata.get(ACTS_IN), self._acts_in()
+        if prefix + "delta" in state_dict and there not in (None, here):
+            error_msgs.append(
+                f"{prefix}delta: the coefficients of the state dict mean another update than they would "
+                f"here: they are of {there}, and this layer is of {here}: spectralize the model alike"
+            )
+            return
         if given is None:
             self.unmerge()
         self._drop_merged()

@@ -96,6 +96,12 @@ def readable(weight: Tensor) -> bool:
     )
 
 
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a tensor is made of others (by torchao): no operator of floats need know it."""
+    flattens = type(tensor.data) is not Tensor and hasattr(tensor, "__tensor_flatten__")
+    return flattens and not hasattr(tensor, "full_tensor")  # no shard
+
+
 def came_along(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     """Whether a module's `_apply` brought its values along, by these; `to_empty` does not."""
     return all(

@@ -73,6 +73,7 @@ GENERATING = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
 GENERATION = "prepare_inputs_for_generation"
 
 
+@torch.inference_mode(False)  # what is made here is trained elsewhere
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastspec.cores import Core, core_matrix, delta_shape
 from fastspec.model.passed_by import warn_passed_by
-from fastspec.nn.made_from import Seen
+from fastspec.nn.made_from import Seen, is_quantised
 from fastspec.nn.parts import merged_weight
 from fastspec.ops.functional import spectral_linear, task_linear
 from fastspec.ops.plan import LayerCall, make_plan
@@ -282,7 +282,12 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
                 for name, tensor in state_dict.items()
                 if name.startswith(f"{prefix}fastspec_delta.")
             )
-            if shifted and not self.knows(given):
+            if is_quantised(given):
+                error_msgs.append(
+                    f"{prefix}base_layer.weight: it is quantised in the state dict "
+                    f"({type(given.data).__name__}) and not here: load a state dict of the float model"
+                )
+            elif shifted and not self.knows(given):
                 error_msgs.append(
                     f"{prefix}base_layer.weight: the basis was made from other weights than these (or the "
                     "state dict was saved while merged): load the base model first, adapt it afterwards"

@@ -27,7 +27,7 @@ from fastspec.peft.beside import (
     note_buffers,
     sketches,
 )
-from fastspec.peft.config import PeftType, SpectralConfig
+from fastspec.peft.config import ALL_LINEAR, PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
 from fastspec.peft.state import BaseWeights, FrozenBasis
 from fastspec.peft.targets import (
@@ -85,8 +85,9 @@ class SpectralModel(BaseTuner):
         except BaseException:
             self.discard(adapter_name, trainable)
             raise
-        if everywhere and len(self.peft_config) == 1:
-            warn_of_stacks(model)
+        by_pattern = everywhere or isinstance(config.target_modules, str)
+        if by_pattern and len(self.peft_config) == 1:
+            warn_of_stacks(model, ALL_LINEAR if everywhere else config.target_modules)
 
     def discard(self, adapter_name: str, trainable: list[tuple[nn.Parameter, bool]]) -> None:
         """Take an adapter away again; parameters get the flags of `trainable` back."""

@@ -13,6 +13,7 @@ from peft import NoMatchingPeftModuleError
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
@@ -90,8 +91,8 @@ def lower_ranks(config: SpectralConfig, model: nn.Module) -> None:
     served = set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D, SpectralLinear)) and meant(config, name):
-            if is_parametrized(module):  # refused later; to look at the weight may move its state
-                continue
+            if is_parametrized(module) or not _has_shape(module):
+                continue  # refused later; to look at a parametrised weight may move its state
             side = min(module.weight.shape)
             rank = config.rank_of(name, side)
             if rank <= side:
@@ -101,6 +102,13 @@ def lower_ranks(config: SpectralConfig, model: nn.Module) -> None:
     for rank, sides in lowered.items():
         if rank in served:  # the first that fits is taken
             config.rank_pattern = {**sides, **config.rank_pattern}
+
+
+def _has_shape(layer: nn.Module) -> bool:
+    weight = layer._parameters.get(
+        "weight"
+    )  # a parametrised one would be made, and may move its state
+    return weight is not None and not is_lazy(weight)
 
 
 def meant(config: SpectralConfig, name: str) -> Any:
