@@ -107,3 +107,18 @@ def test_the_bridge_refuses_hooks_that_it_would_not_run(kind):
         peft.get_peft_model(net, config)
     handle.remove()
     peft.get_peft_model(net, config)
+
+
+COMPILED = {
+    "in place": lambda net: net[0].compile(backend="eager"),
+    "wrapped": lambda net: net.__setitem__(0, torch.compile(net[0], backend="eager")),
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_layer_that_was_compiled_itself_is_refused(how):
+    net = plain()
+    COMPILED[how](net)
+    with pytest.raises(TypeError, match="the layer itself was compiled"):
+        spectralize(net, SpectralConfig(rank=4))
+    assert not any("delta" in name for name, _ in net.named_parameters())

@@ -248,6 +248,11 @@ def check_layer(name: str, module: nn.Module) -> None:
             f"{name}: its forward was replaced on the instance, which would go on calling the plain "
             "layer: undo that first and wrap the adapted layer, or name it in exclude_modules"
         )
+    if module.__dict__.get("_compiled_call_impl") is not None or name.endswith("_orig_mod"):
+        raise TypeError(
+            f"{name}: the layer itself was compiled, which would go on calling the plain layer: compile it "
+            "after adapting it, or name it in exclude_modules"
+        )
     own_forward = type(module).forward is not nn.Linear.forward
     if isinstance(module, nn.Linear) and own_forward and not _computes_linear(module):
         raise TypeError(

@@ -83,10 +83,10 @@ class Flights:
     def alone(self) -> Iterator[None]:
         """The lock, with no flight of another thread."""
         with self.lock:
-            outer, me = self._writer, threading.get_ident()
+            me = threading.get_ident()
             while self._writer not in (None, me):
                 self._changed.wait(1.0)
-            self._writer = me
+            outer, self._writer = self._writer, me
             try:
                 while not self.none():
                     self._changed.wait(1.0)  # a flight that was dropped notifies nobody

@@ -95,7 +95,7 @@ class FollowsWeight(FrozenFactors):
             return
         if made.same_content(weight):
             return
-        if made.fingerprint is not None and bool(self.delta.detach().any()):
+        if made.fingerprint is not None and self._shifted():
             warnings.warn(
                 f"the weight {list(weight.shape)} of a spectral layer has changed since its factors were "
                 "made: they are made again, and its coefficients, which are not zero, act in another "
@@ -106,6 +106,11 @@ class FollowsWeight(FrozenFactors):
         self.refactorize()
         if merged:
             self.merge()
+
+    def _shifted(self) -> bool:
+        """Whether coefficients, of a task's too, are not zero."""
+        table = getattr(self, "delta_table", None)
+        return any(t is not None and bool(t.detach().any()) for t in (self.delta, table))
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit.
@@ -143,6 +148,9 @@ class FollowsWeight(FrozenFactors):
         """Around a move or cast: the factors are then of the weight that came out of it."""
         s, dtype = self.s, self.follow_weight().dtype
         merged_seen = self._merged_seen.unchanged(self.weight) if self.merged else False
+        self._made_from.forget()
+        if merged_seen:
+            self._merged_seen.forget()
         yield
         weight = self._base
         if merged_seen:

@@ -299,6 +299,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         unchanged = self._made_from.unchanged(self.weight)
         same = readable(self.weight) and (given is None or same_values(given, self.weight))
         plain = given is not None and prefix + "delta" not in state_dict
+        self._made_from.forget()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

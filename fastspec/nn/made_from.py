@@ -38,7 +38,10 @@ class Seen:
         self._version = None if tensor.is_inference() else tensor._version
 
     def forget(self) -> None:
-        """Take nothing for seen: the next comparison is of values."""
+        """Take nothing for seen: the next comparison is of values.
+
+        Before a move, cast or load, too: `torch.utils.swap_tensors` refuses tensors that are referred to.
+        """
         self._tensor = _nothing
 
     def unchanged(self, tensor: Tensor) -> bool:

@@ -85,6 +85,9 @@ class FollowsBase(nn.Module):
             self._follow_weight()
         dtype, s = self.base_weight.dtype, [basis.s for basis in bases]
         merged_seen = self.merged and self._merged_seen.unchanged(self.get_base_layer().weight)
+        self._made_from.forget()
+        if merged_seen:
+            self._merged_seen.forget()
         super()._apply(fn, recurse)
         weight = self.base_weight
         if merged_seen:

@@ -277,6 +277,7 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
         given = state_dict.get(prefix + "base_layer.weight")
         if given is not None:
             self._drop_merged()
+            self._made_from.forget()
             shifted = any(
                 bool(tensor.any())
                 for name, tensor in state_dict.items()
