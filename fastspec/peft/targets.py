@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from fastspec.model.targets import check_layer, unsaved_heads
@@ -91,8 +90,8 @@ def lower_ranks(config: SpectralConfig, model: nn.Module) -> None:
     served = set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D, SpectralLinear)) and meant(config, name):
-            if is_parametrized(module) or not _has_shape(module):
-                continue  # refused later; to look at a parametrised weight may move its state
+            if isinstance(module, (nn.Linear, Conv1D)) and not _has_shape(module):
+                continue  # refused later
             side = min(module.weight.shape)
             rank = config.rank_of(name, side)
             if rank <= side:
@@ -105,9 +104,8 @@ def lower_ranks(config: SpectralConfig, model: nn.Module) -> None:
 
 
 def _has_shape(layer: nn.Module) -> bool:
-    weight = layer._parameters.get(
-        "weight"
-    )  # a parametrised one would be made, and may move its state
+    # a parametrised one is not among them: to make it may move its state
+    weight = layer._parameters.get("weight")
     return weight is not None and not is_lazy(weight)
 
 
