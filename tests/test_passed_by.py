@@ -278,3 +278,102 @@ def test_unloading_takes_the_hooks_off():
     quietly(call, base)
     assert not base._forward_hooks
     assert not base._forward_pre_hooks
+
+
+class Reads(nn.Module):
+    """What reads weights from further up, through a container, or beside a call."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.blocks = nn.ModuleDict({"q": nn.Linear(12, 12), "v": nn.Linear(12, 12)})
+        self.listed = nn.ModuleList([nn.Linear(12, 12)])
+        self.holder = nn.Module()
+        self.holder.k = nn.Linear(12, 12)
+        self.embed = nn.Embedding(7, 12)
+        self.tied = nn.Linear(12, 7, bias=False)
+        self.tied.weight = self.embed.weight
+
+    def forward(self, x):
+        x = self.blocks["v"](x)
+        if self.how == "dict":
+            x = F.linear(x, self.blocks["q"].weight)
+        elif self.how == "list":
+            x = x @ self.listed[0].weight.T
+        elif self.how == "holder":
+            x = torch.cat([x, x @ self.holder.k.weight.detach()])
+        elif self.how == "besides":
+            x = x + F.linear(x, self.blocks["v"].weight)
+        elif self.how == "metadata":
+            weight = self.blocks["v"].weight
+            x = x.to(weight.dtype).to(weight.device).reshape(-1, weight.shape[1])
+        elif self.how == "tied":
+            x = self.tied(x + self.embed(torch.arange(5)))
+        return x
+
+
+def reading(how):
+    torch.manual_seed(0)
+    config = SpectralConfig(
+        rank=4, modules_to_save=[], exclude_modules=[] if how == "tied" else ["tied"]
+    )
+    model = spectralize(Reads(how).eval(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("delta"):
+                parameter.fill_(0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "name"), [("dict", "blocks.q"), ("list", "listed.0"), ("holder", "holder.k")]
+)
+def test_weights_read_from_further_up(how, name):
+    model = reading(how)
+    with pytest.warns(UserWarning, match=rf"{name}: adapted, but not called in inference"):
+        y = model(X)
+    with pytest.warns(UserWarning, match=rf"{name}.*stay unmerged"):
+        merge(model)
+    assert_close(model(X), y)
+
+
+def test_a_weight_that_is_read_beside_a_call_is_not_merged():
+    model = reading("besides")
+    with pytest.warns(UserWarning, match=r"blocks\.v: something else reads the weight"):
+        y = model(X)
+    for call in (merge, merge_and_unload):
+        with pytest.raises(ValueError, match=r"blocks\.v can't be merged: something else reads"):
+            call(model)
+    assert_close(quietly(model, X), y)
+
+
+@pytest.mark.parametrize("how", ["metadata", "tied"])
+def test_reads_that_merging_does_not_touch(how):
+    model = reading(how)
+    y = quietly(model, X)
+    assert_close(merge(model)(X), y)
+
+
+def test_a_failed_call_leaves_nothing_on():
+    model = reading("besides")
+    with pytest.raises(ValueError, match="x must be"):
+        model(X[:, :5])
+    assert not torch.overrides._get_current_function_mode_stack()
+    with pytest.warns(UserWarning, match="something else reads"):
+        model(X)
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_the_bridge_refuses_to_merge_what_is_read_besides():
+    peft = pytest.importorskip("peft")
+    import fastspec.peft
+
+    torch.manual_seed(0)
+    config = fastspec.peft.SpectralConfig(r=4, target_modules=["v"])
+    model = peft.get_peft_model(Reads("besides").eval(), config)
+    with pytest.warns(UserWarning, match=r"blocks\.v: something else reads the weight"):
+        y = model(X)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"blocks\.v can't be merged"):
+            call()
+    assert_close(model(X), y)

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,9 +28,10 @@ def merge(model: nn.Module) -> nn.Module:
     weights still. `merge_and_unload` makes a plain model of it.
 
     Raises:
-        ValueError: the model has no adapter, or a merged weight is not finite. The message names the layer;
-            nothing is merged.
+        ValueError: the model has no adapter, a merged weight is not finite, or something else reads a layer's
+            weight. The message names the layer; nothing is merged.
     """
+    _refuse_read(_layers(model))
     done: list[SpectralLayer] = []
     layers = {name: layer for name, layer in _layers(model) if not layer.merged}
     never_acted = [name for name, layer in layers.items() if layer.acted is False]
@@ -121,6 +122,16 @@ def _unloaded(model: nn.Module, merged: bool) -> nn.Module:
         return plain[id(model)]
     replace_modules(model, plain)
     return wrapper
+
+
+def _refuse_read(layers: Iterable[tuple[str, SpectralLayer]]) -> None:
+    """What reads a layer's weight would see the merged one."""
+    for name, layer in layers:
+        if layer.read and layer.acted is not False and bool(layer.delta.any()):
+            raise ValueError(
+                f"{name} can't be merged: something else reads its weight, past the layer's forward, and "
+                "would see the merged one; leave it out (exclude_modules)"
+            )
 
 
 def _layers(model: nn.Module) -> list[tuple[str, SpectralLayer]]:

@@ -36,6 +36,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
     bias: Any  # Tensor | None
     delta_table: Tensor
     acted: bool | None  # False: calls of the model have passed the layer by, True: have not
+    read: bool  # whether something else reads its weight besides
     _plain_class: type[nn.Module]
     _added: set[str]
     task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
@@ -92,6 +93,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         self.path: Path = path
         self.forced_plan: Plan | None = None
         self.acted = None
+        self.read = False
         self.keep_merged(False)
         self.register_parameter("base_weight", None)
         matrix = self._matrix(self.weight)

@@ -34,6 +34,7 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
     )
     fastspec_base_weight: Tensor | None
     acted: bool | None  # False: calls of the model have passed the layer by, True: have not
+    read: bool  # whether something else reads its weight besides
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -43,6 +44,7 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
         self.fastspec_form: dict[str, Form] = {}
         self.fastspec_origin: dict[str, tuple[BaseWeights, str]] = {}
         self.acted = None
+        self.read = False
         self.merged_adapters: list[str] = []
         # while merged: the weight as it was, so that unmerging is exact
         self.register_buffer("fastspec_base_weight", None, persistent=False)

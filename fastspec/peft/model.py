@@ -220,6 +220,15 @@ class SpectralModel(BaseTuner):
         note_brought(model, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, layer in _layers_by_name(self.model).items():
+            if layer.read and layer.acted is not False:
+                raise ValueError(
+                    f"{name} can't be merged: something else reads its weight, past the layer's forward, and "
+                    "would see the merged one; leave it out (exclude_modules)"
+                )
+
     def add_weighted_adapter(
         self,
         adapters: list[str],
