@@ -245,19 +245,25 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_part_is_made_anew(interrupted, damage: str, monkeypatch, capsys) -> None:
-    command, folder, clean = interrupted
-    part = parts.part_path(folder, "layer.1.weight")
-    DAMAGE[damage](part)
-    made: list[str] = []
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Names of the weights that are factorised from here on."""
+    found: list[str] = []
     topk_svd = cli.topk_svd
 
     def record(weights, k, *, names, **rest):
-        made.extend(names)
+        found.extend(names)
         return topk_svd(weights, k, names=names, **rest)
 
     monkeypatch.setattr(cli, "topk_svd", record)
+    return found
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_part_is_made_anew(interrupted, damage: str, made, capsys) -> None:
+    command, folder, clean = interrupted
+    part = parts.part_path(folder, "layer.1.weight")
+    DAMAGE[damage](part)
     assert main(command) == 0
     assert made == ["layer.1.weight"]
     assert "layer.1.weight" in capsys.readouterr().err
@@ -291,15 +297,7 @@ def test_a_part_damaged_before_the_end_is_not_joined(
     load_basis(command[3])
 
 
-def test_another_seed_makes_other_parts(interrupted, monkeypatch) -> None:
+def test_another_seed_makes_other_parts(interrupted, made) -> None:
     command, _, _ = interrupted
-    made: list[str] = []
-    topk_svd = cli.topk_svd
-
-    def record(weights, k, *, names, **rest):
-        made.extend(names)
-        return topk_svd(weights, k, names=names, **rest)
-
-    monkeypatch.setattr(cli, "topk_svd", record)
     assert main([*command, "--seed", "1"]) == 0
     assert len(made) == 3

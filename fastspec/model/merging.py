@@ -6,13 +6,13 @@ import functools
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastspec.model.passed_by import unwatch, warn_passed_by
+from fastspec.model.passed_by import refuse_read, unwatch, warn_passed_by
 from fastspec.model.targets import allow_fused_inference, spectral_layers, unwrap
 from fastspec.nn.layer import SpectralLayer
 
@@ -31,7 +31,7 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: the model has no adapter, a merged weight is not finite, or something else reads a layer's
             weight. The message names the layer; nothing is merged.
     """
-    _refuse_read(_layers(model))
+    refuse_read((name, layer) for name, layer in _layers(model) if bool(layer.delta.any()))
     done: list[SpectralLayer] = []
     layers = {name: layer for name, layer in _layers(model) if not layer.merged}
     never_acted = [name for name, layer in layers.items() if layer.acted is False]
@@ -122,16 +122,6 @@ def _unloaded(model: nn.Module, merged: bool) -> nn.Module:
         return plain[id(model)]
     replace_modules(model, plain)
     return wrapper
-
-
-def _refuse_read(layers: Iterable[tuple[str, SpectralLayer]]) -> None:
-    """What reads a layer's weight would see the merged one."""
-    for name, layer in layers:
-        if layer.read and layer.acted is not False and bool(layer.delta.any()):
-            raise ValueError(
-                f"{name} can't be merged: something else reads its weight, past the layer's forward, and "
-                "would see the merged one; leave it out (exclude_modules)"
-            )
 
 
 def _layers(model: nn.Module) -> list[tuple[str, SpectralLayer]]:

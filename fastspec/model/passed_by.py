@@ -6,16 +6,16 @@ then train nothing, and merging them would change what the model computes. A lay
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastspec.model.weight_reads import WeightReads, looks_past_compilation
+from fastspec.model.weight_reads import WeightReads, has_compiled_part
+from fastspec.nn.parts import calls_running
 
 
 class FirstCalls:
@@ -49,7 +49,7 @@ class FirstCalls:
         if torch.compiler.is_compiling() or self._mode(model) in self.seen:
             return
         if self._looking is not None:
-            if _calls_running(model) > 1:
+            if calls_running(model) > 1:
                 return  # of the call that is looked at
             self._looking.end()  # an interrupted call, or one of another thread
         by_name = self.layers(model)
@@ -62,7 +62,7 @@ class FirstCalls:
         if torch.compiler.is_compiling() or self._looking is None:
             return
         look = self._looking
-        if look.thread != threading.get_ident() or _calls_running(model) > 1:
+        if look.thread != threading.get_ident() or calls_running(model) > 1:
             return
         self._looking = None
         look.end()
@@ -126,7 +126,7 @@ class _Look:
             for module in model.modules()
             if id(module) in ids or _has_any(module, ids)
         ]
-        if not looks_past_compilation(model):
+        if not has_compiled_part(model):
             self._handles += self.reads.begin()
 
     def _note(self, module: nn.Module, args: Any) -> None:
@@ -138,18 +138,22 @@ class _Look:
             handle.remove()
 
 
-def _calls_running(model: nn.Module) -> int:
-    """How many calls of the model this thread is in."""
-    count, frame = 0, sys._getframe()
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
-            count += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return count
-
-
 def _has_any(module: nn.Module, ids: set[int]) -> bool:
     return any(id(child) in ids for child in module._modules.values())
+
+
+def refuse_read(layers: Iterable[tuple[str, Any]]) -> None:
+    """What reads a layer's weight past it would see the merged one.
+
+    Raises:
+        ValueError: a layer to be merged has acted and is read besides; the message names it.
+    """
+    for name, layer in layers:
+        if layer.read:
+            raise ValueError(
+                f"{name} can't be merged: something else reads its weight, past the layer's forward, and "
+                "would see the merged one; leave it out (exclude_modules)"
+            )
 
 
 def listed(names: list[str]) -> str:

@@ -72,7 +72,7 @@ class WeightReads(TorchFunctionMode):
         return result
 
 
-def looks_past_compilation(model: nn.Module) -> bool:
+def has_compiled_part(model: nn.Module) -> bool:
     """Whether a part of the model is compiled, which would be compiled again for the mode."""
     return any(
         isinstance(module, torch._dynamo.OptimizedModule)

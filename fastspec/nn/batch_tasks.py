@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastspec.nn.batch_rows import Rows
+from fastspec.nn.parts import calls_running
 
 BatchTasks = Sequence["str | None"] | Tensor
 
@@ -220,7 +220,7 @@ def refuse_inside_call(bank: Bank) -> None:
     entry = _entry.get()
     while entry is not None:
         if entry.bank is bank:
-            if entry.generation is None and not _is_running(entry.model):
+            if entry.generation is None and not calls_running(entry.model):
                 after_call(entry.model)  # type: ignore[arg-type] # an interrupted call
                 entry = _entry.get()
                 continue
@@ -229,16 +229,6 @@ def refuse_inside_call(bank: Bank) -> None:
                 "after the call"
             )
         entry = entry.outer
-
-
-def _is_running(model: nn.Module | None) -> bool:
-    frame = sys._getframe()
-    call = nn.Module._call_impl.__code__
-    while frame is not None:
-        if frame.f_code is call and frame.f_locals.get("self") is model:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def count_rows(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[int, Tensor] | None:

@@ -17,7 +17,7 @@ from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.base import DIGITS
 from fastspec.model.convert import warn_of_stacks
-from fastspec.model.passed_by import FirstCalls, unwatch
+from fastspec.model.passed_by import FirstCalls, refuse_read, unwatch
 from fastspec.model.targets import avoid_fused_inference
 from fastspec.peft.beside import (
     changed_beside,
@@ -222,12 +222,7 @@ class SpectralModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for name, layer in _layers_by_name(self.model).items():
-            if layer.read and layer.acted is not False:
-                raise ValueError(
-                    f"{name} can't be merged: something else reads its weight, past the layer's forward, and "
-                    "would see the merged one; leave it out (exclude_modules)"
-                )
+        refuse_read(_layers_by_name(self.model).items())
 
     def add_weighted_adapter(
         self,

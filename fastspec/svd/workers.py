@@ -2,7 +2,7 @@
 
 The block Krylov iteration from Python is thousands of small products. Shared among PyTorch's threads, each
 ends with threads that spin until the last has come, and beside another busy process they spin against each
-other: measured, 6 to 10 times as long as on one thread.
+other.
 """
 
 from __future__ import annotations
