@@ -113,6 +113,9 @@ def spectralize(
     for name in heads:
         model.get_submodule(name).requires_grad_(True)
     model.spectral = Adaptation(config, heads)  # type: ignore[assignment]
+    from fastspec.model.pretrained import save_adapter_too  # which needs this module
+
+    save_adapter_too(model)
     if config.target_modules == "all-linear":
         _warn_of_stacks(model)
     return wrapper
