@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
 )
 
 from fastspec.studies.decoder.text import texts
@@ -113,6 +114,27 @@ def test_sft(place, tmp_path):
         trained = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         torch.testing.assert_close(trained(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(base(ids).logits, merged(ids).logits, atol=1e-3)
+
+
+def test_sft_without_the_bridge(place, tmp_path):
+    """TRL knows nothing of the adapter: the callback saves it, and its default rate is warned of."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    base = AutoModelForCausalLM.from_pretrained(place / "decoder")
+    model = fastspec.spectralize(base, fastspec.SpectralConfig(rank=4))
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(tmp_path), bf16=False, save_strategy="no", **QUICK),
+        train_dataset=Dataset.from_dict({"text": texts()[0][:40]}),
+        processing_class=AutoTokenizer.from_pretrained(place / "decoder"),
+        callbacks=[fastspec.AdapterCallback()],
+    )
+    with pytest.warns(UserWarning, match="they would hardly move"):
+        trainer.train()
+    loaded = check_adapter(AutoModelForCausalLM.from_pretrained(place / "decoder"), tmp_path)
+    kept = dict(loaded.named_parameters())
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())
 
 
 def test_lightning(place, tmp_path):
