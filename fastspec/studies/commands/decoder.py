@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastspec.files import write_atomically
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.model.rates import default_rate
 from fastspec.studies.decoder import record, text
@@ -19,6 +20,7 @@ from fastspec.studies.encoders import go_offline_if, public_name, quiet, resolve
 
 DIGITS = 16  # of a SHA-256 in hexadecimal: enough to tell two apart
 HELD_OUT_SEED = 0
+BEGIN, END = "<!-- decoder -->", "<!-- end -->"  # of the table on a page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="folder (safetensors or GGUF) or hub name of a causal language model")
     add("--record", type=Path, default=Path("runs/decoder.csv"), help="default: %(default)s")
     add("--report", action="store_true", help="print the table of the record and run nothing")
+    add("--page", type=Path, help="a Markdown page: its table is brought up to date as well")
     add("--rows", nargs="+", metavar="NAME", help="only these rows of the table")
     add("--steps", type=int, default=30, help="of training (%(default)s)")
     add("--batch", type=int, default=4, help="blocks a step (%(default)s)")
@@ -49,8 +52,25 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError("name a model with --model, or print a record with --report")
         with quiet():
             _run_all(rows, args)
-    print(record.table(rows, record.read(args.record)))
+    table = record.table(rows, record.read(args.record))
+    print(table)
+    if args.page is not None:
+        put_into(args.page, table)
     return 0
+
+
+def put_into(page: Path, table: str) -> None:
+    """Replace what stands between the page's marks by the table.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    text = page.read_text("utf-8")
+    before, first, rest = text.partition(f"{BEGIN}\n")
+    _, last, after = rest.partition(END)
+    if not first or not last:
+        raise ValueError(f"{page} has no place for the table: a line {BEGIN}, later a line {END}")
+    write_atomically(page, f"{before}{first}{table}\n{last}{after}".encode())
 
 
 def _rows(names: Sequence[str] | None) -> list[Row]:
