@@ -35,11 +35,15 @@ class AdapterCheckpoints:
     arguments have another than their class's default, and 1e-3 for heads. A given optimiser whose rate is
     far too low for coefficients is warned of.
 
+    Attributes:
+        save_bases: whether they hold the bases too (`bases` of `save_adapter`).
+
     Raises:
         ValueError: the model is not a spectralized one, or the arguments ask for DeepSpeed or FSDP,
             whose checkpoints Trainer writes past these methods.
     """
 
+    save_bases = False
     args: Any
     optimizer: Any
     optimizer_cls_and_kwargs: Any
@@ -93,7 +97,7 @@ class AdapterCheckpoints:
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        save_adapter(self._adapted_model(), folder)
+        save_adapter(self._adapted_model(), folder, bases=self.save_bases)
         # beside it, what Trainer saves beside a model
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:

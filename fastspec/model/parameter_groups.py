@@ -12,6 +12,9 @@ from fastspec.model.convert import adaptation
 from fastspec.model.rates import HEAD, default_rate, warn_of_low_rate
 from fastspec.model.targets import unwrap
 
+PEFT_DELTA = ".fastspec_delta."  # in the names of coefficients under PEFT, before the adapter's
+PEFT_HEAD = ".modules_to_save."  # in those of the modules that PEFT trains whole
+
 
 def parameter_groups(
     model: nn.Module,
@@ -45,20 +48,17 @@ def parameter_groups(
         the order of the model's parameters.
 
     Raises:
-        ValueError: nothing is trainable, or no heads are given and the model is not a spectralized one.
+        ValueError: nothing is trainable, or no heads are given and the model has no spectral adapter.
     """
     model = unwrap(model)
     if heads is None:
         adapted = adaptation(model)
-        if adapted is not None:
-            heads = adapted.modules_to_save
-        elif hasattr(model, "peft_config"):
-            heads = ()  # whose copies PEFT names itself
-        else:
+        if adapted is None and not any(PEFT_DELTA in name for name, _ in model.named_parameters()):
             raise ValueError(
-                "the model has no adapter: call fastspec.spectralize(model, config) first, or name the "
-                "heads"
+                "the model has no spectral adapter: call fastspec.spectralize(model, config) first, or "
+                "name the heads"
             )
+        heads = () if adapted is None else adapted.modules_to_save
     heads = list(heads)
     given = lr
     lr = default_rate(model) if lr is None else lr
@@ -86,9 +86,10 @@ def parameter_groups(
 
 def parameter_kind(name: str, heads: Iterable[str]) -> str:
     """ "head", "coefficients" or "extra", by a parameter's full name; PEFT's wrapping is seen through."""
+    if PEFT_HEAD in name:
+        return "head"
+    if name.startswith("task_tables."):  # of many tasks, trained together
+        name = name.removeprefix("task_tables.").replace("-", ".")
     if any(re.match(rf"(base_model\.model\.)?{re.escape(h)}\.", name) for h in heads):
         return "head"
-    if ".modules_to_save." in name:
-        return "head"
-    trained = name.endswith(".delta") or ".fastspec_delta." in name
-    return "coefficients" if trained else "extra"
+    return "coefficients" if name.endswith(".delta") or PEFT_DELTA in name else "extra"

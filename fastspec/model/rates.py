@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastspec.model.base import TABLES
 from fastspec.model.fsdp import whole
 from fastspec.model.targets import spectral_layers, unwrap
 
@@ -46,10 +47,14 @@ def default_rate(model: nn.Module) -> float:
 
 def coefficients(model: nn.Module) -> Iterator[tuple[Tensor, str, float]]:
     """(trained tensor, kind of core, mean singular value of its directions), layer by layer."""
-    for _, layer in spectral_layers(unwrap(model)):
-        if layer.delta.requires_grad:
+    model = unwrap(model)
+    parameters = dict(model.named_parameters())
+    for name, layer in spectral_layers(model):
+        table = parameters.get(TABLES + f"{name}.delta".replace(".", "-"))
+        delta = layer.delta if table is None else table  # of many tasks, trained together
+        if delta.requires_grad:
             matrix = layer._matrix(layer.weight)
-            yield layer.delta, layer.core, _mean_value(layer.s, layer.directions.basis, matrix)
+            yield delta, layer.core, _mean_value(layer.s, layer.directions.basis, matrix)
     for bridged in model.modules():
         deltas: Any = getattr(bridged, "fastspec_delta", None)  # a layer of the bridge to PEFT
         for adapter, delta in deltas.items() if deltas is not None else ():
