@@ -74,6 +74,18 @@ PROBLEMS = {
 }
 
 
+# the shapes of an 8B decoder's layers, and how many matrices of each its 32 blocks have
+DECODER_COUNTS = {"4096x4096": 64, "1024x4096": 64, "14336x4096": 64, "4096x14336": 32}
+
+
+def _alone(name: str) -> Problem:
+    m, n = map(int, name.split("x"))
+    return Problem(lambda: slow_decay(1, m, n), (64,))
+
+
+DECODER = {name: _alone(name) for name in DECODER_COUNTS}
+
+
 def hard(values: Tensor, m: int, n: int) -> Tensor:
     """A random matrix [m, n] with these singular values."""
     g = torch.Generator().manual_seed(0)

@@ -206,14 +206,14 @@ def test_svd_of_hard_matrices(name: str, show) -> None:
 # A process of its own, since memory that was freed before would hide what a call takes.
 PEAK = """
 import ctypes, json, sys, torch, svd_problems
-from fastspec import krylov, topk_svd
+from fastspec import topk_svd
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 name, k = sys.argv[1], int(sys.argv[2])
-(w,) = svd_problems.PROBLEMS[name].build()
+(w,) = {**svd_problems.PROBLEMS, **svd_problems.DECODER}[name].build()
 topk_svd(torch.randn(2, 300, 290), 4)  # libraries allocate once
 ctypes.CDLL("libc.so.6").malloc_trim(0)
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
@@ -233,6 +233,16 @@ def test_svd_workspace(name: str, show) -> None:
     k = max(problem.ranks)
     (w,) = problem.build()
     vectors = columns_iterated(w, k)
+    peak, block = peak_beside(name, k), len(w) * min(w.shape[1:]) * vectors * w.element_size()
+    show(
+        f"  {name}, k={k}: peak {peak / 2**20:.0f} MiB, {peak / block:.2f} times the "
+        f"{block / 2**20:.0f} MiB of {vectors} vectors a matrix"
+    )
+    assert peak <= 4 * block
+
+
+def peak_beside(name: str, k: int) -> int:
+    """Peak bytes of `topk_svd` beside its input and result, in a process of its own."""
     out = subprocess.run(
         [sys.executable, "-c", PEAK, name, str(k)],
         check=True,
@@ -240,12 +250,46 @@ def test_svd_workspace(name: str, show) -> None:
         text=True,
         cwd=harness.RESULTS.parent,
     )
-    peak, block = json.loads(out.stdout), len(w) * min(w.shape[1:]) * vectors * w.element_size()
-    show(
-        f"  {name}, k={k}: peak {peak / 2**20:.0f} MiB, {peak / block:.2f} times the "
-        f"{block / 2**20:.0f} MiB of {vectors} vectors a matrix"
-    )
-    assert peak <= 4 * block
+    return json.loads(out.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_svd_of_an_8b_decoder(rounds, show) -> None:
+    """Its layer shapes one by one: time over svd_lowrank's, peak memory, and what the whole model takes."""
+    k, lines, stored, total, ours = 64, [], {}, 0.0, 0.0
+    numbers = weights = coefficients = 0
+    for name, problem in svd_problems.DECODER.items():
+        (w,) = problem.build()
+        found = svd_problems.triplets_of_topk(w, k)
+        reached = svd_problems.residual(w, *found)
+        assert reached <= 1e-5
+        timing = harness.pairwise(
+            lambda w=w: svd_problems.triplets_of_topk(w, k),
+            {LOWRANK: lambda w=w: PEERS[LOWRANK].run(w, k)},
+            rounds(3),
+        )
+        peak = peak_beside(name, k)
+        count = svd_problems.DECODER_COUNTS[name]
+        total += count * timing.floor_ms / 1e3
+        ours = max(ours, peak + w.nbytes)
+        numbers += count * k * sum(w.shape[1:])
+        weights += count * w[0].numel()
+        coefficients += count * k
+        stored[name] = {LOWRANK: timing.ratios[LOWRANK].median, "residual": reached, "peak": peak}
+        lines.append(
+            f"  {count:3} x {name:12} {timing.floor_ms / 1e3:6.2f} s, svd_lowrank niter=4 "
+            f"{timing.ratios[LOWRANK].median:.2f} of it; residual {reached:.0e}; "
+            f"{peak / 2**20:.0f} MiB beside the weight's {w.nbytes / 2**20:.0f} MiB"
+        )
+    lines += [
+        f"  all {weights / 1e9:.2f} billion adapted weights: {total / 60:.1f} min, at most "
+        f"{ours / 2**20:.0f} MiB at once",
+        f"  factors at k = {k} in bfloat16: {2 * numbers / 1e6:.0f} MB beside the weights' "
+        f"{2 * weights / 1e9:.1f} GB",
+        f"  a task: {coefficients:,} coefficients, {4 * coefficients / 1e3:.0f} KB",
+    ]
+    show("\n" + "\n".join(lines))
+    harness.store("svd-8b", stored)
 
 
 def columns_iterated(w: Tensor, k: int) -> int:

@@ -29,9 +29,12 @@ _PUBLIC = {
     "save_adapter": "fastspec.model.adapter",
     "load_adapter": "fastspec.model.adapter",
     "parameter_groups": "fastspec.model.parameter_groups",
+    "default_rate": "fastspec.model.rates",
     "load_basis": "fastspec.svd.basis_file",
     "SpectralTrainer": "fastspec.model.checkpoints",
     "AdapterCheckpoints": "fastspec.model.checkpoints",
+    "AdapterCallback": "fastspec.model.checkpoints",
+    "LightningAdapter": "fastspec.model.lightning",
     "checkpoint_adapters": "fastspec.model.checkpoints",
     "add_task": "fastspec.multitask.api",
     "set_task": "fastspec.multitask.api",
@@ -53,14 +56,21 @@ if TYPE_CHECKING:
     from fastspec.availability import backends
     from fastspec.config import SpectralConfig
     from fastspec.model.adapter import load_adapter, save_adapter
-    from fastspec.model.checkpoints import AdapterCheckpoints, SpectralTrainer, checkpoint_adapters
+    from fastspec.model.checkpoints import (
+        AdapterCallback,
+        AdapterCheckpoints,
+        SpectralTrainer,
+        checkpoint_adapters,
+    )
     from fastspec.model.convert import (
         print_trainable_parameters,
         spectralize,
         trainable_parameters,
     )
+    from fastspec.model.lightning import LightningAdapter
     from fastspec.model.merging import keep_merged, merge, merge_and_unload, unload, unmerge
     from fastspec.model.parameter_groups import parameter_groups
+    from fastspec.model.rates import default_rate
     from fastspec.multitask.api import (
         add_task,
         list_tasks,

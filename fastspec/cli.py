@@ -17,6 +17,10 @@ COMMANDS = {
         "fastspec.studies.commands.analyze",
         "study what finetuning does to singular vectors",
     ),
+    "decoder": (
+        "fastspec.studies.commands.decoder",
+        "finetune a decoder by every method: held-out loss at searched rates",
+    ),
     "factorize": (
         "fastspec.svd.cli",
         "write the leading singular triplets of a model to a file",

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-FOLDERS = "fastspec|kernels|csrc|tests|bench|tools|docs"
+FOLDERS = "examples|fastspec|kernels|csrc|tests|bench|tools|docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

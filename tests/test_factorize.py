@@ -289,6 +289,52 @@ def test_joining_holds_no_part_in_memory(tmp_path: Path) -> None:
     assert int(run.stdout) < size
 
 
+# the whole command, after a first one that loads what it needs
+FACTORIZE = """
+import sys
+from fastspec.cli import main
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+small, large, out, memory = sys.argv[1:]
+common = ["--rank", "4", "--tol", "1e-3", "--memory", memory]
+assert main(["factorize", small, "-o", out + "-small", *common]) == 0
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = status("VmRSS")
+assert main(["factorize", large, "-o", out, *common]) == 0
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_model_larger_than_the_memory_it_may_take(tmp_path: Path) -> None:
+    """The model is one file of 128 MiB, the bound 48 MiB: it is not even mapped whole."""
+    side, count = 1024, 32
+    g = torch.Generator().manual_seed(0)
+
+    def weight(n: int) -> torch.Tensor:
+        u, v = (torch.linalg.qr(torch.randn(n, 8, generator=g))[0] for _ in range(2))
+        return u @ torch.diag(2.0 ** -torch.arange(8.0)) @ v.T
+
+    save_file({"small.weight": weight(64)}, tmp_path / "small.safetensors")
+    weights = {f"layers.{i}.weight": weight(side) for i in range(count)}
+    save_file(weights, tmp_path / "large.safetensors")
+    files = [str(tmp_path / name) for name in ("small.safetensors", "large.safetensors", "out")]
+    bound = 48 << 20
+    run = subprocess.run(
+        [sys.executable, "-c", FACTORIZE, *files, str(bound / 2**30)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert len(load_basis(tmp_path / "out")) == count
+    assert (tmp_path / "large.safetensors").stat().st_size > 2 * bound
+    assert int(run.stdout.splitlines()[-1]) < bound
+
+
 def test_progress_counts_every_matrix_once(checkpoint, tmp_path: Path, monkeypatch) -> None:
     """Those that an earlier run left as parts too."""
     folder, _ = checkpoint

@@ -7,16 +7,20 @@ for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from fastspec.model.adapter import load_adapter, save_adapter
 from fastspec.model.convert import adaptation
+from fastspec.model.parameter_groups import parameter_groups
+from fastspec.model.rates import HEAD, coefficients, warn_of_low_rate
+from fastspec.model.targets import unwrap
 
 
 class AdapterCheckpoints:
@@ -25,6 +29,11 @@ class AdapterCheckpoints:
     `save_model`, the checkpoints, `resume_from_checkpoint` and `load_best_model_at_end` then write and
     read adapter folders (`fastspec.save_adapter`), so every checkpoint also serves `load_adapter`. Beside the
     adapter lie the tokenizer and training_args.bin, as beside a model.
+
+    Where no optimiser is given, one of the kind that the arguments name is made of `parameter_groups`: with
+    a rate that suits the core and the weights (`fastspec.default_rate`), or `learning_rate` where the
+    arguments have another than their class's default, and 1e-3 for heads. A given optimiser whose rate is
+    far too low for coefficients is warned of.
 
     Attributes:
         save_bases: whether they hold the bases too (`bases` of `save_adapter`).
@@ -36,6 +45,8 @@ class AdapterCheckpoints:
 
     save_bases = False
     args: Any
+    optimizer: Any
+    optimizer_cls_and_kwargs: Any
     accelerator: Any
     data_collator: Any
     model: Any
@@ -59,6 +70,29 @@ class AdapterCheckpoints:
         # Trainer keeps a compiled model compiled; the adapter belongs to the module inside
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        adapted = self._adapted_model()
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, adapted)  # type: ignore[attr-defined]
+            if {"params", "model", "optimizer_dict"} & options.keys():
+                raise ValueError(
+                    f"optim={self.args.optim!r} chooses the parameters itself, which leaves coefficients no "
+                    "rate of their own: give an optimiser made of fastspec.parameter_groups(model)"
+                )
+            del options["lr"]
+            usual = {f.name: f.default for f in dataclasses.fields(self.args)}["learning_rate"]
+            rate = self.args.learning_rate
+            groups = parameter_groups(
+                adapted,
+                None if rate == usual else rate,
+                head_lr=HEAD,
+                weight_decay=self.args.weight_decay,
+            )
+            self.optimizer = kind(groups, **options)
+        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        warn_of_low_rate(unwrap(adapted), optimizer.param_groups)
+        return optimizer
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
@@ -80,9 +114,48 @@ class AdapterCheckpoints:
 class SpectralTrainer(AdapterCheckpoints, Trainer):
     """`transformers.Trainer` for a spectralized model; arguments as there.
 
-    Give it the optimiser that suits coefficients and heads:
-    `optimizers=(torch.optim.AdamW(fastspec.parameter_groups(model, 3e-2, head_lr=1e-3), fused=True), None)`.
+    `optimizers=(torch.optim.AdamW(fastspec.parameter_groups(model, 3e-2, head_lr=1e-3), fused=True), None)`
+    gives it other rates than those that `AdapterCheckpoints` chooses.
     """
+
+
+class AdapterCallback(TrainerCallback):
+    """For any other Trainer: `SFTTrainer(..., callbacks=[fastspec.AdapterCallback()])`.
+
+    Every checkpoint gets the adapter, and so does the output folder when training ends, whatever the Trainer
+    writes itself: of a spectralized model the folder that `fastspec.load_adapter` reads, of a PEFT model
+    PEFT's own. Coefficients whose rate is far too low are warned of when training begins.
+
+    A plain Trainer's own checkpoint of a spectralized model holds base and coefficients together. It resumes
+    there, but `from_pretrained` makes the untrained model of it.
+
+    Raises:
+        ValueError: when training begins, if the model has no coefficients that are trained.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = unwrap(kwargs["model"])
+        if next(coefficients(model), None) is None:
+            raise ValueError(
+                "the model has no coefficients to train: call fastspec.spectralize(model, config) before "
+                "the Trainer, or give it a model of peft.get_peft_model with fastspec.peft.SpectralConfig"
+            )
+        warn_of_low_rate(model, kwargs["optimizer"].param_groups)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(args, kwargs["model"], f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(args, kwargs["model"], "")
+
+    def _save(self, args: Any, model: Any, below: str) -> None:
+        model, folder = unwrap(model), os.path.join(args.output_dir, below)
+        if not args.should_save:
+            return
+        if adaptation(model) is not None:
+            save_adapter(model, folder)
+        else:
+            model.save_pretrained(folder)
 
 
 def checkpoint_adapters(accelerator: Any) -> None:

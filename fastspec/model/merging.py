@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,12 +170,13 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     save = type(model).save_pretrained
     layers = list(spectral_layers(model))
     if layers and not any(layer.merged for _, layer in layers):
-        warnings.warn(
-            "save_pretrained writes base weights and coefficients, and from_pretrained takes the base "
-            "weights alone: save_adapter(model, folder) stores the adapter, merge_and_unload(model) first "
-            "stores the adapted model",
-            stacklevel=3,
-        )
+        from fastspec.model.pretrained import save_adapter_beside  # which needs this module
+
+        result = save(model, *args, **kwargs)
+        _, folder, *_ = inspect.signature(save).bind(model, *args, **kwargs).arguments.values()
+        if kwargs.get("is_main_process", True):
+            save_adapter_beside(model, folder)
+        return result
     if any(layer.merged for _, layer in spectral_layers(model)):
         signature = inspect.signature(save)
         if "state_dict" in signature.parameters:

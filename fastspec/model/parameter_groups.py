@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastspec.model.convert import adaptation
+from fastspec.model.rates import HEAD, default_rate, warn_of_low_rate
 from fastspec.model.targets import unwrap
 
 PEFT_DELTA = ".fastspec_delta."  # in the names of coefficients under PEFT, before the adapter's
@@ -17,7 +18,7 @@ PEFT_HEAD = ".modules_to_save."  # in those of the modules that PEFT trains whol
 
 def parameter_groups(
     model: nn.Module,
-    lr: float,
+    lr: float | None = None,
     *,
     head_lr: float | None = None,
     bias_lr: float | None = None,
@@ -27,19 +28,20 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters of `model` in the fewest groups an optimiser needs.
 
-    `torch.optim.AdamW(parameter_groups(model, lr=3e-2, head_lr=1e-3), fused=True)` then updates each
-    group by one fused call. Coefficients want a rate about 30 times that of a head: a unit step of
-    one moves a whole direction of the weight.
+    `torch.optim.AdamW(parameter_groups(model), fused=True)` then updates each group by one fused call.
+    Coefficients want a rate that is ten to a hundred times that of a head: a unit step of one moves a
+    whole direction of the weight.
 
     Args:
-        model: a spectralized model, one with adapters of `fastspec.peft`, or any other with `heads` given.
-            Call this before DDP and after `fully_shard`, which replaces the parameters.
-        lr: learning rate of the coefficients.
-        head_lr: of the modules trained whole; None takes `lr`.
+        model: a spectralized model, a PEFT model with an adapter of `fastspec.peft`, or any other with `lr`
+            and `heads` given. Call this before DDP and after `fully_shard`, which replaces the parameters.
+        lr: learning rate of the coefficients; None takes `default_rate(model)`, and one that is more than
+            ten times below that is warned of, once a model.
+        head_lr: of the modules trained whole; None takes 1e-3 where `lr` is None, and else `lr`.
         bias_lr: of everything else that is trainable (biases, LayerNorm); None takes `head_lr`.
         coefficient_decay: weight decay of the coefficients: towards the pretrained spectrum.
         weight_decay: of matrices outside the coefficients; vectors there never decay.
-        heads: names of the modules trained whole; None takes those that `spectralize` or PEFT noted.
+        heads: names of the modules trained whole; None takes those `spectralize` or PEFT noted.
 
     Returns:
         Groups with "name" ("coefficients", "head" or "extra"), "lr", "weight_decay" and "params", in
@@ -58,7 +60,10 @@ def parameter_groups(
             )
         heads = () if adapted is None else adapted.modules_to_save
     heads = list(heads)
-    head_lr = lr if head_lr is None else head_lr
+    given = lr
+    lr = default_rate(model) if lr is None else lr
+    if head_lr is None:
+        head_lr = HEAD if given is None else lr
     rates = {"coefficients": lr, "head": head_lr, "extra": head_lr if bias_lr is None else bias_lr}
     groups: dict[tuple[str, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -70,10 +75,13 @@ def parameter_groups(
         groups.setdefault((kind, decay), []).append(parameter)
     if not groups:
         raise ValueError("no parameter of the model requires a gradient: nothing to optimise")
-    return [
+    made = [
         {"name": kind, "lr": rates[kind], "weight_decay": decay, "params": params}
         for (kind, decay), params in groups.items()
     ]
+    if given is not None:
+        warn_of_low_rate(model, made)
+    return made
 
 
 def parameter_kind(name: str, heads: Iterable[str]) -> str:

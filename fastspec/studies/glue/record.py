@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastspec.files import write_atomically
+from fastspec.studies.csv_record import read_lines
 from fastspec.studies.encoders import public_name
 from fastspec.studies.glue.config import GRADIENT, RANDOM_MODEL, GlueConfig
 from fastspec.studies.glue.result import DIVERGED, RESULT, compare, read_json, read_result
@@ -212,27 +213,7 @@ def read_csv(path: Path) -> list[Run]:
     Raises:
         ValueError: a column is missing or a value is none of its kind; the message names the line.
     """
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        missing = [f.name for f in FIELDS if f.name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} is no record of runs: it has no column {missing[0]!r}")
-        return [Run(**{f.name: _value(path, reader, line, f) for f in FIELDS}) for line in reader]
-
-
-def _value(path: Path, reader: Any, line: dict[str, str], field: dataclasses.Field) -> Any:
-    kind, _, optional = str(field.type).partition(" | ")
-    text = line[field.name]
-    if optional and text == "":
-        return None
-    try:
-        return {"str": str, "int": int, "float": float}[kind](text)
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"{path}:{reader.line_num}: column {field.name!r} holds {text!r}, expected {kind}"
-        ) from None
+    return read_lines(path, Run)
 
 
 def add_to_record(path: Path, runs: Iterable[Run]) -> None:

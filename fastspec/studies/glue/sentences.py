@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import re
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
+
+from fastspec.studies.documentation import documentation
 
 # words and commas only: no code, no markup, nothing that would give a swapped pair away
 _SENTENCE = re.compile(r"[A-Z][a-z]*(?: [A-Za-z][a-z'-]*,?)+\.")
-_DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
-_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 WORDS = range(8, 26)
 
 
 def sentences() -> list[str]:
     """Every plain sentence of 8 to 25 words, once, in a fixed order."""
-    return list(dict.fromkeys(s for text in _texts() for s in _plain_sentences(text)))
-
-
-def _texts() -> Iterator[str]:
-    with contextlib.suppress(ImportError):  # some distributions package it apart
-        from pydoc_data.topics import topics
-
-        for name in sorted(topics):
-            yield topics[name]
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
-        if not _SKIP & set(path.relative_to(library).parts):
-            yield from _DOCSTRING.findall(path.read_text("utf-8", errors="ignore"))
+    return list(dict.fromkeys(s for _, text in documentation() for s in _plain_sentences(text)))
 
 
 def _plain_sentences(text: str) -> Iterator[str]:
