@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include "cuda_reduce.h"
+
 namespace fastspec::on_cuda {
 namespace {
 
@@ -29,6 +31,7 @@ Tensor apply_core(const Tensor& t, const Tensor& delta, Core core, bool transpos
 // The trained entries of q^T p, in delta's shape and dtype; they are summed in float32 at least.
 Tensor reduce_core(const Tensor& q, const Tensor& p, const Tensor& delta, Core core) {
   const auto wide = accumulation_dtype(delta, delta);
+  if (core == Core::Diag && delta.scalar_type() == at::kFloat) return reduce_diagonal(q, p);
   if (core == Core::Diag) {
     return at::mul(q.to(wide), p).sum(0).to(delta.scalar_type());  // p is widened on its way in
   }

@@ -17,7 +17,7 @@ import torch
 import triton
 from compilation import TYPE_NAMES, Compiled, compile_kernel
 
-from fastspec.kernels import arrival, merge, sigma_grad, tile_program, tiles, tma
+from fastspec.kernels import arrival, merge, reduce, sigma_grad, tile_program, tiles, tma
 
 CAPABILITIES = (80, 90, 100)
 KINDS: dict[tiles.Kind, tuple[torch.dtype, ...]] = {
@@ -109,6 +109,9 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     tile = merge.TILES[kind]
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tile.block_k}
     yield Variant("merge", merge.merge_kernel, constants, tile)
+    tile = tiles.Tile(reduce.AT_ONCE // 32, 32, 0, 4, 3)
+    constants = {**arrival.blocks(32), "SLOTS": reduce.MOST_PROGRAMS, "BLOCK_M": tile.block_m}
+    yield Variant("reduce: k 32", reduce.reduce_kernel, constants, tile, loads_tiles=False)
 
 
 def _tma_variants(core: str, rank: int, tile: tiles.Tile, precision: str) -> Iterator[Variant]:

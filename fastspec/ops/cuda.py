@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from fastspec import _extension
@@ -86,6 +87,21 @@ def register(name: str, aten: Callable[..., Any], schema: str | None = None) -> 
             if traced is not None:
                 return traced
         return mode.__torch_dispatch__(op, types, args, kwargs or {})
+
+
+# csrc/cuda_reduce.cpp asks it for calls that are new to it: the gradient, and what to remember
+torch.library.define("fastspec::choose_reduce_diagonal", "(Tensor q, Tensor p) -> (Tensor, int[])")
+
+
+@torch.library.impl("fastspec::choose_reduce_diagonal", "CompositeExplicitAutograd")
+def _(q: Tensor, p: Tensor) -> tuple[Tensor, list[int]]:
+    if has_triton():
+        from fastspec.kernels import reduce
+
+        if reduce.serves(q, p):
+            with torch.cuda.device_of(q):
+                return reduce.reduce_to_keep(q, p)
+    return (q.float() * p).sum(0).float(), [0, 0, 0, 0]
 
 
 torch.library.define("fastspec::launch", "(int record, int[] addresses) -> ()")
