@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from fastspec.config import Path
 from fastspec.cores import Core, delta_shape
 from fastspec.nn.batch_tasks import tasks_of_batch
+from fastspec.nn.kept_weight import KeptWeight, kept_weight
 from fastspec.nn.parts import FrozenFactors, kept_in_float32, merged_weight, same_values
 from fastspec.ops import reference
 from fastspec.ops.functional import spectral_linear, task_linear
-from fastspec.ops.kept import CORES as KEPT_CORES
-from fastspec.ops.kept import keep_merged
 from fastspec.ops.plan import LayerCall, Plan, make_plan, why_not
 from fastspec.svd.factors import Directions, Factors, factorize
 
@@ -32,8 +31,8 @@ class SpectralLayer(FrozenFactors):
     delta: Tensor
     delta_table: Tensor
     base_weight: Tensor | None
-    # W + U C Vh, the coefficients it is for and, on a device, which tensor and version of it they were
-    _kept: tuple[Tensor, Tensor, Any] | None
+    # W + U C Vh and the coefficients it is for; in 16 bits or on a device, whoever compares them there
+    _kept: tuple[Tensor, Tensor] | KeptWeight | None
     task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
 
     @staticmethod
@@ -128,6 +127,9 @@ class SpectralLayer(FrozenFactors):
         w = self._matrix(weight)
         if self.path == "reference":
             return reference.spectral_linear(x, w, bias, u, vh, delta, self.core)
+        effective = self._kept_weight() if self.keeps_merged else None
+        if effective is not None and isinstance(self._kept, KeptWeight):
+            bias, u, vh = self._kept.beside(bias, u, vh)
         return spectral_linear(
             x,
             w,
@@ -139,7 +141,7 @@ class SpectralLayer(FrozenFactors):
             core=self.core,
             singular_basis=self.singular_basis,
             plan=self.forced_plan,
-            effective=self._kept_weight() if self.keeps_merged else None,
+            effective=effective,
         )
 
     def _operands(self) -> tuple:
@@ -184,38 +186,16 @@ class SpectralLayer(FrozenFactors):
         ):
             return None
         if weight.device.type != "cpu" or weight.dtype.itemsize < 4:
-            return self._kept_on_device(delta)
+            on_device = kept_weight(self)
+            return None if on_device is None else on_device.effective
         if not delta.any():
             return self._matrix(weight)  # bit for bit the pretrained layer, without a copy
-        if self._kept is None or not torch.equal(self._kept[1], delta):
+        kept = self._kept
+        if not isinstance(kept, tuple) or not torch.equal(kept[1], delta):
             # a new tensor: a graph may still hold the old one for its backward
             with torch.inference_mode(False):  # kept beyond it, for training too
-                self._kept = (self._merged_weight(), delta.clone(), None)
-        return self._matrix(self._kept[0])
-
-    def _kept_on_device(self, delta: Tensor) -> Tensor | None:
-        """The same without a look at values: the operator compares, where the weight is."""
-        if self.core not in KEPT_CORES:
-            return None
-        state = (id(self.delta), self.delta._version)
-        if changed := self._kept is None or self._kept[2] != state:
-            # a new tensor: a graph may still hold the old one for its backward
-            with torch.inference_mode(False):
-                copy, made_for = torch.empty_like(self.weight), torch.empty_like(delta)
-            self._kept = (copy.detach(), made_for, state)
-        assert self._kept is not None
-        copy, made_for, _ = self._kept
-        keep_merged(
-            self._matrix(copy),
-            made_for,
-            self._matrix(self.weight.detach()),
-            self.u,
-            self.vh,
-            delta,
-            self.core,
-            changed,
-        )
-        return self._matrix(copy)
+                self._kept = kept = (self._merged_weight(), delta.clone())
+        return self._matrix(kept[0])
 
     def _with_tasks(self, x: Tensor, task: Tensor) -> Tensor:
         """Every row of the batch x [B, ..., in] with its own task's core; `delta` plays no part."""

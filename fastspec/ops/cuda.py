@@ -21,6 +21,7 @@ from fastspec import _extension
 
 DEVICE = "cuda"  # whose tensors are traced through; tests trace on a CPU
 _served: dict[str, Callable[..., Any]] = {}
+_on_cpu = False  # inside `on_cpu`
 
 
 @functools.cache
@@ -42,6 +43,11 @@ def _dispatch() -> Any:
 def _in_csrc() -> bool:
     """Whether the compiled part is there and serves CUDA: one built from older sources does not."""
     return _extension.load() is None and hasattr(torch.ops.fastspec, "serve_cpu_as_cuda")
+
+
+def joins_products(device: torch.device) -> bool:
+    """Whether csrc/cuda_joined.cpp serves tensors of this device."""
+    return (device.type == "cuda" or _on_cpu) and _in_csrc()
 
 
 @functools.cache
@@ -115,15 +121,18 @@ def _(record: int, addresses: list[int]) -> None:
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """Inside, CPU tensors take the route of CUDA tensors: for tests and timings without a GPU."""
+    global _on_cpu
     library = torch.library.Library("fastspec", "IMPL")
     compiled = _in_csrc()
     try:
+        _on_cpu = True
         if compiled:
             torch.ops.fastspec.serve_cpu_as_cuda(True)
         for name, served in _served.items():
             library.impl(name, served, "CPU", allow_override=True)
         yield
     finally:
+        _on_cpu = False
         library._destroy()
         if compiled:
             torch.ops.fastspec.serve_cpu_as_cuda(False)
