@@ -20,6 +20,7 @@ from fastspec.model.targets import (
     spectral_layers,
     unwrap,
 )
+from fastspec.nn import together
 from fastspec.nn.layer import SpectralLayer
 from fastspec.nn.linear import SpectralLinear
 from fastspec.svd.basis_file import load_basis
@@ -222,9 +223,17 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def keep_merged(model: nn.Module, keep: bool = True) -> nn.Module:
-    """Keep a merged copy of every adapted weight between calls (see `SpectralLinear.keep_merged`)."""
+    """Keep a merged copy of every adapted weight between calls (see `SpectralLinear.keep_merged`).
+
+    The copies of a device, and those in 16 bits, are compared with the coefficients all at once, as the
+    model's forward begins. Inside it, coefficients are taken to be those that it began with.
+    """
     for _, layer in spectral_layers(model):
         layer.keep_merged(keep)
+    inner = unwrap(model)
+    if isinstance(inner, SpectralLayer):  # which compares for itself
+        return model
+    (together.install if keep else together.remove)(inner)
     return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from kernel_problems import problem
@@ -17,6 +19,8 @@ from fastspec.kernels import kept
 from fastspec.kernels import merge as merging
 from fastspec.kernels.launch import watched
 from fastspec.model.targets import spectral_layers
+from fastspec.nn import together
+from fastspec.nn.kept_weight import kept_weight
 from fastspec.ops.kept import Room
 
 
@@ -149,3 +153,54 @@ def test_a_kept_copy_with_its_bias():
         kept.keep(*operands, False, t["bias"], bias)
     assert (out == 7.0).all()
     assert torch.equal(bias, t["bias"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_kept_together_on_a_gpu(model, bias, monkeypatch):
+    """By the tables, from the second forward on; one launch for each kind."""
+    for at, layer in enumerate(model):
+        layer.weight.data = layer.weight.data.half()
+        layer.u, layer.vh = layer.u.half(), layer.vh.half()
+        layer.bias = nn.Parameter(layer.bias.detach().half(), requires_grad=False)
+        assert at or layer._matrix(layer.weight).shape == (40, 24)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tables = []
+    make = kept.Tables
+    monkeypatch.setattr(
+        kept, "Tables", lambda members: tables.append(len(members)) or make(members)
+    )
+    fastspec.keep_merged(model)
+    layers = list(model)
+    for layer in layers:
+        kept_weight(layer)
+    state = together.Together()
+    for layer in layers:
+        state.layers[id(layer)] = weakref.ref(layer)
+    for scale in (1.0, -2.0):
+        for layer in layers:
+            layer.delta.data.fill_(scale)
+        with watched() as launches:
+            fresh = state.refresh()
+        assert set(fresh) == set(map(id, layers))
+        names = [one.kernel.fn.__name__ for one in launches]
+        assert names == ["keep_all_kernel"] * 3 + ["note_all_kernel"]
+        for layer in layers:
+            assert (
+                relative_error(layer._kept.effective, layer._matrix(layer.effective_weight()))
+                < 2e-3
+            )
+    assert tables == [5]
+    # while a graph is captured no table is made, and one that it was captured with is not given up
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert state.refresh()
+    (captured,) = state.captured
+    assert captured is state.keep
+    layers[0].delta = nn.Parameter(torch.ones(5))
+    layers[0]._kept = None
+    kept_weight(layers[0])
+    assert state.refresh() == {}
+    assert all(layer._kept.captured for layer in layers)
+    first = layers[0]._kept
+    layers[0].delta = nn.Parameter(torch.ones(5))
+    kept_weight(layers[0])
+    assert layers[0]._kept.before is first
