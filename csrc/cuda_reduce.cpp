@@ -2,6 +2,7 @@
 #include "cuda_reduce.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -21,6 +22,7 @@ Tensor by_aten(const Tensor& q, const Tensor& p) {
 }  // namespace
 
 Tensor reduce_diagonal(const Tensor& q, const Tensor& p) {
+  const c10::OptionalDeviceGuard device(q.device());
   const bool in_order = q.stride(1) == 1 && p.is_contiguous();
   const CallKey key(CallKey::Reduction, Plan(Core::Diag), false, false, q, {&q, &p});
   if (!in_order || !key.valid()) return by_aten(q, p);

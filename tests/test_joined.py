@@ -34,7 +34,7 @@ def products() -> Iterator[list[tuple[int, int, int]]]:
     with torch.profiler.profile(record_shapes=True) as profile:
         yield seen
     for event in profile.events():
-        if event.name in ("aten::mm", "aten::addmm"):
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
             a, b = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
             seen.append((*a, b[1]))
 

@@ -389,3 +389,18 @@ def test_what_was_dropped_is_held_no_more(model, x):
     del model
     gc.collect()
     assert len([m for m in together._known if m is whole()]) <= 1
+
+
+def test_several_forwards_before_their_backwards(model, x):
+    """Nothing has changed between them: each has the gradients that it has by itself."""
+    model(x)
+    model(x).sum().backward()
+    want = [layer.delta.grad.clone() for _, layer in spectral_layers(model)]
+    model.zero_grad()
+    outputs = [model(x) for _ in range(3)]
+    outputs += [model.run(x)]  # each layer compares for itself
+    for y in outputs:
+        model.zero_grad()
+        y.sum().backward()
+        got = [layer.delta.grad for _, layer in spectral_layers(model)]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastspec.nn import together
-from fastspec.nn.together import version
+from fastspec.nn.shared_input import version
 from fastspec.ops.kept import CORES, Operands, Room, keep_merged
 
 
@@ -21,16 +21,23 @@ class KeptWeight:
     Copies and pickles of a layer have none: they make their own.
     """
 
-    def __init__(self, layer: Any, before: KeptWeight | None = None) -> None:
+    def __init__(
+        self, layer: Any, before: KeptWeight | None = None, room: Room | None = None
+    ) -> None:
         weight, self.bias, self.u, self.vh, self.delta = _of(layer)
         with torch.no_grad(), torch.inference_mode(False):  # kept beyond it, for training too
-            self.room = Room.like(layer._matrix(weight.detach()), self.bias, self.u, self.vh)
+            matrix = layer._matrix(weight.detach())
+            self.room = room or Room.like(matrix, self.bias, self.u, self.vh)
             self.made_for = torch.full_like(self.delta.detach(), float("nan"))  # for none yet
         self.factor_versions = version(self.u), version(self.vh)
         self.version = -1  # of delta, as the copy was last compared
         self.captured = False
         # a CUDA graph that was captured with the one before goes on writing there
         self.before = before if before is not None and before.captured else None
+
+    def moved(self, layer: Any, room: Room) -> KeptWeight:
+        """A copy for the same layer in other memory, to be made there."""
+        return KeptWeight(layer, self, room)
 
     @property
     def effective(self) -> Tensor:

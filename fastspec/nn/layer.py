@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastspec.config import Path
 from fastspec.cores import Core, delta_shape
+from fastspec.nn import together
 from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.kept_weight import KeptWeight, kept_weight
 from fastspec.nn.parts import FrozenFactors, kept_in_float32, merged_weight, same_values
@@ -128,8 +129,12 @@ class SpectralLayer(FrozenFactors):
         if self.path == "reference":
             return reference.spectral_linear(x, w, bias, u, vh, delta, self.core)
         effective = self._kept_weight() if self.keeps_merged else None
-        if effective is not None and isinstance(self._kept, KeptWeight):
-            bias, u, vh = self._kept.beside(bias, u, vh)
+        kept = self._kept
+        if effective is not None and isinstance(kept, KeptWeight):
+            y = together.shared_output(self, kept, x)
+            if y is not None:
+                return y
+            bias, u, vh = kept.beside(bias, u, vh)
         return spectral_linear(
             x,
             w,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastspec.kernels.launch import tracing
+from fastspec.nn.shared_input import Fresh, SharedForward, Sharing, version
 from fastspec.ops.kept import keep_together
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class Together:
         self.copies: list[KeptWeight] = []  # which the addresses are of
         self.keep: Callable[[], None] | None = None
         self.captured: list[Callable[[], None]] = []  # CUDA graphs read their tables
+        self.sharing = Sharing()
 
-    def refresh(self) -> dict[int, tuple[KeptWeight, int]]:
+    def refresh(self) -> Fresh:
         """Make all copies right for their coefficients: by the layer's id, which and for which version."""
         members = self._members()
         if not members:
@@ -56,12 +58,16 @@ class Together:
         self.keep()
         if in_capture and self.keep not in self.captured:
             self.captured.append(self.keep)
-        fresh = {}
+        fresh: Fresh = {}
         for layer, kept in zip(members, copies, strict=True):
             kept.version = version(layer.delta)
             kept.captured = kept.captured or in_capture
             fresh[id(layer)] = kept, kept.version
         return fresh
+
+    def in_capture(self) -> bool:
+        """Whether a CUDA graph is being captured: then nothing moves."""
+        return bool(self.copies) and capturing(self.copies[0].made_for)
 
     def _members(self) -> list[Any]:
         """The layers that have a copy now and would use it, in the order in which they were first called."""
@@ -86,7 +92,8 @@ class _Forward:
 
     model: nn.Module
     together: Together
-    fresh: dict[int, tuple[KeptWeight, int]]
+    fresh: Fresh
+    shared: SharedForward
 
 
 class _UnderWay(threading.local):
@@ -120,17 +127,18 @@ def trusts(layer: Any, kept: KeptWeight, version: int) -> bool:
     return bool(forwards) and forwards[-1].fresh.pop(id(layer), None) == (kept, version)
 
 
+def shared_output(layer: Any, kept: KeptWeight, x: Tensor) -> Tensor | None:
+    """The layer's y, where one product makes it with those of other layers on the same x."""
+    forwards = _under_way.forwards
+    return forwards[-1].shared.output(layer, kept, x) if forwards else None
+
+
 def add(layer: Any) -> None:
     """Count a layer that has compared for itself among those of the forward that is under way."""
     if _under_way.forwards:
         layers = _under_way.forwards[-1].together.layers
         if id(layer) not in layers or layers[id(layer)]() is not layer:
             layers[id(layer)] = weakref.ref(layer)
-
-
-def version(t: Tensor) -> int:
-    """How often the tensor was written to, as far as PyTorch counts."""
-    return -2 if t.is_inference() else t._version
 
 
 def capturing(t: Tensor) -> bool:
@@ -149,7 +157,7 @@ def _before(model: nn.Module, args: Any) -> None:
         together = _known[model] = Together()
     plain = not tracing() and not torch._C._are_functorch_transforms_active()
     fresh = together.refresh() if plain else {}
-    forwards.append(_Forward(model, together, fresh))
+    forwards.append(_Forward(model, together, fresh, SharedForward(together.sharing, fresh)))
 
 
 def _after(model: nn.Module, args: Any, output: Any) -> None:
@@ -157,4 +165,6 @@ def _after(model: nn.Module, args: Any, output: Any) -> None:
         return
     forwards = _under_way.forwards
     if forwards and forwards[-1].model is model:
-        forwards.pop()
+        ended = forwards.pop()
+        if output is not None and not ended.together.in_capture():  # after an error there is none
+            ended.shared.end()

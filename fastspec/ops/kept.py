@@ -158,9 +158,9 @@ class Room:
         if not joins(weight, bias, u, vh):
             return cls(torch.empty_like(weight))
         (out, columns), k = weight.shape, u.shape[1]
-        wide = -(-k // 8) * 8
+        wide = padded(k)
         # rows on 32 bytes: Triton tells sizes by whether 16 divides them
-        rows, row = out + wide, -(-(columns + wide) // 16) * 16
+        rows, row = out + wide, padded(columns + wide, 16)
         storage = weight.new_zeros(rows * row + (0 if bias is None else rows))
         matrix = storage[: rows * row].view(rows, row)
         matrix[:out, columns : columns + k].copy_(u)
@@ -168,6 +168,11 @@ class Room:
         beside = matrix[:out, columns : columns + k], matrix[out : out + k, :columns]
         of_bias = None if bias is None else storage[rows * row :][:out]
         return cls(matrix[:out, :columns], *beside, of_bias)
+
+
+def padded(size: int, to: int = 8) -> int:
+    """The next multiple; of 8 in 16 bits are 16 bytes."""
+    return -(-size // to) * to
 
 
 def joins(weight: Tensor, bias: Tensor | None, u: Tensor, vh: Tensor) -> bool:
