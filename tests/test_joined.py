@@ -94,6 +94,7 @@ def test_one_product_each_way_where_its_result_is_not_wider(kind, bias, core):
     assert seen == forward + backward + reduced
     assert (y.stride(-2) == out + wide) == (out <= d)
     assert (dx.stride(-2) == d + wide) == (d <= out)
+    assert y.view(30, out).shape == y.view(3, 10, 2, -1).flatten(2).view(30, -1).shape
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (4, 2, 3)], ids=str)

@@ -481,3 +481,27 @@ def test_layers_that_are_shared_by_two_models(model, x):
         with torch.no_grad():
             exact = plain(model)(x.double())
             assert relative_error(other(x), exact) < 3 * TOLERANCE[BF16]
+
+
+def test_what_a_graph_was_captured_with_is_not_given_up(model, x, monkeypatch):
+    """Another way through the model, or other coefficients, must not free what replays read and write."""
+    import gc
+    import weakref
+
+    model(x)
+    model(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(together, "capturing", lambda t: True)
+        patch.setattr("fastspec.nn.kept_weight.together.capturing", lambda t: True)
+        model(x)
+    (group,) = groups(model).values()
+    matrix, last = weakref.ref(group.matrix), weakref.ref(model.last._kept)
+    tables = weakref.ref(together._known[model].captured[0])
+    del group
+    model.before_key = lambda x: x * 1
+    for _ in range(3):
+        check(model, x)
+        model.last.delta = nn.Parameter(torch.randn(RANK))
+    gc.collect()
+    assert id(model.query) not in groups(model)
+    assert None not in (matrix(), last(), tables())

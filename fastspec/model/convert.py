@@ -227,6 +227,9 @@ def keep_merged(model: nn.Module, keep: bool = True) -> nn.Module:
 
     The copies of a device, and those in 16 bits, are compared with the coefficients all at once, as the
     model's forward begins. Inside it, coefficients are taken to be those that it began with.
+
+    On a GPU, in 16 bits, a layer's output may be columns of a wider matrix: it is then not contiguous, and
+    code that calls `view` across its rows has to call `reshape`. docs/gpu.md says what else is done there.
     """
     for _, layer in spectral_layers(model):
         layer.keep_merged(keep)

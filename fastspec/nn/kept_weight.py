@@ -21,6 +21,8 @@ class KeptWeight:
     Copies and pickles of a layer have none: they make their own.
     """
 
+    before: KeptWeight | None
+
     def __init__(
         self, layer: Any, before: KeptWeight | None = None, room: Room | None = None
     ) -> None:
@@ -32,8 +34,9 @@ class KeptWeight:
         self.factor_versions = version(self.u), version(self.vh)
         self.version = -1  # of delta, as the copy was last compared
         self.captured = False
-        # a CUDA graph that was captured with the one before goes on writing there
-        self.before = before if before is not None and before.captured else None
+        while before is not None and not before.captured:
+            before = before.before
+        self.before = before  # a CUDA graph that was captured with it goes on writing there
 
     def moved(self, layer: Any, room: Room) -> KeptWeight:
         """A copy for the same layer in other memory, to be made there."""
@@ -66,7 +69,7 @@ class KeptWeight:
 
     def operands(self, layer: Any) -> Operands:
         """Those of `fastspec.ops.kept.keep_merged` but one."""
-        room, weight = self.room, layer._matrix(layer.weight.detach())
+        room, weight = self.room, layer._matrix(_of(layer)[0].detach())
         rest = weight, self.u, self.vh, self.delta.detach(), layer.core
         return (
             room.effective,
@@ -78,7 +81,7 @@ class KeptWeight:
 
     def addresses(self, layer: Any) -> tuple[int, ...]:
         """Where the operands lie now."""
-        found = (layer.weight, self.u, self.vh, self.delta, self.bias)
+        found = (_of(layer)[0], self.u, self.vh, self.delta, self.bias)
         return id(self), *(0 if t is None else t.data_ptr() for t in found)
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -107,4 +110,8 @@ def kept_weight(layer: Any) -> KeptWeight | None:
 
 
 def _of(layer: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    return layer.weight, layer.bias, layer.u, layer.vh, layer.delta
+    held, buffers = layer._parameters, layer._buffers  # past `nn.Module.__getattr__`, which is slow
+    try:
+        return held["weight"], held["bias"], buffers["u"], buffers["vh"], held["delta"]
+    except KeyError:  # another owner, such as a parametrisation
+        return layer.weight, layer.bias, layer.u, layer.vh, layer.delta

@@ -121,6 +121,7 @@ class Sharing:
 
     def __init__(self) -> None:
         self.groups: dict[int, Group] = {}  # by the id of their first layer
+        self.captured: list[Group] = []  # dissolved, but CUDA graphs go on reading them
         self.refused: weakref.WeakSet[Any] = (
             weakref.WeakSet()
         )  # first layers whose others weren't called
@@ -140,6 +141,8 @@ class Sharing:
 
     def dissolve(self, group: Group) -> None:
         """Let each layer of a group have a copy of its own again."""
+        if any(kept.captured for kept in group.kept):
+            self.captured.append(group)
         for key in [key for key, other in self.groups.items() if other is group]:
             del self.groups[key]
         for ref, kept in zip(group.members, group.kept, strict=True):

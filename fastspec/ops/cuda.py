@@ -46,8 +46,9 @@ def _in_csrc() -> bool:
 
 
 def joins_products(device: torch.device) -> bool:
-    """Whether csrc/cuda_joined.cpp serves tensors of this device."""
-    return (device.type == "cuda" or _on_cpu) and _in_csrc()
+    """Whether csrc/cuda_joined.cpp and csrc/cuda_shared_input.cpp serve tensors of this device."""
+    here = device.type == "cuda" or _on_cpu
+    return here and _in_csrc() and hasattr(torch.ops.fastspec, "shared_input")
 
 
 @functools.cache

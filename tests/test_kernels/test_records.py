@@ -510,6 +510,36 @@ def test_what_no_kernel_reduces_is_reduced_by_aten():
         assert not chip.started
 
 
+def test_gradients_of_joined_and_shared_products_are_one_launch():
+    """q is then a part of dx's rows, and p a copy."""
+    d, outs, k = 32, [32, 24], 8
+    with device("aten", torch.bfloat16) as chip:
+        for seed in range(REPEATS + 2):
+            gen = torch.Generator().manual_seed(seed)
+
+            def normal(*shape: int, gen=gen) -> Tensor:
+                return torch.randn(*shape, generator=gen).to(torch.bfloat16)
+
+            x, gs = normal(5, 8, d).requires_grad_(), [normal(5, 8, out) for out in outs]
+            matrix = torch.zeros(sum(outs) + 2 * k, d + 2 * k, dtype=torch.bfloat16)
+            matrix[:, :d] = normal(sum(outs) + 2 * k, d)
+            matrix[:32, d : d + k], matrix[32:56, d + k :] = normal(32, k), normal(24, k)
+            deltas = [torch.zeros(k, requires_grad=True) for _ in outs]
+            chip.started.clear()
+            ys = torch.ops.fastspec.shared_input(x, matrix, None, outs, [k, k], deltas)
+            found = torch.autograd.grad(ys, [x, *deltas], gs)
+            assert [s.kernel for s in chip.started] == ["reduce_kernel"]
+            w, x2 = matrix.double(), x.detach().double().view(40, d)
+            g2 = [g.double().view(40, -1) for g in gs]
+            dx = g2[0] @ w[:32, :d] + g2[1] @ w[32:56, :d]
+            want = [dx.view(5, 8, d)]
+            for at, u in enumerate((w[:32, d : d + k], w[32:56, d + k :])):
+                vh = w[56 + at * k : 56 + (at + 1) * k, :d]
+                want.append(((g2[at] @ u) * (x2 @ vh.mT)).sum(0))
+            for got, exact in zip(found, want, strict=True):
+                assert relative_error(got, exact) < TOLERANCE[torch.bfloat16]
+
+
 def test_a_backward_called_by_itself_records_no_graph():
     t = Problem("diag", torch.float32)
     t.delta.requires_grad_()
