@@ -19,9 +19,11 @@ _PUBLIC = {
     "TopkSVD": "fastspec.svd.topk",
     "topk_svd": "fastspec.svd.topk",
     "spectralize": "fastspec.model.convert",
-    "merge": "fastspec.model.convert",
-    "unmerge": "fastspec.model.convert",
-    "keep_merged": "fastspec.model.convert",
+    "merge": "fastspec.model.merging",
+    "unmerge": "fastspec.model.merging",
+    "keep_merged": "fastspec.model.merging",
+    "merge_and_unload": "fastspec.model.merging",
+    "unload": "fastspec.model.merging",
     "trainable_parameters": "fastspec.model.convert",
     "print_trainable_parameters": "fastspec.model.convert",
     "save_adapter": "fastspec.model.adapter",
@@ -53,13 +55,11 @@ if TYPE_CHECKING:
     from fastspec.model.adapter import load_adapter, save_adapter
     from fastspec.model.checkpoints import AdapterCheckpoints, SpectralTrainer, checkpoint_adapters
     from fastspec.model.convert import (
-        keep_merged,
-        merge,
         print_trainable_parameters,
         spectralize,
         trainable_parameters,
-        unmerge,
     )
+    from fastspec.model.merging import keep_merged, merge, merge_and_unload, unload, unmerge
     from fastspec.model.parameter_groups import parameter_groups
     from fastspec.multitask.api import (
         add_task,

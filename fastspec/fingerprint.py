@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+PART = 1 << 20  # bytes hashed at a time
+
 
 def tensor_fingerprint(weight: Tensor) -> str:
     """SHA-256 over dtype, shape and the raw bytes of one weight, as 64 hex digits.
@@ -19,7 +21,10 @@ def tensor_fingerprint(weight: Tensor) -> str:
         return combined_fingerprint({n: tensor_fingerprint(getattr(weight, n)) for n in names})
     t = weight.detach().contiguous().cpu()
     h = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode())
-    h.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    for part in t.reshape(-1).view(torch.uint8).split(PART):
+        h.update(
+            part.clone().numpy().data
+        )  # a copy: numpy() fixes a storage's size, which FSDP2 changes
     return h.hexdigest()
 
 

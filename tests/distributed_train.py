@@ -102,7 +102,7 @@ def train(args: argparse.Namespace) -> None:
         dist.all_reduce(mean)
         checkpoint = args.folder / str(step + 1)
         if args.mode != "ddp" or rank == 0:
-            fastspec.save_adapter(model, checkpoint)
+            fastspec.save_adapter(model, checkpoint, bases=args.mode == "fsdp-sharded-factors")
         state = get_optimizer_state_dict(model, optimizer)
         dcp.save({"optimizer": state}, checkpoint_id=checkpoint / "optimizer")
         if rank == 0:

@@ -49,9 +49,9 @@ def losses(run: fastspec.SpectralTrainer) -> list[float]:
 def main() -> None:
     write = fastspec.model.checkpoints.save_adapter
 
-    def announced(model: torch.nn.Module, folder: str) -> object:
+    def announced(model: torch.nn.Module, folder: str, **options: bool) -> object:
         print(f"rank {dist.get_rank()} writes {folder}", flush=True)
-        return write(model, folder)
+        return write(model, folder, **options)
 
     fastspec.model.checkpoints.save_adapter = announced
     run = trainer(sys.argv[1], dist.get_world_size())

@@ -177,7 +177,8 @@ def test_a_checkpoint_is_an_adapter_and_the_optimiser_of_it(tmp_path):
         "training_args.bin",
     }
     numbers = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    assert (folder / "adapter.safetensors").stat().st_size < 4 * numbers + 4096
+    digests = 100 * len(list(run.model.parameters()))
+    assert (folder / "adapter.safetensors").stat().st_size < 4 * numbers + digests + 4096
     ids = torch.arange(16).reshape(2, 8)
     want = run.model.eval()(ids).logits
     assert torch.equal(load_adapter(bert(num_labels=3), folder).eval()(ids).logits, want)

@@ -110,6 +110,17 @@ def test_trainer_on_two_processes(tmp_path):
             assert_close(b[name], a[name], torch.float16)
 
 
+def test_factors_follow_weights_that_change(tmp_path):
+    output = torchrun(2, tmp_path / "state", program=PROGRAM.with_name("distributed_weights.py"))
+    cases = dict(line.split(": ") for line in output.splitlines() if ": " in line)
+    assert cases.pop("sharded factors") == "0.0e+00 0 refused"
+    assert cases.keys() == {"dcp.load", "set_model_state_dict", "DDP"}
+    for name, numbers in cases.items():
+        error, compared = map(float, numbers.split())
+        assert error < 1e-4, name
+        assert compared == 0, name  # step by step nothing is read
+
+
 def test_sharded_factors_stay_out_of_files(tmp_path):
     model = shard_factors(adapted())
     assert model.state_dict().keys() == adapted().state_dict().keys()

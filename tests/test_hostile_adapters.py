@@ -385,7 +385,7 @@ ECHOES = {
     "a format": lambda good: good[1] | {"format": LONG},
     "a layer": lambda good: good[1] | {"layers": {LONG: 1}},
     "a head": lambda good: good[1] | {"modules_to_save": [LONG]},
-    "other base weights": lambda good: good[1] | {"base_model": LONG, "base_fingerprint": LONG},
+    "other base weights": lambda good: good[1] | {"base_model": LONG, "base": {LONG: LONG}},
 }
 
 

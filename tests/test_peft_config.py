@@ -1,5 +1,6 @@
 """The PEFT bridge: its configuration, and what it refuses with the model left as it was."""
 
+import dataclasses
 import json
 import pickle
 
@@ -7,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft_support import adapted, layers, mlp_config, output
 from tiny_models import bert, mlp
 from torch import nn
 
 import fastspec
-from fastspec.peft import SpectralConfig
+from fastspec.peft import SpectralConfig, load_adapter
 
 
 def test_numbers_of_numpy_are_pythons_own(tmp_path):
@@ -135,11 +136,27 @@ class TestConfig:
         assert SpectralConfig(**json.loads(text)) == config
         assert pickle.loads(pickle.dumps(config)) == config
 
-    def test_is_not_changed_by_its_use(self):
+    def test_serves_other_base_weights_too(self):
         config = SpectralConfig(r=4, task_type="SEQ_CLS")
-        get_peft_model(bert(0), config)
-        assert config.target_modules == "all-linear"
-        get_peft_model(bert(1), config)  # other base weights
+        first = get_peft_model(bert(0), config)
+        second = get_peft_model(bert(1), config)
+        prints = [m.peft_config["default"].base_fingerprint for m in (first, second)]
+        assert prints[0] != prints[1]
+        assert second.peft_config["default"].target_modules == config.target_modules
+
+    @pytest.mark.parametrize("targets", ["all-linear", "lin.*|head"])
+    def test_a_tiny_matrix_keeps_all_it_has(self, tmp_path, targets):
+        config = SpectralConfig(r=11, target_modules=targets)
+        with pytest.raises(ValueError, match="head: rank 12"):  # which nothing else serves
+            get_peft_model(mlp(), dataclasses.replace(config, rank_pattern={"head": 12}))
+        model = get_peft_model(mlp(), config)
+        ranks = [m.fastspec_delta["default"].shape[-1] for m in layers(model)]
+        assert ranks == [10, 11, 2]
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(mlp(), tmp_path)
+        load_adapter(mlp(), tmp_path)
+        with pytest.raises(ValueError, match="rank 11"):
+            get_peft_model(mlp(), mlp_config(r=11))
 
     def test_rank_pattern(self):
         model = adapted("mlp", r=0.5, rank_pattern={"lin1": "full"})
@@ -158,7 +175,7 @@ class TestConfig:
             ({"tol": 2}, "tol must lie in"),
             ({"bias": "lora_only"}, "bias must be one of"),
             ({"layers_pattern": "layer"}, "layers_pattern needs layers_to_transform"),
-            ({"layers_to_transform": [0]}, "name the modules"),
+            ({"layers_to_transform": [0], "target_modules": "q"}, "name the modules"),
             ({"task_type": "NONE"}, "Invalid task type"),
             ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ],

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import assert_close, minilm, minilm_path
 from tiny_models import bert, gpt2, mlp
 
+import fastspec.peft
 from fastspec.model.adapter import AdapterError
 from fastspec.peft import SpectralConfig, convert_to_lora, save_as_lora
 
@@ -43,18 +44,20 @@ class TestFolders:
         tensors = load_file(tmp_path / "adapter_model.safetensors")
         names = [n for n, m in model.named_modules() if m in layers(model)]
         heads = {f"{PREFIX}classifier.{part}" for part in ("weight", "bias")}
-        assert tensors.keys() == {f"{name}.fastspec_delta" for name in names} | heads
+        parts = ("delta", "sketch")
+        assert tensors.keys() == {f"{n}.fastspec_{part}" for n in names for part in parts} | heads
         assert {t.shape for n, t in tensors.items() if "delta" in n} == {torch.Size([4, 4])}
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert config["peft_type"] == "FASTSPEC"
-        assert len(config["base_fingerprint"]) == 64
+        assert config["base_fingerprint"].keys() == {n.removeprefix(PREFIX) for n in names}
+        assert {len(digest) for digest in config["base_fingerprint"].values()} == {16}
         assert not list(tmp_path.glob("*.bin"))
 
     def test_the_basis_of_a_real_encoder_is_not_in_it(self, tmp_path):
         model = get_peft_model(minilm(), SpectralConfig(r=32, task_type="SEQ_CLS"))
         model.save_pretrained(tmp_path)
-        # 37 layers x 32 coefficients and a head of 2 x 385, 4 bytes each, and names
-        assert (tmp_path / "adapter_model.safetensors").stat().st_size < 16_000
+        # 37 layers x 32 coefficients and a head of 2 x 385, 4 bytes each, 37 sketches of 8, and names
+        assert (tmp_path / "adapter_model.safetensors").stat().st_size < 19_000
 
     def test_training_goes_on_from_it(self, tmp_path):
         model = adapted("bert")
@@ -110,6 +113,14 @@ class TestFolders:
             model.load_adapter(tmp_path, "other")
         assert list(model.peft_config) == ["default"]
         assert torch.equal(output(model), y)
+
+    @pytest.mark.parametrize("load", [PeftModel.from_pretrained, fastspec.peft.load_adapter])
+    def test_the_weight_that_differs_is_named(self, tmp_path, load):
+        adapted("mlp").save_pretrained(tmp_path)
+        base = mlp()
+        base.lin1.weight.data[0, 0] += 1e-3
+        with pytest.raises(AdapterError, match=r"not the same are 'lin1' of 2"):
+            load(base, tmp_path)
 
     def test_a_config_may_be_taken_to_other_weights_on_purpose(self, tmp_path):
         adapted("mlp").save_pretrained(tmp_path)
@@ -288,7 +299,7 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code.replace("path/to/encoder", str(minilm_path())), names)
-    assert (tmp_path / "runs/rte/adapter_model.safetensors").stat().st_size < 16_000
+    assert (tmp_path / "runs/rte/adapter_model.safetensors").stat().st_size < 19_000
     assert names["logits"].shape == (3, 2)
     assert list(names["safe"].peft_config) == ["rte"]
     names["model"].set_adapter("rte")

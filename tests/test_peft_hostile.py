@@ -122,7 +122,18 @@ LIN0, LIN1, HEAD = (
 TENSOR_FILES = {
     "NaN": (lambda t: t[LIN0][1].fill_(float("nan")), "NaN or infinity"),
     "infinity in a head": (lambda t: t[HEAD].fill_(float("inf")), "NaN or infinity"),
-    "no coefficients of a layer": (lambda t: t.pop(LIN0), "lacks tensors of some of its layers"),
+    "no coefficients of a layer": (
+        lambda t: t.pop(LIN0),
+        "holds 'base_model.model.lin0.fastspec_sk",
+    ),
+    "nothing of a layer": (
+        lambda t: [t.pop(LIN0), t.pop(LIN0.replace("delta", "sketch"))],
+        "lacks tensors of some of its layers",
+    ),
+    "another sketch": (
+        lambda t: t[LIN0.replace("delta", "sketch")].neg_(),
+        "basis of 'lin0' here is",
+    ),
     "no head": (lambda t: t.pop(HEAD), r"lacks base_model\.model\.head\.bias"),
     "double precision": (lambda t: t.update({LIN0: t[LIN0].double()}), "float64.*float32"),
     "half precision": (lambda t: t.update({HEAD: t[HEAD].half()}), "float16.*float32"),
@@ -159,8 +170,10 @@ def test_tensors(tmp_path, sound, change, match):
 BOMB = "(.*)*(.*)*(.*)*(.*)*(.*)*x"  # takes years
 CONFIGS = {
     "another method": ({"peft_type": "LORA"}, "not 'FASTSPEC'"),
-    "other base weights": ({"base_fingerprint": "0" * 64}, "other base weights"),
-    "no base weights": ({"base_fingerprint": None}, "other base weights"),
+    "other base weights": ({"base_fingerprint": {"lin0": "0" * 16}}, "other base weights"),
+    "one digest for all": ({"base_fingerprint": "0" * 64}, "must map layers to digests"),
+    "digests that are none": ({"base_fingerprint": {"lin0": 3}}, "must map layers to digests"),
+    "no base weights": ({"base_fingerprint": None}, "no base_fingerprint"),
     "biases": ({"bias": "all"}, "trains biases"),
     "a wider select": ({"select": [0, 5]}, "rank 4 by its tensor and 5 by the config"),
     "a kind of core": ({"core": "x"}, "core must be"),
@@ -211,7 +224,10 @@ def test_patterns_are_never_run(tmp_path, sound):
 )
 def test_configs_that_are_none(tmp_path, sound, text):
     write(tmp_path, sound[0], text)
-    refused(tmp_path, r"not a usable adapter config|holds 'base_model\.model\.head\.bias', which")
+    refused(
+        tmp_path,
+        r"not a usable adapter config|holds 'base_model\.model\.head\.bias', which|no base_fingerprint",
+    )
 
 
 def test_every_truncation_and_flipped_bit(tmp_path, sound):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support import assert_close
-from tasks_support import IDS, NAMES, random_values, with_tasks
+from tasks_support import IDS, NAMES, alone, random_values, with_tasks
 from tiny_models import net
 from torch import nn
 
@@ -67,19 +67,26 @@ class TestSwitching:
         fastspec.set_task(model, "mine")
         assert torch.equal(model(IDS), learnt)
 
-    def test_biases_and_norms_switch_too_but_do_not_mix(self):
-        for option in ("train_bias", "train_layernorm"):
-            model = with_tasks(**{option: True})
-            fastspec.set_task(model, "a")
-            learnt = model(IDS)
-            fastspec.set_task(model, None)
-            assert torch.equal(model(IDS), net()(IDS))
-            fastspec.set_task(model, "a")
-            assert torch.equal(model(IDS), learnt)
-            with pytest.raises(ValueError, match=r"can't be mixed.*set_task"):
-                model(IDS, tasks=NAMES)
-            with pytest.raises(ValueError, match="can't be mixed"):
-                model.task_bank.requires_grad_()
+    @pytest.mark.parametrize("option", ["train_bias", "train_layernorm"])
+    def test_biases_and_norms_switch_too(self, option):
+        model = with_tasks(**{option: True})
+        fastspec.set_task(model, "a")
+        learnt = model(IDS)
+        fastspec.set_task(model, None)
+        assert torch.equal(model(IDS), net()(IDS))
+        fastspec.set_task(model, "a")
+        assert torch.equal(model(IDS), learnt)
+
+    def test_norms_mix_and_biases_do_not(self):
+        model = with_tasks(train_layernorm=True)
+        mixed = model(IDS, tasks=NAMES)
+        assert_close(mixed, alone(model, NAMES, IDS))
+        assert torch.equal(mixed[1], net()(IDS)[1])
+        model = with_tasks(train_bias=True)
+        with pytest.raises(ValueError, match=r"can't be mixed.*set_task"):
+            model(IDS, tasks=NAMES)
+        with pytest.raises(ValueError, match="can't be mixed"):
+            model.task_bank.requires_grad_()
 
 
 class TestLife:

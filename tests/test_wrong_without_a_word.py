@@ -159,6 +159,61 @@ def test_weights_that_are_no_plain_matrix_are_refused_and_nothing_is_frozen(net,
     assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.parametrize("bridge", [False, True], ids=["core", "bridge"])
+@pytest.mark.parametrize("kind", ["spectral_norm", "weight_norm", "orthogonal"])
+def test_a_refused_parametrisation_keeps_its_own_state(net, kind, bridge):
+    """That of spectral_norm moves whenever the weight is looked at in train mode."""
+    getattr(parametrizations, kind)(net.encoder[2])
+    net.train()
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    with pytest.raises(TypeError, match=r"encoder\.2: the weight is made anew"):
+        adapt(net, bridge, rank=2)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def adapt(net, bridge, rank, **options):
+    """By `spectralize`, or by PEFT's bridge."""
+    if not bridge:
+        return spectralize(net, SpectralConfig(rank=rank, **options))
+    peft = pytest.importorskip("peft")
+    import fastspec.peft
+
+    return peft.get_peft_model(net, fastspec.peft.SpectralConfig(r=rank, **options))
+
+
+@pytest.mark.parametrize("bridge", [False, True], ids=["core", "bridge"])
+@pytest.mark.parametrize("kind", [Scaled, LowRank])
+def test_the_bridge_compares_what_a_subclass_computes(net, bridge, kind):
+    net.encoder[0] = PlainSubclass(12, 16)
+    before = net(X)
+    torch.testing.assert_close(adapt(copy.deepcopy(net), bridge, rank=2)(X), before)
+    net.encoder[0] = kind(12, 16)
+    with pytest.raises(TypeError, match=r"encoder\.0: .* forward of its own"):
+        adapt(net, bridge, rank=2)
+
+
+def test_the_bridge_lowers_a_rank_for_tiny_matrices_alone(net, tmp_path):
+    peft = pytest.importorskip("peft")
+    import fastspec.peft
+
+    # PEFT makes a list of names of "all-linear"
+    for targets in ("all-linear", ["encoder.0", "encoder.2", "gate"], r"encoder\.[02]|gate"):
+        model = adapt(copy.deepcopy(net), True, rank=4, target_modules=targets)
+        assert model.base_model.model.gate.fastspec_delta["default"].shape == (1,)
+        assert model.base_model.model.encoder[0].fastspec_delta["default"].shape == (4,)
+    model.save_pretrained(tmp_path)
+    for load in (peft.PeftModel.from_pretrained, fastspec.peft.load_adapter):
+        assert load(copy.deepcopy(net), tmp_path).base_model.model.gate.fastspec_delta
+    with pytest.raises(ValueError, match=r"gate: rank 5 is above min\(in, out\) = 1"):
+        adapt(copy.deepcopy(net), True, rank=4, rank_pattern={"gate": 5})
+    before = repr(net)
+    with pytest.raises(ValueError, match=r"rank 40 is above"):
+        adapt(net, True, rank=40)
+    assert repr(net) == before
+    assert all(p.requires_grad for p in net.parameters())
+
+
 # ------------------------------------------------------------------------------------------ wrappers
 
 
@@ -203,11 +258,9 @@ def test_a_compiled_model_is_adapted_inside(net):
 # ------------------------------------------------------------------ what is trained and not stored
 
 
-def test_saving_refuses_what_is_trained_outside_the_adapter(net, tmp_path):
+def test_saving_refuses_a_trained_weight_below_its_own_basis(net, tmp_path):
     spectralize(net, SpectralConfig(rank=2))
-    net.encoder[0].bias.requires_grad_(True)
-    with pytest.raises(
-        ValueError, match=r"encoder\.0\.bias is trainable but no part of the adapter"
-    ):
+    net.encoder[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"encoder\.0\.weight is trainable, and the layer's basis"):
         fastspec.save_adapter(net, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -1,8 +1,9 @@
 """Adapter folders: `save_adapter` and `load_adapter`, some KB a task.
 
-The tensors are the coefficients, the heads and whatever else `spectralize` made trainable. The config
-holds the `SpectralConfig` and a fingerprint of every other parameter of the model: the base weights, from
-which the factors are rebuilt.
+The tensors are the coefficients, the heads, whatever else `spectralize` made trainable, and what was
+trained or moved beside it: parameters unfrozen by hand, running statistics. The config holds the
+`SpectralConfig` and a digest of every other tensor of the model: the base, from whose weights the factors are
+rebuilt.
 
 A folder may come from anybody. It holds no code and no patterns: the config names its layers and heads
 one by one (a regular expression can be made to run for years), names only ever select modules the model
@@ -11,10 +12,8 @@ has, and no file is read before its size was compared with what this model can u
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +21,56 @@ import torch
 from torch import Tensor, nn
 
 import fastspec
-from fastspec.config import SpectralConfig
-from fastspec.cores import delta_shape
 from fastspec.files import excerpt
-from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.model.adapter_basis import Adapters, bases_of, basis_tensors, expected_bases
 from fastspec.model.adapter_file import AdapterError, Expected, open_adapter, write_adapter
-from fastspec.model.convert import Adaptation, adaptation, spectralize
-from fastspec.model.fsdp import FACTORS, assign, is_sharded, reshard, whole
-from fastspec.model.targets import find_targets, is_norm, spectral_layers, unwrap
+from fastspec.model.adapter_fit import (
+    FIELDS,
+    check_same_config,
+    check_same_layers,
+    config_of,
+    expected_state,
+    expected_tensors,
+    targets_of,
+)
+from fastspec.model.base import Base
+from fastspec.model.convert import Adaptation, adaptation
+from fastspec.model.fsdp import assign, is_sharded, reshard, whole
+from fastspec.model.targets import Target, is_norm, spectral_layers, unwrap
+from fastspec.nn.layer import SpectralLayer
 
-# what the file spells out by `layers` and `modules_to_save` instead
-PATTERNS = ("rank", "target_modules", "exclude_modules", "modules_to_save")
-FIELDS = tuple(f.name for f in dataclasses.fields(SpectralConfig) if f.name not in PATTERNS)
 
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, bases: bool = False) -> Path:
+    """Write what is trained in `model` to `folder`, atomically: one file is replaced.
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Write what `spectralize` made trainable in `model` to `folder`, atomically: one file is replaced.
+    That is what `spectralize` made trainable, every other parameter that requires a gradient now, and the
+    persistent buffers that changed since, as the running statistics of a BatchNorm in train mode. A model
+    sharded by FSDP2 is gathered: every process must call this, the first one writes.
 
-    A model sharded by FSDP2 is gathered: every process must call this, the first one writes.
+    Args:
+        model: a spectralized one.
+        folder: made where there is none.
+        bases: write the bases too, k (in + out) numbers a layer, so that nothing is factorised on loading
+            and the adapter means the same everywhere. Without them they are made again there, and where
+            they come out otherwise, as between tied singular values, loading refuses.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model is not a spectralized one, a value to save is not finite, or a parameter is
-            trainable that the adapter would not hold.
+        ValueError: the model is not a spectralized one, a value to save is not finite, or the weight of an
+            adapted layer is trained or has changed since the last call, and its basis is made from it.
     """
     model = unwrap(model)
     adapted = adaptation_of(model)
     reshard(model)
+    base = Base(model)
+    base.check_bases(_refuse_other_basis)
     own = adapter_tensors(model)
-    left_out = [n for n, p in model.named_parameters() if p.requires_grad and n not in own]
-    if left_out:
-        raise ValueError(
-            f"{left_out[0]} is trainable but no part of the adapter, which could then not be loaded into "
-            "its own base: name its module in modules_to_save, or freeze it again; nothing was written"
-        )
-    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in own.items()}
+    state = base.changed(own, adapted.buffers)
+    own |= {name: base.tensors[name] for name in state}
+    written = own | basis_tensors(model, bases)
+    tensors = _apart({n: whole(t.detach()).cpu().contiguous() for n, t in written.items()})
     bad = next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
     if bad is not None:
         raise ValueError(f"{bad} holds NaN or infinity: nothing was written")
@@ -67,8 +79,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     config = {
         "fastspec_version": fastspec.__version__,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "base_fingerprint": _base_fingerprint(model, set(tensors)),
+        **base.describe(own),
         "modules_to_save": list(adapted.modules_to_save),
+        "state": state,
+        "bases": bases,
         "layers": {name: layer.rank for name, layer in spectral_layers(model)},
         "spectral": {name: fields[name] for name in FIELDS},
     }
@@ -81,12 +95,21 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
 
 @torch.inference_mode(False)  # what is made here is trained elsewhere
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, strict: bool = True
+) -> nn.Module:
     """Put a saved adapter into `model`, in place.
 
-    `model` is the plain base model, which is then spectralized by the adapter's own config, or one that
-    was spectralized alike: then the values are copied into the existing tensors. Of a model sharded by
-    FSDP2 every process must call this.
+    Of a model sharded by FSDP2 every process must call this.
+
+    Args:
+        model: the plain base model, which is then spectralized by the adapter's own config, or one that
+            was spectralized alike: then the values are copied into the existing tensors. Embeddings may
+            have more rows than the adapter's base had. Heads that the adapter does not hold may differ,
+            with a warning.
+        folder: of `save_adapter`.
+        strict: False lets every other tensor of the base differ too, with a warning, but for those of
+            layers with coefficients that are not zero.
 
     Returns:
         The same model.
@@ -94,81 +117,118 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     Raises:
         FileNotFoundError: there is no adapter.
         AdapterError: a damaged file, a folder of PEFT, other base weights, another rank or kind of core,
-            heads of another size, values that are not finite. The model is unchanged.
+            heads of another size, values that are not finite, bases that come out otherwise here. The
+            model is unchanged.
     """
     wrapper, model = model, unwrap(model)
     reshard(model)
-    config, (tensors,) = read_adapters(model, [folder])
+    found = read_adapters(model, [folder], strict=strict)
+    (tensors,) = found.tensors
     if next(spectral_layers(model), None) is None:
-        spectralize_for(model, config, folder)
-    for name, target in adapter_tensors(model).items():
-        assign(target, tensors[name])
+        spectralize_for(model, found, folder)
+    elif found.bases and not hasattr(model, "task_bank"):
+        found.hold_bases(model)
+    own, base = adapter_tensors(model), Base(model).tensors
+    for name, value in tensors.items():
+        if name in own:
+            assign(own[name], value)
+            continue
+        assign(base[name], value)
+        if isinstance(base[name], nn.Parameter):
+            base[name].requires_grad_(True)
     return wrapper
 
 
 def read_adapters(
     model: nn.Module,
     folders: Sequence[str | os.PathLike[str]],
-    sizes_free: Callable[[Sequence[str]], Collection[str]] = lambda heads: (),
-) -> tuple[SpectralConfig, list[dict[str, Tensor]]]:
+    sizes_free: Callable[[Sequence[str]], Collection[str]] | None = None,
+    strict: bool = True,
+) -> Adapters:
     """Read adapter folders and check each against `model`, which is plain or adapted alike.
 
-    Nothing is changed. The base weights are fingerprinted once.
+    Nothing is changed. The base weights are fingerprinted once. The bases of a plain model are compared
+    when it is adapted (`spectralize_for`).
 
     Args:
-        sizes_free: from the names of the heads, the names of the tensors whose first dimension may
-            differ from the model's: those of their output layers.
-
-    Returns:
-        The config they share (the model's own if it is adapted), and the tensors of every folder.
+        sizes_free: for adapters that share the model: from the names of the heads, the names of the
+            tensors whose first dimension may differ from the model's: those of their output layers.
+        strict: as in `load_adapter`.
 
     Raises:
         FileNotFoundError, AdapterError: as `load_adapter`; also folders of different configs.
     """
-    config: SpectralConfig | None = None
+    found: Adapters | None = None
     expected: Expected | None = None
+    targets: list[Target] = []
     adapted = next(spectral_layers(model), None) is not None
     if adapted:
-        config = adaptation_of(model).config
+        found = Adapters(adaptation_of(model).config)
         expected = {n: (t.shape, t.dtype) for n, t in adapter_tensors(model).items()}
-    limit = 8 * sum(p.numel() for p in model.parameters())  # a core is no larger than its matrix
+    # neither a core nor two bases are larger than twice their matrix, whatever a folder says
+    limit = 32 * sum(p.numel() for p in model.parameters())
     free: Collection[str] = ()
-    fingerprint = None
+    base = Base(model)
+    base.check_bases(_remake_basis)
     told: dict[str, Any] = {}
-    found = []
     for folder in map(Path, folders):
         with open_adapter(folder) as file:
             meta = file.meta
             saying = {key: meta[key] for key in ("spectral", "layers", "modules_to_save")}
             if saying != told:  # of a thousand folders nearly all say the same
-                own = _config_of(meta, model, folder)
-                config = config or own
-                expected = expected or _expected(model, own, folder)
-                _check_same_config(config, own, folder)
+                own = config_of(meta, model, folder)
+                found = found or Adapters(own)
+                if expected is None:
+                    targets, heads = targets_of(model, own, folder)
+                    expected = expected_tensors(model, own, targets, heads)
+                check_same_config(found.config, own, folder)
                 if adapted:
-                    _check_same_layers(model, meta["layers"], folder)
-                free, told = sizes_free(meta["modules_to_save"]), saying
-            assert config is not None
+                    check_same_layers(model, meta["layers"], folder)
+                if sizes_free is not None:
+                    free = sizes_free(meta["modules_to_save"])
+                told = saying
+            assert found is not None
             assert expected is not None
-            tensors = file.tensors(expected, limit, free)
-        fingerprint = fingerprint or _base_fingerprint(model, set(tensors))
-        if fingerprint != meta["base_fingerprint"]:
-            made_from = f" ({excerpt(meta['base_model'])})" if meta["base_model"] else ""
-            raise AdapterError(
-                f"{folder}: the adapter was made from other base weights{made_from}; coefficients only "
-                "mean something in the basis of their own model: load that one, in the same dtype"
-            )
-        found.append(tensors)
-    assert config is not None, "read_adapters needs at least one folder"
-    return config, found
+            state = expected_state(meta, base.tensors, folder)
+            if state and sizes_free is not None:
+                raise AdapterError(
+                    f"{folder}: it holds {excerpt(meta['state'][0])}, of which a model has one for all its "
+                    "tasks: load_adapter() it into a model of its own"
+                )
+            bases = expected_bases(model, targets, meta)
+            tensors = file.tensors(expected | state | bases, limit, free)
+        used = None if strict else [n for n in meta["layers"] if bool(tensors[f"{n}.delta"].any())]
+        base.check(meta, tensors, folder, used)
+        found.add(folder, meta, tensors)
+    assert found is not None, "read_adapters needs at least one folder"
+    alone = sizes_free is None and not hasattr(model, "task_bank")
+    if adapted and not (alone and found.bases):
+        found.check(bases_of(model))
+    return found
 
 
-def spectralize_for(
-    model: nn.Module, config: SpectralConfig, folder: str | os.PathLike[str]
-) -> None:
-    """Adapt a plain model by the config of `read_adapters`; an AdapterError names the folder."""
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with tied tensors copied, which a file can't share."""
+    seen = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            tensors[name] = tensor.clone()
+        seen.add(place)
+    return tensors
+
+
+def spectralize_for(model: nn.Module, adapters: Adapters, folder: str | os.PathLike[str]) -> None:
+    """Adapt a plain model by what `read_adapters` found; an AdapterError names the folder.
+
+    Raises:
+        AdapterError: the model can't be adapted so, or its bases are others than an adapter's. It is
+            unchanged.
+    """
     try:
-        spectralize(model, config)
+        adapters.convert(model)
+    except AdapterError:
+        raise
     except (ValueError, TypeError) as e:
         raise AdapterError(
             f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
@@ -201,91 +261,13 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _config_of(meta: dict[str, Any], model: nn.Module, folder: Path) -> SpectralConfig:
-    """The adapter's config for this model: exactly its layers, at their ranks, and its heads."""
-    layers, heads = meta["layers"], meta["modules_to_save"]
-    modules = {name for name, _ in model.named_modules()}
-    unknown = next((n for n in (*layers, *heads) if n not in modules), None)
-    if unknown is not None:
-        raise AdapterError(
-            f"{folder}: the adapter does not fit this model: it adapts {excerpt(unknown)}, which this "
-            "model does not have"
-        )
-    foreign = next((field for field in meta["spectral"] if field not in FIELDS), None)
-    if foreign is not None:
-        raise AdapterError(
-            f"{folder}: {excerpt(foreign)} is no field of an adapter's config; it has {', '.join(FIELDS)}"
-        )
-    by_rank: dict[int, list[str]] = {}
-    for name, rank in layers.items():
-        by_rank.setdefault(rank, []).append(re.escape(name))
-    ranks = {rf"\A(?:{'|'.join(names)})\Z": rank for rank, names in by_rank.items()}
-    try:
-        return SpectralConfig(
-            **meta["spectral"],
-            rank=next(iter(by_rank)) if len(by_rank) == 1 else ranks,
-            target_modules="|".join(map(re.escape, layers)),
-            modules_to_save=heads,
-        )
-    except (ValueError, TypeError) as e:
-        raise AdapterError(f"{folder}: not a usable adapter config: {excerpt(e)}") from None
+def _refuse_other_basis(name: str, layer: SpectralLayer) -> None:
+    raise ValueError(
+        f"{name}.weight has changed since its factors were made, past the count of its writes (as by "
+        "weight.data) or since the last call: put it back, or call the layer's refactorize(), which gives "
+        "the coefficients another basis; nothing was written"
+    )
 
 
-def _expected(model: nn.Module, config: SpectralConfig, folder: Path) -> Expected:
-    """What `adapter_tensors` would be if the plain `model` were spectralized by `config`."""
-    try:
-        targets, heads = find_targets(model, config)
-    except (ValueError, TypeError) as e:
-        raise AdapterError(
-            f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
-        ) from None
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for t in targets:
-        shape = delta_shape(config.core, t.directions.rank, config.half_width)
-        expected[f"{t.name}.delta"] = (shape, torch.float32)
-        bias: Any = t.module.bias
-        if config.train_bias and bias is not None:
-            expected[f"{t.name}.bias"] = (bias.shape, bias.dtype)
-    if config.train_layernorm:
-        for name, module in model.named_modules():
-            if is_norm(module):
-                for n, p in module.named_parameters(recurse=False):
-                    expected[f"{name}.{n}"] = (p.shape, p.dtype)
-    for head in heads:
-        for n, p in model.get_submodule(head).state_dict().items():
-            expected[f"{head}.{n}"] = (p.shape, p.dtype)
-    return expected
-
-
-def _base_fingerprint(model: nn.Module, trained: set[str]) -> str:
-    """Fingerprint of every parameter the adapter does not hold, as the unmerged model has it."""
-    state: dict[str, Tensor] = {}
-    factors = {f"{layer}.{f}" for layer, _ in spectral_layers(model) for f in FACTORS}
-    for name, p in model.named_parameters():
-        if name.endswith(".base_weight"):
-            state[name.removesuffix(".base_weight") + ".weight"] = p
-        elif name not in trained and name not in factors and not name.endswith(".delta"):
-            state.setdefault(name, p)
-    return combined_fingerprint({name: tensor_fingerprint(whole(p)) for name, p in state.items()})
-
-
-def _check_same_config(have: SpectralConfig, want: SpectralConfig, folder: Path) -> None:
-    # how a model computes or how its targets were spelled does not matter: shapes are compared besides
-    fields = ("core", "half_width", "select", "basis", "seed", "train_bias", "train_layernorm")
-    differing = [f for f in fields if getattr(have, f) != getattr(want, f)]
-    if differing:
-        details = "; ".join(
-            f"{f}: the adapter has {excerpt(getattr(want, f))}, the model {getattr(have, f)!r}"
-            for f in differing
-        )
-        raise AdapterError(f"{folder}: the model was spectralized otherwise: {details}")
-
-
-def _check_same_layers(model: nn.Module, want: Mapping[str, int], folder: Path) -> None:
-    have = {name: layer.rank for name, layer in spectral_layers(model)}
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
-            raise AdapterError(
-                f"{folder}: the model was spectralized otherwise: {name} has rank {want.get(name)} in "
-                f"the adapter and {have.get(name)} in the model (None: not adapted)"
-            )
+def _remake_basis(name: str, layer: SpectralLayer) -> None:
+    layer.refactorize()

@@ -31,7 +31,7 @@ METADATA = "fastspec"
 MAX_HEADER_BYTES = 16 << 20  # the config and the tensors' places; 10,000 layers take two
 MAX_RANK = 2**31 - 1
 
-Expected = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
+Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
 
 
 class AdapterError(ValueError):
@@ -227,7 +227,10 @@ def _checked(meta: Any, path: Path) -> dict[str, Any]:
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']!r}; this version reads format {FORMAT}")
         for key, kind in (
-            ("base_fingerprint", str),
+            ("base", dict),
+            ("rows", dict),
+            ("state", list),
+            ("bases", bool),
             ("sha256", str),
             ("modules_to_save", list),
             ("layers", dict),
@@ -237,11 +240,16 @@ def _checked(meta: Any, path: Path) -> dict[str, Any]:
                 raise TypeError(f"{key!r} is not a {kind.__name__}")
         if not isinstance(meta.get("base_model"), (str, type(None))):
             raise TypeError("'base_model' is not a str")
+        if not all(isinstance(digest, str) for digest in meta["base"].values()):
+            raise TypeError("'base' must map names of tensors to digests")
+        if not all(type(n) is int and 0 <= n <= MAX_RANK for n in meta["rows"].values()):
+            raise TypeError("'rows' must map names of tensors to counts")
         for value in meta["spectral"].values():
             if not all(map(_is_plain, value if isinstance(value, list) else [value])):
                 raise TypeError("'spectral' must map names to numbers, strings or lists of them")
-        if not all(isinstance(name, str) and name for name in meta["modules_to_save"]):
-            raise TypeError("'modules_to_save' must list module names")
+        for key in ("modules_to_save", "state"):
+            if not all(isinstance(name, str) and name for name in meta[key]):
+                raise TypeError(f"{key!r} must list names")
         ranks = meta["layers"].values()
         if not ranks or not all(type(k) is int and 0 < k <= MAX_RANK for k in ranks):
             raise TypeError("'layers' must map module names to ranks of at least 1")

@@ -26,11 +26,15 @@ class AdapterCheckpoints:
     read adapter folders (`fastspec.save_adapter`), so every checkpoint also serves `load_adapter`. Beside the
     adapter lie the tokenizer and training_args.bin, as beside a model.
 
+    Attributes:
+        save_bases: whether they hold the bases too (`bases` of `save_adapter`).
+
     Raises:
         ValueError: the model is not a spectralized one, or the arguments ask for DeepSpeed or FSDP,
             whose checkpoints Trainer writes past these methods.
     """
 
+    save_bases = False
     args: Any
     accelerator: Any
     data_collator: Any
@@ -59,7 +63,7 @@ class AdapterCheckpoints:
         if not self.args.should_save:
             return
         folder = output_dir or self.args.output_dir
-        save_adapter(self._adapted_model(), folder)
+        save_adapter(self._adapted_model(), folder, bases=self.save_bases)
         # beside it, what Trainer saves beside a model
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:

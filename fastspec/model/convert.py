@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastspec.config import SpectralConfig
+from fastspec.model.base import buffer_digests
+from fastspec.model.merging import rehook, replace_modules, write_merged
+from fastspec.model.passed_by import FirstCalls
 from fastspec.model.targets import (
     Target,
     avoid_fused_inference,
     find_targets,
     is_norm,
+    layers_by_name,
     spectral_layers,
     unwrap,
 )
-from fastspec.nn import together
 from fastspec.nn.layer import SpectralLayer
 from fastspec.nn.linear import SpectralLinear
 from fastspec.svd.basis_file import load_basis
@@ -29,10 +32,17 @@ from fastspec.svd.factors import Factors, factorize
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """What `spectralize` left on a model as `model.spectral`: its config and the modules trained whole."""
+    """What `spectralize` left on a model as `model.spectral`.
+
+    Attributes:
+        config: as it was given.
+        modules_to_save: names of the modules trained whole.
+        buffers: a digest of each persistent buffer, by which it shows later that one moved.
+    """
 
     config: SpectralConfig
     modules_to_save: tuple[str, ...]
+    buffers: dict[str, str] = dataclasses.field(repr=False)
 
 
 @torch.inference_mode(False)  # what is made here is trained elsewhere
@@ -73,6 +83,29 @@ def spectralize(
         )
     targets, heads = find_targets(model, config)
 
+    def make(unique: list[Target]) -> list[Factors]:
+        if basis is not None:
+            return _factors_from_file(unique, config, basis)
+        return computed_factors(unique, progress)
+
+    convert(model, config, targets, heads, shared_factors(targets, make))
+    return wrapper
+
+
+def computed_factors(targets: list[Target], progress: bool | None = None) -> list[Factors]:
+    """Factors of targets that share no weight, made from these."""
+    return factorize(
+        [t.matrix for t in targets],
+        [t.directions for t in targets],
+        [t.name for t in targets],
+        progress=progress,
+    )
+
+
+def shared_factors(
+    targets: list[Target], make: Callable[[list[Target]], list[Factors]]
+) -> list[Factors]:
+    """Factors of all targets by `make`, which is asked once for each weight that several share."""
     unique: dict[tuple, int] = {}
     representative: list[Target] = []
     index = []
@@ -83,25 +116,26 @@ def spectralize(
             unique[key] = len(representative)
             representative.append(target)
         index.append(unique[key])
-    if basis is not None:
-        factors = _factors_from_file(representative, config, basis)
-    else:
-        factors = factorize(
-            [t.matrix for t in representative],
-            [t.directions for t in representative],
-            [t.name for t in representative],
-            progress=progress,
-        )
-    layers = {
-        id(t.module): _adapted(t, factors[i], config) for t, i in zip(targets, index, strict=True)
-    }
+    factors = make(representative)
+    return [factors[i] for i in index]
 
+
+def convert(
+    model: nn.Module,
+    config: SpectralConfig,
+    targets: list[Target],
+    heads: tuple[str, ...],
+    factors: list[Factors],
+) -> None:
+    """Put adapted layers in place of `targets`, which `find_targets` found with `heads`; freeze the rest."""
+    layers = {id(t.module): _adapted(t, f, config) for t, f in zip(targets, factors, strict=True)}
+
+    buffers = buffer_digests(model)
     # nothing above changed the model; nothing below can fail
     model.requires_grad_(False)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in layers:
-                parent._modules[name] = layers[id(child)]
+    replace_modules(model, layers)
+    write_merged(model)
+    FirstCalls(layers_by_name).watch(model)
     avoid_fused_inference(model)
     for _, layer in spectral_layers(model):
         layer.delta.requires_grad_(True)
@@ -113,13 +147,12 @@ def spectralize(
                 module.requires_grad_(True)
     for name in heads:
         model.get_submodule(name).requires_grad_(True)
-    model.spectral = Adaptation(config, heads)  # type: ignore[assignment]
+    model.spectral = Adaptation(config, heads, buffers)  # type: ignore[assignment]
     if config.target_modules == "all-linear":
-        _warn_of_stacks(model)
-    return wrapper
+        warn_of_stacks(model)
 
 
-def _warn_of_stacks(model: nn.Module) -> None:
+def warn_of_stacks(model: nn.Module) -> None:
     """Say that stacks of matrices (experts in one parameter) stay plain, where they are much of the model."""
     stacks = {
         f"{name}.{leaf}": parameter.numel()
@@ -134,7 +167,7 @@ def _warn_of_stacks(model: nn.Module) -> None:
         warnings.warn(
             f"{share:.0%} of the model are stacks of matrices, such as {next(iter(stacks))}, which no "
             "nn.Linear holds: they stay as they are, only the linear layers were adapted",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -169,75 +202,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
     )
     print(f"{'trainable in the heads':26}{counts['head']:>15,}{_percent(counts['head'], total)}")
     print(f"{'all parameters':26}{total:>15,}")
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Merge every adapted layer (see `SpectralLinear.merge`); `unmerge` undoes it bit for bit.
-
-    Raises:
-        ValueError: a merged weight is not finite. The message names the layer; nothing is merged.
-    """
-    done: list[SpectralLayer] = []
-    layers = {name: layer for name, layer in spectral_layers(model) if not layer.merged}
-    ready = _merged_together(list(layers.values()))
-    for (name, layer), effective in zip(layers.items(), ready, strict=True):
-        try:
-            layer.merge(effective)
-        except ValueError as e:
-            for other in done:
-                other.unmerge()
-            raise ValueError(f"{name}: {e}") from None
-        done.append(layer)
-    return model
-
-
-def _merged_together(layers: list[SpectralLayer]) -> list[Tensor | None]:
-    """Merged weights of the layers on a GPU, one launch for each kind; None where a layer makes its own."""
-    # a quantised weight is a subclass, and its layer says why it can't be merged
-    on_gpu = [m for m in layers if m.weight.is_cuda and type(m.weight.data) is Tensor]
-    if not on_gpu or importlib.util.find_spec("triton") is None:
-        return [None] * len(layers)
-    from fastspec.kernels.merge import merge_layers
-
-    with torch.no_grad():
-        merged = merge_layers(
-            [layer._matrix(layer.weight) for layer in on_gpu],
-            [layer.u for layer in on_gpu],
-            [layer.vh for layer in on_gpu],
-            [layer.delta for layer in on_gpu],
-            [layer.core for layer in on_gpu],
-        )
-    # `_matrix` undoes itself: the identity, or a transposition
-    found = {
-        id(layer): None if w is None else layer._matrix(w)
-        for layer, w in zip(on_gpu, merged, strict=True)
-    }
-    return [found.get(id(layer)) for layer in layers]
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Put the base weights back."""
-    for _, layer in spectral_layers(model):
-        layer.unmerge()
-    return model
-
-
-def keep_merged(model: nn.Module, keep: bool = True) -> nn.Module:
-    """Keep a merged copy of every adapted weight between calls (see `SpectralLinear.keep_merged`).
-
-    The copies of a device, and those in 16 bits, are compared with the coefficients all at once, as the
-    model's forward begins. Inside it, coefficients are taken to be those that it began with.
-
-    On a GPU, in 16 bits, a layer's output may be columns of a wider matrix: it is then not contiguous, and
-    code that calls `view` across its rows has to call `reshape`. docs/gpu.md says what else is done there.
-    """
-    for _, layer in spectral_layers(model):
-        layer.keep_merged(keep)
-    inner = unwrap(model)
-    if isinstance(inner, SpectralLayer):  # which compares for itself
-        return model
-    (together.install if keep else together.remove)(inner)
-    return model
 
 
 def _percent(part: int, total: int) -> str:
@@ -293,12 +257,5 @@ def _adapted(target: Target, factors: Factors, config: SpectralConfig) -> Spectr
         train_bias=config.train_bias,
         factors=factors,
     )
-    hook = layer.__dict__.pop("_hf_hook", None)
-    if (
-        hook is not None
-    ):  # accelerate's: its forward on the instance would go on calling the plain layer
-        from accelerate.hooks import add_hook_to_module
-
-        del layer.__dict__["forward"], layer.__dict__["_old_forward"]
-        add_hook_to_module(layer, hook)
+    rehook(layer)
     return layer

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from fastspec.model.convert import adaptation
 from fastspec.model.targets import unwrap
 
+PEFT_DELTA = ".fastspec_delta."  # in the names of coefficients under PEFT, before the adapter's
+PEFT_HEAD = ".modules_to_save."  # in those of the modules that PEFT trains whole
+
 
 def parameter_groups(
     model: nn.Module,
@@ -29,31 +32,31 @@ def parameter_groups(
     one moves a whole direction of the weight.
 
     Args:
-        model: a spectralized model, or any other with `heads` given. Call this before DDP and after
-            `fully_shard`, which replaces the parameters.
+        model: a spectralized model, one with adapters of `fastspec.peft`, or any other with `heads` given.
+            Call this before DDP and after `fully_shard`, which replaces the parameters.
         lr: learning rate of the coefficients.
         head_lr: of the modules trained whole; None takes `lr`.
         bias_lr: of everything else that is trainable (biases, LayerNorm); None takes `head_lr`.
         coefficient_decay: weight decay of the coefficients: towards the pretrained spectrum.
         weight_decay: of matrices outside the coefficients; vectors there never decay.
-        heads: names of the modules trained whole; None takes those `spectralize` noted.
+        heads: names of the modules trained whole; None takes those that `spectralize` or PEFT noted.
 
     Returns:
         Groups with "name" ("coefficients", "head" or "extra"), "lr", "weight_decay" and "params", in
         the order of the model's parameters.
 
     Raises:
-        ValueError: nothing is trainable, or no heads are given and the model is not a spectralized one.
+        ValueError: nothing is trainable, or no heads are given and the model has no spectral adapter.
     """
     model = unwrap(model)
     if heads is None:
         adapted = adaptation(model)
-        if adapted is None:
+        if adapted is None and not any(PEFT_DELTA in name for name, _ in model.named_parameters()):
             raise ValueError(
-                "the model has no adapter: call fastspec.spectralize(model, config) first, or name the "
-                "heads"
+                "the model has no spectral adapter: call fastspec.spectralize(model, config) first, or "
+                "name the heads"
             )
-        heads = adapted.modules_to_save
+        heads = () if adapted is None else adapted.modules_to_save
     heads = list(heads)
     head_lr = lr if head_lr is None else head_lr
     rates = {"coefficients": lr, "head": head_lr, "extra": head_lr if bias_lr is None else bias_lr}
@@ -75,6 +78,10 @@ def parameter_groups(
 
 def parameter_kind(name: str, heads: Iterable[str]) -> str:
     """ "head", "coefficients" or "extra", by a parameter's full name; PEFT's wrapping is seen through."""
+    if PEFT_HEAD in name:
+        return "head"
+    if name.startswith("task_tables."):  # of many tasks, trained together
+        name = name.removeprefix("task_tables.").replace("-", ".")
     if any(re.match(rf"(base_model\.model\.)?{re.escape(h)}\.", name) for h in heads):
         return "head"
-    return "coefficients" if name.endswith(".delta") else "extra"
+    return "coefficients" if name.endswith(".delta") or PEFT_DELTA in name else "extra"

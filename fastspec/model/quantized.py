@@ -25,6 +25,7 @@ from fastspec.model.convert import spectralize
 from fastspec.model.targets import spectral_layers
 from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.linear import SpectralLinear
+from fastspec.nn.made_from import MadeFrom
 from fastspec.ops.plan import Plan
 
 FORMATS = ("nf4", "fp4")  # of bitsandbytes
@@ -61,6 +62,13 @@ class QuantizedSpectralLinear(SpectralLinear):
 
     def _merged_weight(self) -> Tensor:
         self._refuse("merging")
+
+    def unload(self, merged: bool = True) -> nn.Module:
+        if merged or hasattr(self.weight, "quant_state"):
+            self._refuse(
+                "unloading"
+            )  # a plain layer has no product of its own with bitsandbytes' numbers
+        return super().unload(merged)
 
     def refactorize(self) -> None:
         self._refuse("making the factors again")
@@ -112,6 +120,7 @@ def quantize_base(model: nn.Module, config: Any) -> nn.Module:
         _by_torchao(plain, config)
     for layer in plain:
         layer.__class__ = QuantizedSpectralLinear
+        layer._made_from = MadeFrom()  # the float weight is gone
     return model
 
 

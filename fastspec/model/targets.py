@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from fastspec.config import Rank, SpectralConfig, resolve_rank
 from fastspec.nn.layer import SpectralLayer
 from fastspec.svd.factors import Directions
 
+# what switches off torch's fused path of an encoder; of the second, with nested inputs
+FUSED: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
 HEAD_NAMES = ("classifier", "score", "head", "heads", "fc", "qa_outputs", "classification_head")
 
 
@@ -80,12 +85,12 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
                     "it can't be adapted: leave it out of target_modules"
                 )
             continue
-        if is_lazy(module.weight):
-            raise ValueError(f"{name}: a lazy layer without weights yet: run the model once first")
-        side = min(module.weight.shape)
-        rank = _rank_of(name, config, side)
-        if rank is None:
+        asked = _rank_of(name, config)
+        if asked is None:
             continue
+        check_layer(name, module)
+        side = min(module.weight.shape)
+        rank = resolve_rank(asked, side)
         if rank <= side:
             served.add(rank)
         elif explicit and not isinstance(config.target_modules, str):
@@ -93,7 +98,6 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
         else:
             lowered.setdefault(rank, (name, side))
             rank = side
-        check_layer(name, module)
         directions = Directions(rank, config.select, config.basis, config.tol, config.seed)
         try:
             directions.triplets(min(module.weight.shape))
@@ -155,13 +159,25 @@ def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
             yield name, module
 
 
+def layers_by_name(model: nn.Module) -> dict[str, SpectralLayer]:
+    return dict(spectral_layers(model))
+
+
 def avoid_fused_inference(model: nn.Module) -> None:
     """Switch off torch's fused encoder path, which reads the linear layers' weights past their forward."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # the same path, with nested inputs
+        for kind, (name, off) in FUSED.items():
+            if isinstance(module, kind):
+                module.__dict__.setdefault("_fused_inference", getattr(module, name))
+                setattr(module, name, off)
+
+
+def allow_fused_inference(model: nn.Module) -> None:
+    """Undo `avoid_fused_inference`."""
+    for module in model.modules():
+        for kind, (name, _) in FUSED.items():
+            if isinstance(module, kind) and "_fused_inference" in module.__dict__:
+                setattr(module, name, module.__dict__.pop("_fused_inference"))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -184,7 +200,15 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def check_layer(name: str, module: nn.Module) -> None:
+    # before the weight is looked at: a parametrised one is made then, and may move its own state
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        raise TypeError(
+            f"{name}: the weight is made anew from other parameters at every use (weight_norm, pruning, "
+            "parametrizations): remove that first, or name the layer in exclude_modules"
+        )
     weight: Any = module.weight
+    if is_lazy(weight):
+        raise ValueError(f"{name}: a lazy layer without weights yet: run the model once first")
     kind = type(weight.data if isinstance(weight, nn.Parameter) else weight)
     if not weight.is_floating_point() or kind is not Tensor:
         raise TypeError(
@@ -197,11 +221,6 @@ def check_layer(name: str, module: nn.Module) -> None:
         )
     if weight.layout != torch.strided:
         raise TypeError(f"{name}: the weight is sparse ({weight.layout}); expected a dense one")
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        raise TypeError(
-            f"{name}: the weight is made anew from other parameters at every use (weight_norm, pruning, "
-            "parametrizations): remove that first, or name the layer in exclude_modules"
-        )
     if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
         raise TypeError(
             f"{name}: its forward was replaced on the instance, which would go on calling the plain "
@@ -240,19 +259,14 @@ def _too_high(name: str, rank: int, side: int) -> ValueError:
     )
 
 
-def _rank_of(name: str, config: SpectralConfig, short_side: int) -> int | None:
+def _rank_of(name: str, config: SpectralConfig) -> Rank | None:
     """The rank that the config means for a layer, which may be above its short side; None: leave it plain."""
     if not isinstance(config.select, str):
         return config.select[1] - config.select[0]
-    rank: Rank | None
     if isinstance(config.rank, Mapping):
         patterns = (p for p in config.rank if p != "default" and re.search(p, name))
-        rank = config.rank.get(next(patterns, "default"))
-        if rank is None:
-            return None
-    else:
-        rank = config.rank
-    return resolve_rank(rank, short_side)
+        return config.rank.get(next(patterns, "default"))
+    return config.rank
 
 
 def matcher(pattern: str | Sequence[str]) -> Callable[[str], bool]:
@@ -268,10 +282,26 @@ def matcher(pattern: str | Sequence[str]) -> Callable[[str], bool]:
 
 def _heads(model: nn.Module, config: SpectralConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the modules trained whole, and of all output layers, which are never adapted."""
-    kept_out: list[str] = []
+    heads = _found_heads(model)
+    kept_out = [*output_layer_names(model), *heads]
+    if config.modules_to_save is not None:
+        heads = _named_heads(model, config.modules_to_save)
+    return tuple(heads), tuple(kept_out)
+
+
+def output_layer_names(model: nn.Module) -> list[str]:
+    """Names of a language model's output layer, which is pretrained."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is not None:
-        kept_out += [n for n, m in model.named_modules() if m is output]
+    return [] if output is None else [n for n, m in model.named_modules() if m is output]
+
+
+def unsaved_heads(model: nn.Module, saved: Collection[str]) -> list[str]:
+    """Names of the heads that an adapter does not hold, whose `modules_to_save` is `saved`."""
+    return [head for head in _found_heads(model) if head not in saved]
+
+
+def _found_heads(model: nn.Module) -> list[str]:
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and prefix in model._modules:
         children = {n for n in model._modules if n != prefix}
@@ -285,10 +315,7 @@ def _heads(model: nn.Module, config: SpectralConfig) -> tuple[tuple[str, ...], t
         if output is not None and any(m is output for m in child.modules()):
             continue  # a language model's output layer is pretrained, not a new head
         heads.append(name)
-    kept_out += heads
-    if config.modules_to_save is not None:
-        heads = _named_heads(model, config.modules_to_save)
-    return tuple(heads), tuple(kept_out)
+    return heads
 
 
 def _named_heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:

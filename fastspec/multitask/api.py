@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fastspec.config import SpectralConfig
 from fastspec.files import ADAPTER_FILE
 from fastspec.model.adapter import read_adapters, spectralize_for
+from fastspec.model.adapter_basis import Adapters
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.targets import spectral_layers, unwrap
 from fastspec.multitask.bank import TaskBank, check_name
@@ -115,10 +115,9 @@ def set_task(model: nn.Module, name: str | None) -> None:
 def replace_task(
     model: nn.Module, name: str, source: str | os.PathLike[str] | Mapping[str, Tensor]
 ) -> None:
-    """Other values for a task, in place: serving goes on without recompiling.
+    """Other values for a task: serving goes on without recompiling.
 
-    A batch that runs at the same time may see old values in some layers and new ones in others: where
-    that matters, add the new version under a new name instead and remove the old one.
+    Batches that run at the same time keep the former values to their end.
 
     Raises:
         ValueError, FileNotFoundError, AdapterError: as `add_task`, or there is no such task.
@@ -189,11 +188,11 @@ def load_tasks(
     taken = list_tasks(model)
     for task in names:
         check_name(task, taken)
-    config, tensors = _read(model, found)
+    adapters, tensors = _read(model, found)
     if getattr(model, "task_bank", None) is None:
         _check_room(model, tensors, MAX_BYTES if max_bytes is None else max_bytes)
     if next(spectral_layers(model), None) is None:
-        spectralize_for(model, config, found[0])
+        spectralize_for(model, adapters, found[0])
     bank = task_bank(model, max_bytes=max_bytes)
     bank.add(dict(zip(names, tensors, strict=True)))
     return bank
@@ -210,7 +209,7 @@ def _matches(pattern: str | os.PathLike[str]) -> list[Path]:
 
 def _read(
     model: nn.Module, folders: Sequence[str | os.PathLike[str]]
-) -> tuple[SpectralConfig, list[dict[str, Tensor]]]:
+) -> tuple[Adapters, list[dict[str, Tensor]]]:
     """`read_adapters` with heads of any size."""
     outputs: dict[str, str] = {}
 
@@ -218,13 +217,13 @@ def _read(
         outputs.update(output_tensors(model, heads))
         return outputs
 
-    config, found = read_adapters(model, folders, sizes_free)
-    for folder, tensors in zip(folders, found, strict=True):
+    found = read_adapters(model, folders, sizes_free)
+    for folder, tensors in zip(folders, found.tensors, strict=True):
         sizes: dict[str, int] = {}
         for name, layer in outputs.items():
             if sizes.setdefault(layer, len(tensors[name])) != len(tensors[name]):
                 raise AdapterError(f"{folder}: the tensors of {layer} are not of one size")
-    return config, found
+    return found, found.tensors
 
 
 def _check_room(model: nn.Module, tasks: Sequence[Mapping[str, Tensor]], limit: int) -> None:

@@ -1,8 +1,9 @@
 """Heads of a mixed batch: every row through the head of its own task, heads of different sizes in one batch.
 
-The tables of an `nn.Linear` in a head are buffers beside its parameters: `weight_table` [tasks, size, in]
-and `bias_table` [tasks, size], and the pretrained values. Of the layer that gives a head its size, `size` is
-the widest task's and `task_sizes` [tasks] says each one's own.
+The tables of a module in a head lie beside its parameters: of an `nn.Linear`, `weight_table`
+[tasks, size, in] and `bias_table` [tasks, size], and the pretrained values; of an `nn.LayerNorm` the same
+without `in`. Of the layer that gives a head its size, `size` is the widest task's and `task_sizes` [tasks]
+says each one's own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastspec.nn.batch_rows import Arranged
 from fastspec.nn.batch_tasks import tasks_of_batch
 
 
@@ -22,17 +24,13 @@ def through_own_task(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Ten
     What lies beyond a task's own size is -inf: softmax gives it no weight, argmax does not choose it.
 
     Raises:
-        ValueError: the input's dimension 0 is not the batch.
+        ValueError: which part of the input is whose is not known.
     """
-    task = tasks_of_batch(head.task_bank)
-    if task is None:
+    rows = tasks_of_batch(head.task_bank, head, args[0])
+    if rows is None:
         return None
-    x = args[0]
-    if x.dim() < 2 or x.shape[0] != task.shape[0]:
-        raise ValueError(
-            f"a head got {list(x.shape)} in a batch of {task.shape[0]} rows: its input was flattened, "
-            "expanded or reordered, and which row is whose can't be known here"
-        )
+    arranged = rows.arrange(args[0], head)
+    x, task = arranged.x, arranged.task
     place = task.clamp_min(0)
     weight = head.weight_table.index_select(0, place)  # [B, size, in]
     blocks = x.flatten(1, -2) if x.dim() > 2 else x[:, None]  # [B, T, in]
@@ -44,12 +42,42 @@ def through_own_task(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Ten
     base = F.linear(
         x, head.weight_pretrained, head.bias_pretrained if head.bias is not None else None
     )
-    per_row = (task.shape[0], *(1,) * (x.dim() - 1))
     if head.task_sizes is not None:
         base = F.pad(base, (0, y.shape[-1] - base.shape[-1]), value=float("-inf"))
-        own = head.task_sizes.index_select(0, place).view(per_row)
+        own = _per_row(head.task_sizes.index_select(0, place), x)
         y = y.masked_fill(torch.arange(y.shape[-1], device=y.device) >= own, float("-inf"))
-    return torch.where((task < 0).view(per_row), base, y)
+    return _named_or_pretrained(arranged, y, base)
+
+
+def normed_by_own_task(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    """Forward hook of an `nn.LayerNorm` that is trained: every row scaled and shifted by its own task."""
+    rows = tasks_of_batch(norm.task_bank, norm, args[0])
+    if rows is None:
+        return None
+    arranged = rows.arrange(args[0], norm)
+    x, task = arranged.x, arranged.task
+    size, eps = norm.normalized_shape, norm.eps
+    shift = norm.bias_pretrained if norm.bias is not None else None
+    base = F.layer_norm(x, size, norm.weight_pretrained, shift, eps)
+    place = task.clamp_min(0)
+    between = (len(task), *(1,) * (x.dim() - 1 - len(size)), *size)
+    y = F.layer_norm(x, size, None, None, eps) * norm.weight_table[place].view(between)
+    if shift is not None:
+        y = y + norm.bias_table[place].view(between)
+    return _named_or_pretrained(arranged, y.to(base.dtype), base)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a mixed batch can give each row a scale and shift of its own in this module."""
+    return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+
+
+def _per_row(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(len(values), *(1,) * (x.dim() - 1))
+
+
+def _named_or_pretrained(arranged: Arranged, named: Tensor, base: Tensor) -> Tensor:
+    return arranged.back(torch.where(_per_row(arranged.task < 0, base), base, named))
 
 
 def output_layer(head: nn.Module) -> nn.Linear | None:

@@ -41,7 +41,9 @@ class Slot:
     @property
     def table(self) -> Tensor:
         """[capacity, *shape]; of an output layer the shape is the widest task's."""
-        return self.owner._buffers[f"{self.leaf}_table"]  # type: ignore[return-value]
+        name = f"{self.leaf}_table"
+        held = self.owner._buffers
+        return held[name] if name in held else self.owner.__dict__[name]  # type: ignore[return-value]
 
     @property
     def pretrained(self) -> Tensor:
@@ -130,6 +132,15 @@ class Tables:
             checked[slot.name] = value
         return checked
 
+    def has_room(self, count: int, tasks: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Whether `count` tasks in all fit as the tables are, and the heads of these."""
+        return count <= self.capacity and all(
+            len(values[slot.name]) <= slot.table.shape[1]
+            for slot in self.slots
+            if slot.is_output
+            for values in tasks
+        )
+
     @torch.inference_mode(False)
     def grow(
         self,
@@ -213,10 +224,6 @@ class Tables:
                     table[place, len(value) :] = 0
             else:
                 table[index] = torch.stack(values)
-
-    def clear(self, place: int) -> None:
-        for slot in self.slots:
-            slot.table[place] = 0
 
 
 def head_weight(slot: Slot) -> bool:

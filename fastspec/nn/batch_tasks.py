@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from fastspec.nn.batch_rows import Rows
 
 BatchTasks = Sequence["str | None"] | Tensor
 
@@ -23,50 +26,57 @@ BatchTasks = Sequence["str | None"] | Tensor
 class Bank(Protocol):
     """What this module needs of a `TaskBank`, which is built on it."""
 
-    trained: bool
+    model: nn.Module
 
-    def index(self, names: BatchTasks) -> Tensor: ...
+    @property
+    def trained(self) -> bool: ...
+
+    def look_up(self, names: BatchTasks) -> Rows: ...
+    def places(self, index: Tensor) -> Tensor: ...
+    def begin(self, names: BatchTasks | None) -> tuple[Any, Rows | None]: ...
+    def end(self, flight: Any) -> None: ...
+    def learn_layouts(self, model: nn.Module, args: tuple, kwargs: dict, rows: Rows) -> None: ...
 
 
 class GivenTasks:
-    """The tasks of one batch as given, and their places in a model's tables once looked up."""
+    """The tasks of one batch as given."""
 
     def __init__(self, given: BatchTasks) -> None:
         if isinstance(given, str):
             raise TypeError(f"tasks must be a list of names, one a row of the batch, got {given!r}")
         self.given = given if isinstance(given, Tensor) else tuple(given)
-        self._found: tuple[Bank, Tensor] | None = None
 
-    def look_up(self, bank: Bank) -> Tensor:
-        """The places [B] in `bank`'s tables, as the bank is now."""
-        index = bank.index(self.given)
-        self._found = (bank, index)
-        return index
 
-    def index(self, bank: Bank) -> Tensor:
-        """As `look_up` found them for this call of the model."""
-        found = self._found
-        return found[1] if found is not None and found[0] is bank else self.look_up(bank)
+class Generation:
+    """One call of `generate`: how often each module is called with a prompt's rows repeated."""
+
+    def __init__(self) -> None:
+        self.repeats: dict[nn.Module, int] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One level of the context: the tasks (None: the active task's own values) and who opened it."""
 
     given: GivenTasks | None
-    outer: _Entry | None
-    model: nn.Module | None
+    outer: Entry | None
+    model: nn.Module | None = None  # the one being called
+    bank: Bank | None = None
+    rows: Rows | None = None  # as looked up in `bank`
+    flight: Any = None
+    generation: Generation | None = None
+    recorder: Callable[[nn.Module, Tensor], None] | None = None  # while rows are marked
 
 
 class _Traced:
     """What tracing sees: the tasks given to the model being traced, and whether a `with` is open."""
 
     def __init__(self) -> None:
-        self.index: Tensor | None = None
+        self.rows: Rows | None = None
         self.open = 0
 
 
-_entry: contextvars.ContextVar[_Entry | None] = contextvars.ContextVar("tasks", default=None)
+_entry: contextvars.ContextVar[Entry | None] = contextvars.ContextVar("tasks", default=None)
 _traced = _Traced()
 _counting = threading.Lock()
 
@@ -76,85 +86,179 @@ def tasks(names: BatchTasks) -> Iterator[None]:
     """Inside, every model with tasks computes row i of its batch by the task `names[i]`.
 
     Args:
-        names: one a row (dimension 0) of the batch; None is the pretrained model. Or a tensor, as
-            `TaskBank.index` makes it.
+        names: one a row (dimension 0) of the batch, under `generate` one a prompt; None is the pretrained
+            model. Or a tensor, as `TaskBank.index` makes it.
 
     Names are looked up when a model is called: there an unknown one is refused before anything runs. Only
     this thread (this coroutine) sees the context. A backward pass that computes activations again
     (gradient checkpointing) is refused. A compiled model takes `tasks` as an argument only.
     """
-    token = _entry.set(_Entry(GivenTasks(names), None, None))
     with _counting:
         _traced.open += 1
     try:
-        yield
+        with opened(Entry(GivenTasks(names), _entry.get())):
+            yield
     finally:
         with _counting:
             _traced.open -= 1
+
+
+@contextlib.contextmanager
+def opened(entry: Entry) -> Iterator[None]:
+    token = _entry.set(entry)
+    try:
+        yield
+    finally:
         _entry.reset(token)
 
 
-def tasks_of_batch(bank: Bank | None) -> Tensor | None:
-    """The running batch's tasks, as places [B] in `bank`'s tables; None where it names none.
+def current() -> Entry | None:
+    return _entry.get()
+
+
+def tasks_of_batch(
+    bank: Bank | None, layer: nn.Module | None = None, x: Tensor | None = None
+) -> Rows | None:
+    """The running batch's tasks, as places in `bank`'s tables; None where it names none.
+
+    Args:
+        layer, x: who asks, and its input: for finding out how rows lie in it.
 
     Raises:
         ValueError: tasks are named and the model has none, or none are named while all are trained.
     """
-    index = None
+    rows = None
     if torch.compiler.is_compiling():
-        index = _traced.index
+        rows = _traced.rows
     else:
         entry = _entry.get()
-        if entry is not None and entry.given is not None:
-            if bank is None:
-                raise ValueError(
-                    "tasks are named for a model that has none: add_task(model, name) or "
-                    "load_tasks(model, folders) first"
-                )
-            index = entry.given.index(bank)
-    if index is None and bank is not None and bank.trained and torch.is_grad_enabled():
+        if entry is not None:
+            if entry.recorder is not None:
+                if layer is not None and x is not None:
+                    entry.recorder(layer, x)
+                return None
+            if entry.given is not None:
+                if bank is None:
+                    raise ValueError(
+                        "tasks are named for a model that has none: add_task(model, name) or "
+                        "load_tasks(model, folders) first"
+                    )
+                rows = entry.rows if entry.bank is bank else bank.look_up(entry.given.given)
+    if rows is None and bank is not None and bank.trained and torch.is_grad_enabled():
         raise ValueError(
             "the tables of all tasks are being trained and this batch names no tasks: pass tasks=[...]; "
             "layers that run again in the backward pass (gradient checkpointing) can't know them"
         )
-    return index
+    return rows
 
 
 def before_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook of a model with tasks: takes `tasks` from its arguments and looks them up."""
+    """Forward pre-hook of a model with tasks: takes `tasks` from its arguments and looks them up.
+
+    Also of parts that are called by themselves, such as the encoder in `generate`.
+    """
     bank: Bank = model.task_bank
     named = "tasks" in kwargs
     given = kwargs.get("tasks")
     rest = {name: value for name, value in kwargs.items() if name != "tasks"}
+    part = model is not bank.model
     if torch.compiler.is_compiling():
+        if part:
+            return args, kwargs
         if not named and _traced.open:
             raise ValueError(
                 "a compiled model takes its tasks as an argument: model(..., tasks=index)"
             )
         if given is not None and not isinstance(given, Tensor):
             raise TypeError("a compiled model takes tasks=model.task_bank.index(names), a tensor")
-        _traced.index = given
+        _traced.rows = None
+        if given is not None:
+            places = bank.places(given)
+            _traced.rows = Rows(places, uniform=places.shape[0] == 1)
         return args, rest
     after_call(model)  # what an interrupted call (Ctrl-C in a notebook) left open
-    if named:
-        _entry.set(_Entry(None if given is None else GivenTasks(given), _entry.get(), model))
     entry = _entry.get()
-    if entry is not None and entry.given is not None:
-        _check_call(model, entry.given.look_up(bank), args, rest)
+    if entry is not None and (entry.recorder is not None or (part and entry.model is not None)):
+        return args, kwargs  # inside a call that knows its rows
+    names = entry.given if entry is not None else None
+    if named:
+        names = None if given is None else GivenTasks(given)
+    pinned = None  # by the generation that this call is part of
+    if entry is not None and entry.bank is bank and not named:
+        pinned = entry.rows
+    flight, rows = bank.begin(names.given if names is not None and pinned is None else None)
+    rows = rows if pinned is None else pinned
+    try:
+        if rows is not None:
+            rows = _of_call(model, rows, entry, args, rest)
+            bank.learn_layouts(model, args, rest, rows)
+    except BaseException:
+        bank.end(flight)
+        raise
+    _entry.set(Entry(names, entry, model, bank, rows, flight))
     return args, rest
 
 
 def after_call(model: nn.Module, *_: Any) -> None:
     """Forward hook, run after failures too: closes what `before_call` opened."""
     if torch.compiler.is_compiling():
-        _traced.index = None
+        if model.task_bank.model is model:  # type: ignore[union-attr]
+            _traced.rows = None
         return
     entry = _entry.get()
-    if entry is not None and entry.model is model:
+    if entry is not None and entry.model is model and entry.recorder is None:
         _entry.set(entry.outer)
+        entry.bank.end(entry.flight)  # type: ignore[union-attr]
 
 
-def _check_call(model: Any, index: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+def refuse_inside_call(bank: Bank) -> None:
+    """What waits for batches in flight can't be done by one of them.
+
+    Raises:
+        ValueError: this thread is inside a call of the bank's model.
+    """
+    entry = _entry.get()
+    while entry is not None:
+        if entry.bank is bank:
+            if entry.generation is None and not _is_running(entry.model):
+                after_call(entry.model)  # type: ignore[arg-type] # an interrupted call
+                entry = _entry.get()
+                continue
+            raise ValueError(
+                "tasks can't be changed inside a call of their model, for which the change would wait: do it "
+                "after the call"
+            )
+        entry = entry.outer
+
+
+def _is_running(model: nn.Module | None) -> bool:
+    frame = sys._getframe()
+    call = nn.Module._call_impl.__code__
+    while frame is not None:
+        if frame.f_code is call and frame.f_locals.get("self") is model:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def count_rows(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[int, Tensor] | None:
+    """Rows of a call's batch and the input that says so; None where no tensor does."""
+    names = (
+        getattr(model, "main_input_name", "input_ids"),
+        "input_ids",
+        "inputs_embeds",
+        "decoder_input_ids",
+        "decoder_inputs_embeds",
+    )
+    given = [kwargs[name] for name in names if kwargs.get(name) is not None] + list(args)
+    batch = next((t for t in given if isinstance(t, Tensor) and t.dim() > 0), None)
+    return None if batch is None else (len(batch), batch)
+
+
+def _of_call(
+    model: Any, rows: Rows, entry: Entry | None, args: tuple, kwargs: dict[str, Any]
+) -> Rows:
+    """The tasks of the rows of this call, under `generate` a prompt's for each of its rows."""
     if (
         torch.is_grad_enabled()
         and model.training
@@ -164,11 +268,19 @@ def _check_call(model: Any, index: Tensor, args: tuple, kwargs: dict[str, Any]) 
             "gradient checkpointing runs layers again in the backward pass, where the batch's tasks are "
             "not known any more: switch it off to name tasks, or train one task at a time by set_task()"
         )
-    names = (getattr(model, "main_input_name", "input_ids"), "input_ids", "inputs_embeds")
-    given = [kwargs[name] for name in names if kwargs.get(name) is not None] + list(args)
-    batch = next((t for t in given if isinstance(t, Tensor) and t.dim() > 0), None)
-    if batch is not None and len(batch) != len(index):
+    named = len(rows.task)
+    counted = count_rows(model, args, kwargs)
+    if counted is None:
+        return rows
+    count, batch = counted
+    repeats, rest = divmod(count, max(named, 1))
+    generation = entry.generation if entry is not None else None
+    fits = generation is not None and rest == 0 and repeats > 0
+    if fits and generation.repeats.setdefault(model, repeats) == repeats:  # type: ignore[union-attr]
+        return rows.repeated(repeats)
+    if count != named or generation is not None:
         raise ValueError(
-            f"tasks must name one task a row: got {len(index)} for a batch of {len(batch)} "
+            f"tasks must name one task a row: got {named} for a batch of {count} "
             f"(input {list(batch.shape)})"
         )
+    return rows

@@ -18,6 +18,8 @@ class SpectralConv1D(SpectralLayer, Conv1D):
     vh [k, in].
     """
 
+    _plain_class = Conv1D
+
     @classmethod
     def from_conv1d(cls, conv: Conv1D, rank: int = 32, **options: Any) -> SpectralConv1D:
         """Adapt a `Conv1D`; the options are those of `SpectralLinear.from_linear`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,35 +10,36 @@ from torch import Tensor, nn
 from fastspec.config import Path
 from fastspec.cores import Core, delta_shape
 from fastspec.nn import together
+from fastspec.nn.batch_rows import Layout, Rows
 from fastspec.nn.batch_tasks import tasks_of_batch
-from fastspec.nn.kept_weight import KeptWeight, kept_weight
-from fastspec.nn.parts import FrozenFactors, kept_in_float32, merged_weight, same_values
+from fastspec.nn.follow import FollowsWeight
+from fastspec.nn.kept import KeptCopy
+from fastspec.nn.kept_weight import KeptWeight
+from fastspec.nn.made_from import Seen, readable
+from fastspec.nn.parts import kept_in_float32, merged_weight, same_values, take_over
 from fastspec.ops import reference
 from fastspec.ops.functional import spectral_linear, task_linear
 from fastspec.ops.plan import LayerCall, Plan, make_plan, why_not
-from fastspec.svd.factors import Directions, Factors, factorize
+from fastspec.svd.factors import Directions, Factors
+
+# what an adapted layer has beside the plain one's: as parameters and buffers, and when it is made
+ADDED = {"delta", "base_weight", "u", "s", "vh", "_added", "_plain_class"}
 
 
-class SpectralLayer(FrozenFactors):
+class SpectralLayer(KeptCopy, FollowsWeight):
     """What adapted layers share, whatever the layout of their stored weight.
 
     A subclass says by `_matrix` how its `weight` is seen as W [out, in] and by `_plain` what the
     unadapted layer computes.
     """
 
-    weight: Any  # Tensor
     bias: Any  # Tensor | None
-    delta: Tensor
     delta_table: Tensor
-    base_weight: Tensor | None
-    # W + U C Vh and the coefficients it is for; in 16 bits or on a device, whoever compares them there
-    _kept: tuple[Tensor, Tensor] | KeptWeight | None
+    acted: bool | None  # False: calls of the model have passed the layer by, True: have not
+    _plain_class: type[nn.Module]
+    _added: set[str]
     task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
-
-    @staticmethod
-    def _matrix(weight: Tensor) -> Tensor:
-        """The stored weight as a view [out, in]."""
-        raise NotImplementedError
+    row_layouts: tuple[Layout, ...] | None = None  # how rows of batches came here; None: not known
 
     def _plain(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -48,9 +48,32 @@ class SpectralLayer(FrozenFactors):
     def adopt(cls, plain: nn.Module, **options: Any) -> Any:
         """An adapted layer that owns the plain one's tensors, hooks and attributes (nothing is copied)."""
         layer = cls.__new__(cls)
-        layer.__dict__.update({k: copy.copy(v) for k, v in plain.__dict__.items()})
+        take_over(layer, plain)
         layer._attach(**options)
+        layer._plain_class = type(plain)
         return layer
+
+    def unload(self, merged: bool = True) -> nn.Module:
+        """The plain layer again, of the class it had, with this layer's tensors, hooks and attributes.
+
+        Args:
+            merged: with W + U C Vh as its weight, else with W.
+
+        Raises:
+            ValueError: the merged weight is not finite, or the weight was changed in place while merged and
+                W is asked for.
+        """
+        if merged:
+            self.merge()
+        else:
+            self.unmerge()
+        plain = self._plain_class.__new__(self._plain_class)
+        take_over(plain, self)
+        for held in (plain.__dict__, plain._parameters, plain._buffers):
+            for name in self._added:
+                held.pop(name, None)
+        plain._non_persistent_buffers_set -= self._added
+        return plain
 
     def _attach(
         self,
@@ -62,42 +85,29 @@ class SpectralLayer(FrozenFactors):
         factors: Factors | None,
     ) -> None:
         """Make an initialised plain layer an adapted one: factors, coefficients, what is trained."""
+        before = set(self.__dict__)
         self.directions = directions
         self.core: Core = core
         self.half_width = half_width
         self.path: Path = path
         self.forced_plan: Plan | None = None
+        self.acted = None
         self.keep_merged(False)
+        self.register_parameter("base_weight", None)
         matrix = self._matrix(self.weight)
         k = directions.rank
         directions.triplets(min(matrix.shape))
-        if factors is None and matrix.device.type == "meta":
-            factors = Factors.empty(matrix, k)  # made when the weight is loaded
-        if factors is None:
-            factors = factorize([matrix], [directions], ["weight"])[0]
-        self._hold(factors)
+        self._follow(factors)
         shape = delta_shape(core, k, half_width)
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=matrix.device))
-        self.register_parameter("base_weight", None)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(train_bias)
+        self._added = (set(self.__dict__) - before) | ADDED
 
     @property
     def rank(self) -> int:
         return self.directions.rank
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` holds W + U C Vh at the moment (see `merge`)."""
-        return self.base_weight is not None
-
-    def refactorize(self) -> None:
-        """Make the factors again from the weight as it is now. The coefficients stay as they are."""
-        if self.merged:
-            self.unmerge()
-        self._kept = None
-        self._hold(factorize([self._matrix(self.weight)], [self.directions], ["weight"])[0])
 
     def plan(self, n: int, *, needs_dx: bool = True) -> Plan:
         """The plan of a training step over `n` rows (tokens); `needs_dx=False` for a first layer."""
@@ -119,12 +129,13 @@ class SpectralLayer(FrozenFactors):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        task = tasks_of_batch(self.task_bank)
-        if task is not None:
-            return self._with_tasks(x, task)
-        if self.merged:
+        rows = tasks_of_batch(self.task_bank, self, x)
+        if rows is not None:
+            return self._with_tasks(x, rows)
+        operands = self._operands()
+        if operands is None:
             return self._plain(x)
-        weight, bias, u, s, vh, delta = self._operands()
+        weight, bias, u, s, vh, delta = operands
         w = self._matrix(weight)
         if self.path == "reference":
             return reference.spectral_linear(x, w, bias, u, vh, delta, self.core)
@@ -149,13 +160,18 @@ class SpectralLayer(FrozenFactors):
             effective=effective,
         )
 
-    def _operands(self) -> tuple:
-        """weight, bias, u, s, vh and delta, past `nn.Module.__getattr__`, which takes the host long."""
+    def _operands(self) -> tuple | None:
+        """weight, bias, u, s, vh and delta; None: merged. Past `nn.Module.__getattr__`, which takes long."""
         if not torch.compiler.is_compiling():
             held, buffers = self._parameters, self._buffers
             try:
+                if held["base_weight"] is not None:
+                    return None
+                weight: Any = held["weight"]
+                if not self._made_from.unchanged(weight):
+                    weight = self.follow_weight()
                 return (
-                    held["weight"],
+                    weight,
                     held["bias"],
                     buffers["u"],
                     buffers["s"],
@@ -164,52 +180,21 @@ class SpectralLayer(FrozenFactors):
                 )
             except KeyError:  # another owner, such as a parametrisation
                 pass
-        return self.weight, self.bias, self.u, self.s, self.vh, self.delta
-
-    def keep_merged(self, keep: bool = True) -> None:
-        """Keep one copy of W + U C Vh between calls, made again only when the coefficients changed.
-
-        It saves both merges of a step: for evaluation, and for training where many batches pass between
-        two optimiser steps. It costs the memory of one more weight. In 16 bits and on a GPU it replaces the
-        two thin products that a layer adds: a wide layer's step then costs little more than the frozen
-        one's. In 16 bits each entry of the copy is rounded up or down by a threshold of its own
-        (`fastspec.ops.kept`). A CUDA graph holds the comparison, so that its replays see new coefficients.
-
-        It has no effect under autocast, while compiling, with a forced plan, and, in 16 bits or on a GPU,
-        with a band core. In float32 on a GPU every call makes the copy.
-        """
-        self.keeps_merged = keep
-        self._kept = None
-
-    def _kept_weight(self) -> Tensor | None:
-        """W + U C Vh as a view [out, in], refreshed where needed; None where it is not to be used."""
-        weight, delta = self.weight, self.delta.detach()
-        if (
-            torch.compiler.is_compiling()
-            or self.forced_plan is not None
-            or torch.is_autocast_enabled(weight.device.type)
-        ):
+        if self.merged:
             return None
-        if weight.device.type != "cpu" or weight.dtype.itemsize < 4:
-            on_device = kept_weight(self)
-            return None if on_device is None else on_device.effective
-        if not delta.any():
-            return self._matrix(weight)  # bit for bit the pretrained layer, without a copy
-        kept = self._kept
-        if not isinstance(kept, tuple) or not torch.equal(kept[1], delta):
-            # a new tensor: a graph may still hold the old one for its backward
-            with torch.inference_mode(False):  # kept beyond it, for training too
-                self._kept = kept = (self._merged_weight(), delta.clone())
-        return self._matrix(kept[0])
+        return self.follow_weight(), self.bias, self.u, self.s, self.vh, self.delta
 
-    def _with_tasks(self, x: Tensor, task: Tensor) -> Tensor:
-        """Every row of the batch x [B, ..., in] with its own task's core; `delta` plays no part."""
-        w = self._matrix(self.weight if self.base_weight is None else self.base_weight)
+    def _with_tasks(self, x: Tensor, rows: Rows) -> Tensor:
+        """Every row of the batch with its own task's core; `delta` plays no part."""
+        arranged = rows.arrange(x, self)
+        x, task = arranged.x, arranged.task
+        w = self._matrix(self.follow_weight())
         if self.path == "reference":
-            return reference.task_linear(
+            y = reference.task_linear(
                 x, w, self.bias, self.u, self.vh, self.delta_table, task, self.core
             )
-        return task_linear(
+            return arranged.back(y)
+        y = task_linear(
             x,
             w,
             self.bias,
@@ -221,6 +206,7 @@ class SpectralLayer(FrozenFactors):
             core=self.core,
             singular_basis=self.singular_basis,
         )
+        return arranged.back(y)
 
     def effective_weight(self) -> Tensor:
         """W + U C Vh in the stored layout and dtype, computed in float32 at least.
@@ -231,9 +217,9 @@ class SpectralLayer(FrozenFactors):
         return _finite(self._merged_weight())
 
     def _merged_weight(self) -> Tensor:
-        base = self.weight if self.base_weight is None else self.base_weight
+        base = self._matrix(self.follow_weight().detach())
         adapter = (self.factors, self.delta.detach(), self.core)
-        return self._matrix(merged_weight(self._matrix(base.detach()), adapter))
+        return self._matrix(merged_weight(base, adapter))
 
     @torch.no_grad()
     def merge(self, effective: Tensor | None = None) -> None:
@@ -252,12 +238,8 @@ class SpectralLayer(FrozenFactors):
             return
         effective = self._merged_weight() if effective is None else effective
         merged = nn.Parameter(_finite(effective), requires_grad=False)
-        self.base_weight, self.weight = self.weight, merged  # type: ignore[assignment]
-
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        if self.merged:
-            self.weight, self.base_weight = self.base_weight, None  # type: ignore[assignment]
+        self.base_weight, self.weight = self.weight, merged
+        self._merged_seen = Seen(merged)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._kept = None
@@ -266,10 +248,13 @@ class SpectralLayer(FrozenFactors):
             for name, table in self._buffers.items()
             if name.startswith("delta_") and table is not None
         ]
-        with kept_in_float32(self, ["delta", *tables]):
+        with self._moved(), kept_in_float32(self, ["delta", *tables]):
             return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        self.check_merged()
+        if not readable(self._base):  # a shard, whose writes aren't counted: it may be loaded into
+            self._made_from.forget()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         base = destination.pop(prefix + "base_weight", None)
         if base is not None:
@@ -285,9 +270,12 @@ class SpectralLayer(FrozenFactors):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.unmerge()
         given = state_dict.get(prefix + "weight")
-        same = given is None or same_values(given, self.weight)
+        if given is None:
+            self.unmerge()
+        self._drop_merged()
+        unchanged = self._made_from.unchanged(self.weight)
+        same = readable(self.weight) and (given is None or same_values(given, self.weight))
         plain = given is not None and prefix + "delta" not in state_dict
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -300,7 +288,12 @@ class SpectralLayer(FrozenFactors):
                 self.delta = nn.Parameter(zeros, requires_grad=self.delta.requires_grad)
             with torch.no_grad():
                 self.delta.zero_()
-        if not same and self.weight.device.type != "meta":
+        made = self._made_from
+        if not readable(self.weight):
+            made.forget()
+        elif same and unchanged:
+            made.look(self.weight)
+        elif given is not None and not made.same_content(self.weight):
             self.refactorize()
 
     def extra_repr(self) -> str:

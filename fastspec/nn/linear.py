@@ -38,6 +38,8 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         ValueError: rank or range beyond min(in, out), or a weight that is not finite.
     """
 
+    _plain_class = nn.Linear
+
     def __init__(
         self,
         in_features: int,

@@ -7,6 +7,8 @@ merged weight.
 from __future__ import annotations
 
 import contextlib
+import copy
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,6 +20,20 @@ from fastspec.ops import reference
 from fastspec.svd.factors import Factors
 
 
+def take_over(new: nn.Module, old: nn.Module) -> None:
+    """Give `new` the tensors, hooks and attributes of `old`, in whose place it comes.
+
+    The very dictionaries of hooks go along: a hook's handle refers to them, and still removes it.
+    """
+    new.__dict__.update(old.__dict__)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        new.__dict__[name] = copy.copy(old.__dict__[name])  # what `new` adds is not old's
+    wrapped: Iterable[Any] = new._load_state_dict_pre_hooks.values()
+    for hook in wrapped:
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)
+
+
 class FrozenFactors(nn.Module):
     """The factors of one weight as buffers outside the state dict: they are made from the weight."""
 
@@ -27,7 +43,16 @@ class FrozenFactors(nn.Module):
     _singular_dtype: torch.dtype | None  # in which they were made as a singular basis, until a cast
 
     def _hold(self, factors: Factors) -> None:
-        """Take these factors, in place of former ones if any."""
+        """Take these factors, in place of former ones if any.
+
+        Raises:
+            ValueError: the former ones were made parameters, to be sharded along with the weight.
+        """
+        if "u" in self._parameters:
+            raise ValueError(
+                "the factors of a layer are sharded along with its weight, which has changed: load the "
+                "weights before shard_factors(model), which must come after spectralize"
+            )
         self.register_buffer("u", factors.u, persistent=False)
         self.register_buffer("s", factors.s, persistent=False)
         self.register_buffer("vh", factors.vh, persistent=False)

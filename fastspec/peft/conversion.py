@@ -58,7 +58,8 @@ def convert_to_lora(
         ).items()
     }
     for name, layer in layers.items():
-        del tensors[f"{PREFIX}{name}.fastspec_delta"]
+        for key in ("fastspec_delta", "fastspec_sketch"):
+            tensors.pop(f"{PREFIX}{name}.{key}", None)
         f, core = layer.factors(adapter_name), layer.core_matrix(adapter_name)
         # a copy: layers may share a basis, tensors of one file may not
         tensors[f"{PREFIX}{name}.lora_A.weight"] = f.vh.to("cpu", core.dtype, copy=True)

@@ -33,37 +33,44 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastspec.cores import delta_shape
-from fastspec.files import excerpt
-from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.files import ADAPTER_FILE, excerpt
+from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import (
     MAX_HEADER_BYTES,
     AdapterError,
+    Expected,
     check_tensors,
     read_bounded,
 )
+from fastspec.peft.beside import DELTA, NOTE, SKETCH, base_tensors, check_alone
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import BASE, SpectralLinear
-from fastspec.peft.model import SpectralModel, check_target
+from fastspec.peft.model import SpectralModel, check_fingerprints
+from fastspec.peft.targets import ANSWERS, CLASSIFIERS, check_target
+from fastspec.svd.sketch import PROBES
 
 MAX_CONFIG_BYTES = 4 << 20  # 10,000 layers take one
-DELTA = ".fastspec_delta"
-TEXTS = ("base_model_name_or_path", "revision", "base_fingerprint")
-FIELDS = ("core", "half_width", "select", "basis", "tol", "seed", "task_type", *TEXTS)
-# the modules to save that PEFT's model classes add themselves, where the model has them
-CLASSIFIERS = ("classifier", "score")
+TEXTS = ("base_model_name_or_path", "revision")
+FIELDS = (
+    "core",
+    "half_width",
+    "select",
+    "basis",
+    "tol",
+    "seed",
+    "task_type",
+    "base_fingerprint",
+    *TEXTS,
+)
 HEADS = {
     PeftModelForSequenceClassification: CLASSIFIERS,
     PeftModelForTokenClassification: CLASSIFIERS,
-    PeftModelForQuestionAnswering: ("qa_outputs",),
+    PeftModelForQuestionAnswering: ANSWERS,
 }
-METHODS = {  # what these classes take from the base model when they are made
-    PeftModelForCausalLM: ("prepare_inputs_for_generation",),
-    PeftModelForSeq2SeqLM: (
-        "prepare_inputs_for_generation",
-        "_prepare_encoder_decoder_kwargs_for_generation",
-    ),
-}
+# whose constructors take this method of the base model
+GENERATING = (PeftModelForCausalLM, PeftModelForSeq2SeqLM)
+GENERATION = "prepare_inputs_for_generation"
 
 
 def load_adapter(
@@ -99,8 +106,8 @@ def load_adapter(
     tensors = _read_tensors(folder, limit)
     ranks = _ranks(tensors, modules, folder)
     saved = _modules_to_save(heads, kind, modules, ranks, folder)
-    _name_everything(config, ranks, saved)
-    expected = {}
+    config.name_layers(ranks, saved)
+    expected: Expected = {}
     for layer, rank in ranks.items():
         layer_rank = _rank_allowed(config, layer, modules[layer], folder)
         if layer_rank != rank:
@@ -109,13 +116,18 @@ def load_adapter(
             )
         shape = delta_shape(config.core, rank, config.half_width)
         expected[f"{PREFIX}{layer}{DELTA}"] = (shape, torch.float32)
+        if f"{PREFIX}{layer}{SKETCH}" in tensors:
+            expected[f"{PREFIX}{layer}{SKETCH}"] = ((PROBES,), torch.float32)
     for head in saved:
         for key, tensor in modules[head].state_dict().items():
             expected[f"{PREFIX}{head}.{key}"] = (tuple(tensor.shape), tensor.dtype)
+    _expect_beside(expected, tensors, model, ranks)
     check_tensors(tensors, expected, folder, ())
+    check_alone(model, name, tensors)
     _check_fingerprint(config, {layer: modules[layer] for layer in ranks}, folder)
 
     config.inference_mode = not is_trainable
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -125,12 +137,29 @@ def load_adapter(
         raise AdapterError(
             f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"
         ) from None
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    try:
+        set_peft_model_state_dict(model, tensors, adapter_name=name)
+    except AdapterError:
+        _undo(model, name, trainable)
+        raise
     if is_trainable:
         model.set_requires_grad(name)
     else:
         model.eval()
     return model
+
+
+def _undo(model: PeftModel, name: str, trainable: list[tuple[nn.Parameter, bool]]) -> None:
+    """Take away an adapter whose bases came out otherwise, which shows when they are there."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(name)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        return
+    tuner: Any = model.base_model
+    tuner.discard(name, trainable)
+    for attribute in ("peft_config", "peft_type", NOTE):
+        tuner.model.__dict__.pop(attribute, None)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -153,11 +182,22 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _read_config(folder: Path) -> tuple[SpectralConfig, list[str]]:
     """The config without its patterns, and the ends of the names of the modules it saves."""
     path = folder / CONFIG_NAME
+    if not os.path.exists(path) and os.path.exists(folder / ADAPTER_FILE):
+        raise AdapterError(
+            f"{folder}: a folder of fastspec's own ({ADAPTER_FILE}, but no {CONFIG_NAME}), not of PEFT: load "
+            "it with fastspec.load_adapter, onto a plain or spectralized model"
+        )
     data = read_bounded(path, MAX_CONFIG_BYTES)
     try:
         meta = json.loads(data)
-        if not isinstance(meta, dict) or meta.get("peft_type") != PeftType.FASTSPEC.value:
-            raise ValueError(f"'peft_type' is not {PeftType.FASTSPEC.value!r}")
+        method = meta.get("peft_type") if isinstance(meta, dict) else None
+        if isinstance(method, str) and method != PeftType.FASTSPEC.value:
+            raise ValueError(
+                f"an adapter of PEFT's method {method!r}, not {PeftType.FASTSPEC.value!r}: load it with "
+                "peft.PeftModel.from_pretrained"
+            )
+        if method is None:
+            raise ValueError("'peft_type' is missing: no adapter that PEFT saved")
         if meta.get("bias", "none") != "none":
             raise ValueError("it trains biases of the base model, which this loader does not touch")
         for key in TEXTS:
@@ -193,9 +233,8 @@ def _read_tensors(folder: Path, limit: int) -> dict[str, Tensor]:
 def _kind_of(model: nn.Module, config: SpectralConfig, folder: Path) -> type[PeftModel]:
     """PEFT's class for the task type, whose constructor may ask methods of the base model."""
     kind: type[PeftModel] = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel)
-    for cls, methods in METHODS.items():
-        if issubclass(kind, cls) and not all(hasattr(model, method) for method in methods):
-            raise AdapterError(f"{folder}: this model does not do the task {config.task_type}")
+    if issubclass(kind, GENERATING) and not hasattr(model, GENERATION):
+        raise AdapterError(f"{folder}: this model does not do the task {config.task_type}")
     return kind
 
 
@@ -268,8 +307,11 @@ def _modules_to_save(
     own = next((names for cls, names in HEADS.items() if issubclass(kind, cls)), ())
     ends = tuple({*heads, *own})
     saved = [name for name in modules if ends and name.endswith(ends)]
-    lost = next((h for h in heads if not any(name.endswith(h) for name in saved)), None)
-    if lost is not None and lost not in CLASSIFIERS:
+    named = (
+        head for head in heads if head not in (*CLASSIFIERS, *ANSWERS)
+    )  # by its user, not by PEFT
+    lost = next((h for h in named if not any(name.endswith(h) for name in saved)), None)
+    if lost is not None:
         raise AdapterError(f"{folder}: it saves {excerpt(lost)}, which this model does not have")
     for inner in (*saved, *ranks):
         own_name = inner in saved and inner in ranks
@@ -281,15 +323,18 @@ def _modules_to_save(
     return saved
 
 
-def _name_everything(config: SpectralConfig, ranks: Mapping[str, int], saved: list[str]) -> None:
-    """Let the config say in names of ours what the folder may have said in patterns."""
-    config.target_modules = "|".join(map(re.escape, sorted(ranks)))  # matched against whole names
-    config.modules_to_save = saved or None
-    config.r = max(ranks.values())
-    if any(rank != config.r for rank in ranks.values()):
-        # matched against the ends of names, the first that fits: a layer's own name before parts of it
-        longest_first = sorted(ranks, key=len, reverse=True)
-        config.rank_pattern = {re.escape(layer): ranks[layer] for layer in longest_first}
+def _expect_beside(
+    expected: Expected, tensors: Mapping[str, Tensor], model: nn.Module, layers: Mapping[str, Any]
+) -> None:
+    """Add those tensors of the base that the adapter brings, which are no weight of its layers."""
+    for name, tensor in base_tensors(model).items():
+        owner, dot, leaf = name.removeprefix(PREFIX).rpartition(".")
+        layer = owner.removesuffix(".base_layer")
+        if layer in layers and leaf == "weight":
+            continue
+        key = f"{PREFIX}{f'{layer}.base_layer' if layer in layers else owner}{dot}{leaf}"
+        if key in tensors:
+            expected.setdefault(key, (tuple(tensor.shape), tensor.dtype))
 
 
 def _check_fingerprint(config: SpectralConfig, layers: Mapping[str, Any], folder: Path) -> None:
@@ -297,12 +342,9 @@ def _check_fingerprint(config: SpectralConfig, layers: Mapping[str, Any], folder
         name: layer.base_weight if isinstance(layer, SpectralLinear) else layer.weight
         for name, layer in layers.items()
     }
-    prints = {name: tensor_fingerprint(weight) for name, weight in weights.items()}
-    if combined_fingerprint(prints) != config.base_fingerprint:
-        made_from = config.base_model_name_or_path
+    if config.base_fingerprint is None:
         raise AdapterError(
-            f"{folder}: the adapter was made from other base weights"
-            f"{f' ({excerpt(made_from)})' if made_from else ''}, or lacks tensors of some of its layers: "
-            "coefficients only mean something in the basis of their own model: load that one, in the same "
-            "dtype"
+            f"{folder}: its config has no base_fingerprint, so any weights might be its own"
         )
+    prints = {name: tensor_fingerprint(weight) for name, weight in weights.items()}
+    check_fingerprints(config, prints, f"{folder}: the adapter")

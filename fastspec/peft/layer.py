@@ -9,24 +9,31 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastspec.cores import Core, core_matrix, delta_shape
-from fastspec.nn.parts import merged_weight, same_values
+from fastspec.model.passed_by import warn_passed_by
+from fastspec.nn.made_from import Seen
+from fastspec.nn.parts import merged_weight
 from fastspec.ops.functional import spectral_linear, task_linear
 from fastspec.ops.plan import LayerCall, make_plan
-from fastspec.peft.state import Coefficients, Form, FrozenBasis
+from fastspec.peft.follow import FollowsBase
+from fastspec.peft.state import BaseWeights, Coefficients, Form, FrozenBasis
 from fastspec.svd.factors import Directions, Factors
 
 BASE = "__base__"  # PEFT's name for "no adapter" among the `adapter_names` of a batch
 
 
-class SpectralLinear(nn.Module, BaseTunerLayer):
+class SpectralLinear(FollowsBase, BaseTunerLayer):
     """`base_layer` with y = x (W + U C Vh)^T + b, one core C an adapter, by `fastspec.spectral_linear`.
 
     The base layer's weight is read, its forward is not called while an adapter is active.
     """
 
     adapter_layer_names = ("fastspec_delta",)
-    other_param_names = ("fastspec_basis", "fastspec_form")
+    other_param_names = ("fastspec_basis", "fastspec_form", "fastspec_origin")
+    cast_input_dtype_enabled = (
+        True  # of `peft.helpers.disable_input_dtype_casting`: nothing is cast here
+    )
     fastspec_base_weight: Tensor | None
+    acted: bool | None  # False: calls of the model have passed the layer by, True: have not
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -34,6 +41,8 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         self.fastspec_delta = Coefficients()
         self.fastspec_basis = nn.ModuleDict()
         self.fastspec_form: dict[str, Form] = {}
+        self.fastspec_origin: dict[str, tuple[BaseWeights, str]] = {}
+        self.acted = None
         self.merged_adapters: list[str] = []
         # while merged: the weight as it was, so that unmerging is exact
         self.register_buffer("fastspec_base_weight", None, persistent=False)
@@ -79,6 +88,7 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The adapter's factors: views of the basis it shares."""
+        self._follow_weight()
         basis = self.fastspec_basis[adapter]
         assert isinstance(basis, FrozenBasis)
         start = self.fastspec_form[adapter].offset
@@ -189,6 +199,10 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if the result is not finite; the layer stays as it was.
         """
+        if self.acted is False:
+            names = sorted({name for _, name in self.fastspec_origin.values()})
+            warn_passed_by(names, "any call so far (so they stay unmerged)")
+            return
         adapters = [
             a for a in check_adapters_to_merge(self, adapter_names) if a in self.fastspec_delta
         ]
@@ -208,10 +222,24 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             self.register_buffer("fastspec_base_weight", base.weight, persistent=False)  # type: ignore
         base.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        self._merged_seen = Seen(base.weight)
         self.merged_adapters += adapters
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
+        """Put the base weight back, bit for bit.
+
+        Raises:
+            ValueError: the weight was changed in place while it was merged, which would be lost.
+        """
+        base: Any = self.get_base_layer()
+        if self.merged and self._merged_seen.written(base.weight):
+            raise ValueError(
+                "a weight was changed in place while it was merged, which unmerging would lose: "
+                "merge_and_unload() keeps it"
+            )
+        self._drop_merged()
+
+    def _drop_merged(self) -> None:
         kept = self.fastspec_base_weight
         if kept is None:
             return
@@ -244,8 +272,13 @@ class SpectralLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         given = state_dict.get(prefix + "base_layer.weight")
         if given is not None:
-            self.unmerge()
-            if not same_values(given, self.base_weight):
+            self._drop_merged()
+            shifted = any(
+                bool(tensor.any())
+                for name, tensor in state_dict.items()
+                if name.startswith(f"{prefix}fastspec_delta.")
+            )
+            if shifted and not self.knows(given):
                 error_msgs.append(
                     f"{prefix}base_layer.weight: the basis was made from other weights than these (or the "
                     "state dict was saved while merged): load the base model first, adapt it afterwards"

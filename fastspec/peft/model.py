@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from peft import mapping
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _maybe_include_all_linear_layers,
-    delete_adapter,
-)
+from peft import PeftConfig, mapping
+from peft.tuners.tuners_utils import BaseTuner, delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
+from fastspec.files import excerpt
+from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
-from fastspec.model.targets import avoid_fused_inference, check_layer
+from fastspec.model.base import DIGITS
+from fastspec.model.convert import warn_of_stacks
+from fastspec.model.passed_by import FirstCalls
+from fastspec.model.targets import avoid_fused_inference
+from fastspec.peft.beside import (
+    changed_beside,
+    check_alone,
+    check_sketches,
+    note_brought,
+    note_buffers,
+    sketches,
+)
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.layer import BASE, SpectralLinear
-from fastspec.peft.state import FrozenBasis
+from fastspec.peft.state import BaseWeights, FrozenBasis
+from fastspec.peft.targets import (
+    check_names,
+    check_target,
+    is_all_linear,
+    lower_ranks,
+    meant,
+    resolve_all_linear,
+    resolve_heads,
+)
+from fastspec.peft.weighted import sum_into, summed_config
 from fastspec.svd.factors import factorize
 
 
@@ -48,41 +64,65 @@ class SpectralModel(BaseTuner):
             AdapterError: the config is a saved adapter's, and that was made from other base weights.
             Whatever is raised, the model computes what it did before.
         """
-        # the caller's config stays as it is, for use with other models
-        config = copy.deepcopy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config
+        config: Any = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = config.for_new_adapter()
         trainable = [(p, p.requires_grad) for p in model.parameters()]
+        if not any(isinstance(module, SpectralLinear) for module in model.modules()):
+            note_buffers(model)
         try:
-            super().inject_adapter(
-                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-            )
-            self._make_bases(adapter_name, config)  # type: ignore[arg-type]
+            with config.resolving():
+                everywhere = is_all_linear(config)
+                if state_dict is None:
+                    check_names(config, model)
+                super().inject_adapter(
+                    model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+                )
+                self._make_bases(adapter_name, config)
             avoid_fused_inference(model)
-        except Exception:
             if len(self.peft_config) == 1:
-                for module in model.modules():
-                    if isinstance(module, AuxiliaryTrainingWrapper):
-                        module.set_adapter([])  # unload then puts the original back, not the copy
-                self.unload()
-            else:
-                del self.peft_config[adapter_name]
-                delete_adapter(model, adapter_name, self.prefix, SpectralLinear)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad = requires_grad
+                FirstCalls(_layers_by_name).watch(self)
+                FirstCalls(_layers_by_name).watch(self.model)  # some of PEFT's models call this one
+        except BaseException:
+            self.discard(adapter_name, trainable)
             raise
+        if everywhere and len(self.peft_config) == 1:
+            warn_of_stacks(model)
+
+    def discard(self, adapter_name: str, trainable: list[tuple[nn.Parameter, bool]]) -> None:
+        """Take an adapter away again; parameters get the flags of `trainable` back."""
+        if len(self.peft_config) == 1:
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.set_adapter([])  # unload then puts the original back, not the copy
+            self.unload()
+        else:
+            del self.peft_config[adapter_name]
+            delete_adapter(self.model, adapter_name, self.prefix, SpectralLinear)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules in (None, "all-linear"):
-            peft_config.target_modules = "all-linear"
-            _maybe_include_all_linear_layers(peft_config, self.model)
-            attentions = [
-                name
-                for name, module in self.model.named_modules()
-                if isinstance(module, nn.MultiheadAttention)
-            ]
-            # which read its weight without calling it
-            peft_config.target_modules -= {f"{name}.out_proj" for name in attentions}
+        resolve_heads(peft_config, self.model)
+        if is_all_linear(peft_config):
+            resolve_all_linear(peft_config, self.model)
+            lower_ranks(peft_config, self.model)
+        elif isinstance(peft_config.target_modules, str):
+            lower_ranks(peft_config, self.model)
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return meant(peft_config, key)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put a module in the place of another.
+
+        PEFT's own hands the weight on as well, which layers and heads here have already, and which a head
+        of several layers does not have.
+        """
+        setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,
@@ -129,16 +169,10 @@ class SpectralModel(BaseTuner):
                 w = layer.base_matrix()
                 key = (w.data_ptr(), tuple(w.shape), w.stride(), wanted[name])
                 missing.setdefault(key, []).append(name)
-        fingerprint = combined_fingerprint(fingerprints)
-        if config.base_fingerprint not in (None, fingerprint):
-            made_from = config.base_model_name_or_path
-            raise AdapterError(
-                f"the adapter {adapter_name!r} was made from other base weights"
-                f"{f' ({made_from})' if made_from else ''}; coefficients only mean something in the basis "
-                "of their own model: load that one, in the same dtype (or, to start a new adapter by this "
-                "config, set its base_fingerprint to None)"
-            )
-        config.base_fingerprint = fingerprint
+        check_fingerprints(config, fingerprints, f"the adapter {adapter_name!r}")
+        config.base_fingerprint = {name: digest[:DIGITS] for name, digest in fingerprints.items()}
+        config = self.peft_config[adapter_name] = config.settled()  # type: ignore[assignment]
+        told = BaseWeights(config, fingerprints)
 
         first = [names[0] for names in missing.values()]
         made = factorize(
@@ -151,6 +185,68 @@ class SpectralModel(BaseTuner):
             basis = FrozenBasis(factors, wanted[names[0]], fingerprints[names[0]])
             for name in names:
                 layers[name].use_basis(adapter_name, config.core, basis, wanted[name])
+        for name, layer in layers.items():
+            layer.follow(adapter_name, told, name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What PEFT saves: the adapter's tensors, and those of the base that are trained or moved beside."""
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        beside = {name: state_dict[name] for name in changed_beside(model)}
+        return beside | found | sketches(model, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """What PEFT loads, checked before it is put into the model."""
+        check_alone(model, adapter_name, state_dict)
+        check_sketches(model, adapter_name, state_dict)
+        note_brought(model, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add an adapter that does what the given ones do together, each times its weight.
+
+        It is inactive at first. Modules to save are taken along, where only one of the adapters has them.
+
+        Raises:
+            ValueError: the sum would not be exact (other core, basis or rank; two heads for one module;
+                trained biases), the name is taken, or another way of combining is asked for.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"combination_type={combination_type!r}: only 'linear' is there, which is exact for "
+                "adapters in one basis; others approximate a sum of different low-rank products"
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"the adapter {adapter_name!r} is there already: delete_adapter() it first"
+            )
+        configs: Any = self.peft_config
+        config = summed_config(self.model, configs, adapters, weights)
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        sum_into(self.model, adapter_name, adapters, weights)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -188,6 +284,14 @@ class SpectralModel(BaseTuner):
                 handle.remove()
 
 
+def _layers_by_name(model: nn.Module) -> dict[str, SpectralLinear]:
+    return {
+        n.removeprefix("model."): m
+        for n, m in model.named_modules()
+        if isinstance(m, SpectralLinear)
+    }
+
+
 def register() -> None:
     """Enter the method into PEFT's tables."""
     tables: list[tuple[dict, Any]] = [
@@ -205,21 +309,24 @@ def _with_adapter_names(
     return args, kwargs | {"adapter_names": adapter_names}
 
 
-def check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
-    """Refuse what the layer can't stand in for."""
-    if not isinstance(target, (nn.Linear, Conv1D)):
-        raise TypeError(
-            f"{name}: {type(target).__name__} is not supported, only nn.Linear and transformers' Conv1D "
-            "are: leave it out of target_modules"
+def check_fingerprints(config: SpectralConfig, have: Mapping[str, str], whose: str) -> None:
+    """Compare the weights of an adapter's layers with those it was made from, if the config names them.
+
+    Raises:
+        AdapterError: a weight differs, or only one of both has the layer; the message names it.
+    """
+    told = config.base_fingerprint
+    if told is None:
+        return
+    names = sorted(have.keys() | told.keys())
+    differing = [n for n in names if have.get(n, "")[:DIGITS] != told.get(n)]
+    if differing:
+        made_from = config.base_model_name_or_path
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        base = f"other base weights{f' ({excerpt(made_from)})' if made_from else ''}"
+        raise AdapterError(
+            f"{whose} was made from {base}, or lacks tensors of some of its layers: not the same are "
+            f"{excerpt(differing[0])}{more} of {len(names)}; coefficients "
+            "only mean something in the basis of their own model: load that one, in the same dtype (or, to "
+            "start a new adapter by this config, set its base_fingerprint to None)"
         )
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so it can't be "
-            "adapted: name it in exclude_modules"
-        )
-    if target._forward_hooks or target._forward_pre_hooks or "forward" in vars(target):
-        raise ValueError(
-            f"{name}: the layer has forward hooks or a forward of its own (offloading, weight norm, or the "
-            "user's), which an adapted layer does not run: remove them, or name it in exclude_modules"
-        )
-    check_layer(name, target)

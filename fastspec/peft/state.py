@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastspec.cores import Core
+from fastspec.model.base import DIGITS
 from fastspec.nn.parts import FrozenFactors, kept_in_float32
-from fastspec.svd.factors import Directions, Factors
+from fastspec.peft.config import SpectralConfig
+from fastspec.svd.factors import Directions, Factors, factorize
 
 
 class FrozenBasis(FrozenFactors):
@@ -24,6 +26,11 @@ class FrozenBasis(FrozenFactors):
         self.directions = directions
         self.fingerprint = fingerprint
         self._hold(factors)
+
+    def made_again(self, matrix: Tensor, fingerprint: str) -> FrozenBasis:
+        """The same directions of another weight [out, in]."""
+        (factors,) = factorize([matrix], [self.directions], ["weight"])
+        return FrozenBasis(factors, self.directions, fingerprint)
 
     def offset_of(self, wanted: Directions) -> int | None:
         """Where the triplets of `wanted` begin in this basis; None if it does not hold them all."""
@@ -41,6 +48,17 @@ class FrozenBasis(FrozenFactors):
         d = self.directions
         dtype = str(self.u.dtype).removeprefix("torch.")
         return f"rank={d.rank}, select={d.select}, basis={d.basis}, dtype={dtype}"
+
+
+class BaseWeights:
+    """What an adapter's bases were made from: fingerprints by layer, whose first digits its config tells."""
+
+    def __init__(self, config: SpectralConfig, fingerprints: dict[str, str]) -> None:
+        self.config, self.fingerprints = config, fingerprints
+
+    def changed(self, layer: str, fingerprint: str) -> None:
+        self.fingerprints[layer] = fingerprint
+        self.config.base_fingerprint = {n: f[:DIGITS] for n, f in self.fingerprints.items()}
 
 
 class Coefficients(nn.ParameterDict):

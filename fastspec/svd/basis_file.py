@@ -85,7 +85,7 @@ class Basis(Mapping[str, BasisEntry]):
         if name is None:
             return None
         entry = self._entries[name]
-        if reason := _misfit(weight, entry):
+        if reason := misfit(weight, entry):
             raise BasisError(
                 f"{self._source}: {name} names this weight and holds no singular triplets of it: {reason}; "
                 f"{_AGAIN}"
@@ -187,7 +187,7 @@ def check_entry(f: Any, prefix: str, about: Any, label: str, digested: bool) -> 
     return tensors
 
 
-def _misfit(weight: Tensor, entry: BasisEntry) -> str | None:
+def misfit(weight: Tensor, entry: BasisEntry) -> str | None:
     """Why the triplets are not those of the weight to what their dtype allows; None where they are."""
     compute = torch.promote_types(weight.dtype, torch.float32)
     w = weight.detach().to(compute)[None]

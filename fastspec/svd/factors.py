@@ -85,6 +85,15 @@ def factorize(
         ValueError: a rank or range does not fit, or values are not finite; the message names the matrix.
     """
     names = names or [f"weights[{i}]" for i in range(len(weights))]
+    device = weights[0].device.type if weights else "cpu"
+    # factors outlive this call, which may be one of inference or under autocast
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        return _factorize(weights, directions, names, progress)
+
+
+def _factorize(
+    weights: list[Tensor], directions: list[Directions], names: list[str], progress: bool | None
+) -> list[Factors]:
     ranges = []
     for w, d, name in zip(weights, directions, names, strict=True):
         try:

@@ -43,6 +43,7 @@ from fastspec.svd.triplets import (
     rayleigh_ritz,
     residual,
 )
+from fastspec.svd.workers import in_parts
 
 
 class ConvergenceWarning(UserWarning):
@@ -241,6 +242,8 @@ def _leading_triplets(
     )
     if compiled:
         return Triplets(*torch.ops.fastspec.topk_svd(w, **vars(options)))
+    if w.device.type == "cpu":
+        return in_parts(lambda part: leading_triplets(part, options), w)
     return leading_triplets(w, options)
 
 
