@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastspec.kernels.launch import tracing
 from fastspec.nn.shared_input import Fresh, SharedForward, Sharing, version
 from fastspec.ops.kept import keep_together
 
@@ -155,6 +154,8 @@ def _before(model: nn.Module, args: Any) -> None:
     together = _known.get(model)
     if together is None:
         together = _known[model] = Together()
+    from fastspec.kernels.launch import tracing  # the core loads no kernel
+
     plain = not tracing() and not torch._C._are_functorch_transforms_active()
     fresh = together.refresh() if plain else {}
     forwards.append(_Forward(model, together, fresh, SharedForward(together.sharing, fresh)))
