@@ -28,7 +28,7 @@ def test_the_page_has_no_other_rows():
 
 
 def test_as_much_works_as_is_claimed():
-    rows = [line.split("|")[2:] for line in WRITTEN.splitlines() if line.startswith("| ")][1:]
+    rows = [line.split("|")[2:-1] for line in WRITTEN.splitlines() if line.startswith("| ")][1:]
     columns = dict(zip(architectures.CHECKS, zip(*rows, strict=False), strict=True))
     worked = {name: sum(cell.strip() != "no" for cell in cells) for name, cells in columns.items()}
     assert len(rows) >= 67

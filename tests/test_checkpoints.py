@@ -333,7 +333,7 @@ class TestParameterGroups:
         assert all(relative_error(a[n], b[n]) < 1e-5 for n in a)
 
     def test_refusals(self):
-        with pytest.raises(ValueError, match="no adapter"):
+        with pytest.raises(ValueError, match="no spectral adapter"):
             parameter_groups(bert(num_labels=3), 1e-2)
         model = spectralize(bert(num_labels=3), SpectralConfig(rank=4)).requires_grad_(False)
         with pytest.raises(ValueError, match="nothing to optimise"):

@@ -173,6 +173,9 @@ def test_export_with_a_task_input():
     fastspec.add_task(model, "a", current=True)
     bank = fastspec.add_task(model, "b", values(model))
     with torch.no_grad():
+        model(
+            IDS, tasks=["a", "b"]
+        )  # whose rows are where is found out in a call with different tasks
         rows = bank.index(["a", "b"])
         program = export(model, IDS, torch.ones_like(IDS), rows)
         for names in (["a", "b", None, "b", "a"], ["b"] * 5):

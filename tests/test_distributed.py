@@ -83,13 +83,6 @@ def test_the_losses_of_one_process(tmp_path, alone, processes, mode, killed):
     assert held(output) == pytest.approx([want] * processes, rel=0.05)
 
 
-def test_the_documented_blocks(alone):
-    output = torchrun(2, program=PROGRAM.with_name("distributed_docs.py"))
-    blocks = re.findall(r"block (\d) step (\d) loss (\S+)", output)
-    assert [(block, step) for block, step, _ in blocks] == [(b, s) for b in "01" for s in "01"]
-    assert [float(loss) for *_, loss in blocks] == pytest.approx(2 * alone[0][:2], rel=1e-5)
-
-
 def test_trainer_on_two_processes(tmp_path):
     """The losses of one, and the first process alone writes."""
     pytest.importorskip("transformers")

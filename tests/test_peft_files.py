@@ -1,8 +1,6 @@
 """The PEFT bridge on disk: adapter folders, transformers' own adapters, and export as LoRA."""
 
 import json
-import re
-from pathlib import Path
 
 import peft
 import pytest
@@ -11,7 +9,7 @@ from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, 
 from peft.tuners.tuners_utils import replicate_layers
 from peft_support import CASES, CORES, PREFIX, adapted, layers, mlp_config, output, shift
 from safetensors.torch import load_file, save_file
-from support import assert_close, minilm, minilm_path
+from support import assert_close, minilm
 from tiny_models import bert, gpt2, mlp
 
 import fastspec.peft
@@ -291,19 +289,3 @@ class TestAsLora:
             convert_to_lora(adapted("mlp"), "x")
         with pytest.raises(ValueError, match="trains biases"):
             convert_to_lora(adapted("mlp", bias="all"))
-
-
-def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
-    page = Path(__file__).parent.parent / "docs" / "peft.md"
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(code.replace("path/to/encoder", str(minilm_path())), names)
-    assert (tmp_path / "runs/rte/adapter_model.safetensors").stat().st_size < 19_000
-    assert names["logits"].shape == (3, 2)
-    assert list(names["safe"].peft_config) == ["rte"]
-    names["model"].set_adapter("rte")
-    ids = names["batch"]["input_ids"]
-    torch.testing.assert_close(
-        names["lora"](ids).logits, names["model"](ids).logits, rtol=0, atol=1e-5
-    )

@@ -197,18 +197,19 @@ def test_the_bridge_lowers_a_rank_for_tiny_matrices_alone(net, tmp_path):
     peft = pytest.importorskip("peft")
     import fastspec.peft
 
-    # PEFT makes a list of names of "all-linear"
-    for targets in ("all-linear", ["encoder.0", "encoder.2", "gate"], r"encoder\.[02]|gate"):
+    for targets in ("all-linear", r"encoder\.[02]|gate"):
         model = adapt(copy.deepcopy(net), True, rank=4, target_modules=targets)
         assert model.base_model.model.gate.fastspec_delta["default"].shape == (1,)
         assert model.base_model.model.encoder[0].fastspec_delta["default"].shape == (4,)
     model.save_pretrained(tmp_path)
     for load in (peft.PeftModel.from_pretrained, fastspec.peft.load_adapter):
         assert load(copy.deepcopy(net), tmp_path).base_model.model.gate.fastspec_delta
-    with pytest.raises(ValueError, match=r"gate: rank 5 is above min\(in, out\) = 1"):
+    with pytest.raises(ValueError, match=r"gate: rank 4 .* min\(in, out\) = 1"):
+        adapt(copy.deepcopy(net), True, rank=4, target_modules=["encoder.0", "encoder.2", "gate"])
+    with pytest.raises(ValueError, match=r"gate: rank 5 .* min\(in, out\) = 1"):
         adapt(copy.deepcopy(net), True, rank=4, rank_pattern={"gate": 5})
     before = repr(net)
-    with pytest.raises(ValueError, match=r"rank 40 is above"):
+    with pytest.raises(ValueError, match="rank 40 "):
         adapt(net, True, rank=40)
     assert repr(net) == before
     assert all(p.requires_grad for p in net.parameters())

@@ -25,6 +25,7 @@ from fastspec.model.targets import output_layer_names, spectral_layers, unsaved_
 from fastspec.nn.layer import SpectralLayer
 
 DIGITS = 16
+TABLES = "task_tables."  # of all tasks, while they are trained together
 
 
 class Base:
@@ -46,7 +47,7 @@ class Base:
         ):
             if name.endswith(".base_weight"):  # of a merged layer, whose weight is no base
                 self.tensors[name.removesuffix(".base_weight") + ".weight"] = tensor
-            elif name not in own:
+            elif name not in own and not name.startswith(TABLES):
                 self.tensors.setdefault(name, tensor)
         self._fingerprints: dict[tuple[int, int | None], str] = {}
 
@@ -102,8 +103,15 @@ class Base:
             buffers: digests of the buffers as they were (`buffer_digests`).
 
         Raises:
-            ValueError: the weight of an adapted layer is trained; the message names it.
+            ValueError: the weight of an adapted layer is trained, or the tables of tasks are; the message
+                names it.
         """
+        table = next((n for n, _ in self.model.named_parameters() if n.startswith(TABLES)), None)
+        if table is not None:
+            raise ValueError(
+                f"{table} is trainable but no part of the adapter, for it holds all tasks: call "
+                "requires_grad_(False) of the bank, and set_task() for the one to be saved"
+            )
         layers = {f"{name}.weight" for name, _ in spectral_layers(self.model)}
         found = []
         for name in self.names(stored):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastspec.model.passed_by import FirstCalls, warn_passed_by
+from fastspec.model.passed_by import unwatch, warn_passed_by
 from fastspec.model.targets import allow_fused_inference, spectral_layers, unwrap
 from fastspec.nn import together
 from fastspec.nn.layer import SpectralLayer
@@ -123,9 +123,7 @@ def _unloaded(model: nn.Module, merged: bool) -> nn.Module:
         rehook(layer)
     allow_fused_inference(model)
     together.remove(model)
-    for hook in list(model._forward_hooks.values()):
-        if isinstance(watcher := getattr(hook, "__self__", None), FirstCalls):
-            watcher.leave(model)
+    unwatch(model)
     for module in model.modules():
         module.__dict__.pop("save_pretrained", None)
     model.__dict__.pop("spectral", None)

@@ -92,6 +92,13 @@ class FirstCalls:
         return {"layers": self.layers, "seen": set(self.seen), "_looking": None}
 
 
+def unwatch(model: nn.Module) -> None:
+    """Take the hooks of every `FirstCalls` off a model."""
+    for hook in list(model._forward_hooks.values()):
+        if isinstance(watcher := getattr(hook, "__self__", None), FirstCalls):
+            watcher.leave(model)
+
+
 class _Note:
     """A hook that notes which modules ran."""
 

@@ -38,7 +38,7 @@ def through_own_task(head: Any, args: tuple[Tensor, ...], output: Tensor) -> Ten
         y = torch.bmm(blocks, weight.mT)
     else:
         y = torch.baddbmm(head.bias_table.index_select(0, place)[:, None], blocks, weight.mT)
-    y = y.view(*x.shape[:-1], -1)
+    y = y.view(*x.shape[:-1], y.shape[-1])
     base = F.linear(
         x, head.weight_pretrained, head.bias_pretrained if head.bias is not None else None
     )
@@ -60,7 +60,7 @@ def normed_by_own_task(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> T
     shift = norm.bias_pretrained if norm.bias is not None else None
     base = F.layer_norm(x, size, norm.weight_pretrained, shift, eps)
     place = task.clamp_min(0)
-    between = (len(task), *(1,) * (x.dim() - 1 - len(size)), *size)
+    between = (task.shape[0], *(1,) * (x.dim() - 1 - len(size)), *size)
     y = F.layer_norm(x, size, None, None, eps) * norm.weight_table[place].view(between)
     if shift is not None:
         y = y + norm.bias_table[place].view(between)
@@ -73,7 +73,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _per_row(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(len(values), *(1,) * (x.dim() - 1))
+    return values.view(values.shape[0], *(1,) * (x.dim() - 1))
 
 
 def _named_or_pretrained(arranged: Arranged, named: Tensor, base: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def _layers_of(model: nn.Module, adapter: str) -> list[tuple[str, SpectralLinear
 
 
 def _sketch(layer: SpectralLinear, adapter: str, delta: Tensor) -> Tensor:
-    f = layer.factors(adapter)
+    f = layer.factors_as_made(adapter)
     return sketch(probed(f.u, f.vh), delta.to(f.u.device), layer.fastspec_form[adapter].core)
 
 

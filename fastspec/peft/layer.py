@@ -89,6 +89,10 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
     def factors(self, adapter: str) -> Factors:
         """The adapter's factors: views of the basis it shares."""
         self._follow_weight()
+        return self.factors_as_made(adapter)
+
+    def factors_as_made(self, adapter: str) -> Factors:
+        """The same of the weight as the last call saw it."""
         basis = self.fastspec_basis[adapter]
         assert isinstance(basis, FrozenBasis)
         start = self.fastspec_form[adapter].offset

@@ -17,7 +17,7 @@ from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.base import DIGITS
 from fastspec.model.convert import warn_of_stacks
-from fastspec.model.passed_by import FirstCalls
+from fastspec.model.passed_by import FirstCalls, unwatch
 from fastspec.model.targets import avoid_fused_inference
 from fastspec.peft.beside import (
     changed_beside,
@@ -95,6 +95,7 @@ class SpectralModel(BaseTuner):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     module.set_adapter([])  # unload then puts the original back, not the copy
             self.unload()
+            unwatch(self.model)
         else:
             del self.peft_config[adapter_name]
             delete_adapter(self.model, adapter_name, self.prefix, SpectralLinear)

@@ -13,6 +13,7 @@ from peft import NoMatchingPeftModuleError
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from fastspec.model.targets import check_layer, unsaved_heads
@@ -89,6 +90,8 @@ def lower_ranks(config: SpectralConfig, model: nn.Module) -> None:
     served = set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D, SpectralLinear)) and meant(config, name):
+            if is_parametrized(module):  # refused later; to look at the weight may move its state
+                continue
             side = min(module.weight.shape)
             rank = config.rank_of(name, side)
             if rank <= side:
