@@ -45,14 +45,14 @@ int64_t tf32() {
 
 }  // namespace
 
-CallKey::CallKey(bool backward, const Plan& plan, bool first_need, bool second_need, const at::Tensor& a,
+CallKey::CallKey(What what, const Plan& plan, bool first_need, bool second_need, const at::Tensor& a,
                  std::initializer_list<const at::Tensor*> operands) {
   const int64_t backend = forced();
   const int64_t precision = a.scalar_type() == at::kFloat ? tf32() : 0;
   const bool deterministic = at::globalContext().deterministicAlgorithms();
   valid_ = backend >= 0 && precision >= 0 && serves(plan);
-  add(int64_t(backward) | first_need << 1 | second_need << 2 | deterministic << 3 | precision << 4 | backend << 5 |
-      plan.code() << 8 | int64_t(a.device().index() + 1) << 16);
+  add(int64_t(first_need) | second_need << 1 | deterministic << 2 | precision << 3 | backend << 4 |
+      plan.code() << 8 | what << 14 | int64_t(a.device().index() + 1) << 16);
   for (const at::Tensor* const t : operands) {
     if (t == nullptr) {
       add(-1);
@@ -96,6 +96,11 @@ void remember(const CallKey& key, const std::vector<int64_t>& answer) {
 void forget_all() {
   const std::lock_guard<std::mutex> guard(table_lock);
   table.clear();
+}
+
+void start(int64_t record, at::IntArrayRef addresses) {
+  static const auto op = operator_handle<void(int64_t, at::IntArrayRef)>("fastspec::launch");
+  op.call(record, addresses);
 }
 
 }  // namespace fastspec::on_cuda

@@ -15,7 +15,9 @@ namespace fastspec::on_cuda {
 // what is wanted, and the settings that a choice obeys.
 class CallKey {
  public:
-  CallKey(bool backward, const Plan& plan, bool first_need, bool second_need, const at::Tensor& a,
+  enum What : int64_t { Forward, Backward, Reduction };
+
+  CallKey(What what, const Plan& plan, bool first_need, bool second_need, const at::Tensor& a,
           std::initializer_list<const at::Tensor*> operands);
 
   // Whether calls of this key may be remembered: contiguous bias, core and p, rows at all, a known setting.
@@ -47,5 +49,10 @@ std::optional<Served> known(const CallKey& key);
 void remember(const CallKey& key, const std::vector<int64_t>& answer);
 
 void forget_all();
+
+inline int64_t address(const at::Tensor& t) { return reinterpret_cast<int64_t>(t.const_data_ptr()); }
+
+// Repeats a launch on other addresses, in the order of fastspec/kernels/records.py.
+void start(int64_t record, at::IntArrayRef addresses);
 
 }  // namespace fastspec::on_cuda

@@ -24,14 +24,6 @@ using Chosen = std::tuple<Tensor, Tensor, std::vector<int64_t>>;
 
 const Tensor* given(const OptTensor& t) { return t ? &*t : nullptr; }
 
-int64_t address(const Tensor& t) { return reinterpret_cast<int64_t>(t.const_data_ptr()); }
-
-// The order of the addresses is that of fastspec/kernels/records.py.
-void launch(int64_t record, std::array<int64_t, 9> addresses) {
-  static const auto op = operator_handle<void(int64_t, at::IntArrayRef)>("fastspec::launch");
-  op.call(record, addresses);
-}
-
 // The core as the kernels read it: contiguous, a band as its matrix.
 Tensor stored(const Tensor& delta, Core core) { return core == Core::Band ? band_matrix(delta) : delta; }
 
@@ -41,8 +33,8 @@ Result forward_by_launch(const Served& served, const Tensor& x, const Tensor& x2
   const Tensor y = at::empty({x2.size(0), weight.size(0)}, x.options());
   const Tensor p = at::empty({x2.size(0), u.size(1)}, x.options());
   const Tensor core = stored(delta, plan.core);
-  launch(served.record, {address(x2), address(weight), address(bias ? *bias : x2), address(u), address(vh),
-                         address(core), address(y), address(p), 0});
+  start(served.record, {address(x2), address(weight), address(bias ? *bias : x2), address(u), address(vh),
+                        address(core), address(y), address(p)});
   return {x.dim() == 2 ? y : y.view(with_last(x, weight.size(0))),
           plan.saves_p() ? p : at::empty({0, u.size(1)}, x.options())};
 }
@@ -58,8 +50,8 @@ Result backward_by_launch(const Served& served, const Tensor& g, const Tensor& g
   if (needs_delta && plan.core == Core::Diag) shares = at::empty({served.slots, k}, delta.options());
   if (needs_delta && plan.core != Core::Diag) shares = at::empty({served.slots, k, k}, delta.options());
   Tensor sum = served.summed ? at::empty_like(core) : shares;
-  launch(served.record, {address(g2), address(p ? *p : g2), address(weight), address(u), address(vh), address(core),
-                         address(dx), address(shares), address(sum)});
+  start(served.record, {address(g2), address(p ? *p : g2), address(weight), address(u), address(vh), address(core),
+                        address(dx), address(shares), address(sum)});
   const Tensor shaped = g.dim() == 2 ? dx : dx.view(with_last(g, weight.size(1)));
   if (!needs_delta) return {shaped, at::empty({0}, delta.options())};
   if (!served.summed) sum = served.slots == 1 ? shares.select(0, 0) : shares.sum(0);
@@ -73,7 +65,7 @@ Result spectral_linear(const Tensor& x, const Tensor& weight, const OptTensor& b
   Plan plan(core, forward_name, gradient);
   const Tensor x2 = x.dim() == 2 ? x : x.reshape({-1, weight.size(1)});
   const bool whole = delta.is_contiguous() && (!bias || bias->is_contiguous());
-  const CallKey key(false, plan, plan.saves_p(), bias.has_value(), x2,
+  const CallKey key(CallKey::Forward, plan, plan.saves_p(), bias.has_value(), x2,
                     {&x2, &weight, given(bias), &u, &vh, &delta});
   const bool may_be_known = whole && key.valid();
   if (may_be_known) {
@@ -101,7 +93,7 @@ Result spectral_linear_backward(const Tensor& g, const OptTensor& x, const OptTe
   Plan plan(core, forward_name, gradient);
   const Tensor g2 = g.dim() == 2 ? g : g.reshape({-1, weight.size(0)});
   const bool whole = delta.is_contiguous() && (!p || p->is_contiguous());
-  const CallKey key(true, plan, needs_dx, needs_delta, g2, {&g2, given(p), &weight, &u, &vh, &delta});
+  const CallKey key(CallKey::Backward, plan, needs_dx, needs_delta, g2, {&g2, given(p), &weight, &u, &vh, &delta});
   const bool may_be_known = whole && key.valid();
   if (may_be_known) {
     if (const auto served = known(key)) {

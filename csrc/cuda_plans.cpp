@@ -4,6 +4,9 @@
 
 #include <ATen/ATen.h>
 
+#include "cuda_joined.h"
+#include "cuda_reduce.h"
+
 namespace fastspec::on_cuda {
 namespace {
 
@@ -29,6 +32,7 @@ Tensor apply_core(const Tensor& t, const Tensor& delta, Core core, bool transpos
 // The trained entries of q^T p, in delta's shape and dtype; they are summed in float32 at least.
 Tensor reduce_core(const Tensor& q, const Tensor& p, const Tensor& delta, Core core) {
   const auto wide = accumulation_dtype(delta, delta);
+  if (core == Core::Diag && delta.scalar_type() == at::kFloat) return reduce_diagonal(q, p);
   if (core == Core::Diag) {
     return at::mul(q.to(wide), p).sum(0).to(delta.scalar_type());  // p is widened on its way in
   }
@@ -73,6 +77,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   const auto dtype = x.scalar_type();
   const int64_t in = weight.size(1), out = weight.size(0);
   const Tensor x2 = x.reshape({-1, in});
+  if (plan.forward == Forward::Resident && plan.saves_p()) {
+    if (const auto both = joined_forward(x, x2, weight, bias, vh)) return *both;
+  }
   Tensor p, y;
   if (!plan.one_product() || plan.saves_p()) p = at::mm(x2, vh.to(dtype).t());
   if (plan.one_product()) {
@@ -93,6 +100,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& g, const OptTensor& x, const O
   const Tensor g2 = g.reshape({-1, out});
   const bool by_p = needs_delta && plan.gradient != Gradient::Dense;
   Tensor q, dx;
+  if (plan.forward == Forward::Resident && by_p && needs_dx) {
+    if (const auto both = joined_backward(g, g2, weight, u))
+      return {std::get<0>(*both), reduce_core(std::get<1>(*both), *p, delta, plan.core)};
+  }
   if (by_p || (needs_dx && !plan.one_product())) q = at::mm(g2, u.to(dtype));
   if (needs_dx && plan.one_product())
     dx = at::mm(g2, effective(weight, u, vh, delta, plan).to(dtype)).view(with_last(g, in));

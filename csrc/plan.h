@@ -32,6 +32,8 @@ struct Plan {
                                    {"short", Gradient::Short},
                                    {"dense", Gradient::Dense}})) {}
 
+  explicit Plan(Core core) : core(core), forward(Forward::Merged), gradient(Gradient::None) {}
+
   // From and to one number.
   explicit Plan(int64_t code)
       : core(Core(code & 3)), forward(Forward(code >> 2 & 3)), gradient(Gradient(code >> 4 & 3)) {}

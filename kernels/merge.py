@@ -17,9 +17,9 @@ from torch import Tensor
 from fastspec.cores import core_matrix
 from fastspec.kernels import tiles
 from fastspec.kernels.launch import launch
-from fastspec.kernels.sigma_grad import dot_precision, rounded
+from fastspec.kernels.shift import at_address, shifted_tile
+from fastspec.kernels.sigma_grad import dot_precision
 from fastspec.kernels.spectral_linear import transposed
-from fastspec.kernels.tile_program import through_registers
 
 # ----------------------------------------------------------------------------------------- kernels
 
@@ -30,48 +30,33 @@ def merge_kernel(
     w_table,          # [L] int64 addresses of [OUT, IN]
     u_table,          # of [OUT, K]
     vh_table,         # of [K, IN]
-    delta_table,      # of [K] float32; SCALED only
+    delta_table,      # of [K] float32; "diag" only
     out_table,        # of [OUT, IN], in the layout of W
     OUT, IN, K,
     stride_wo, stride_wi, stride_uo, stride_uk, stride_vk, stride_vi, stride_oo, stride_oi,
-    DTYPE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    CORE: tl.constexpr,  # "diag", or "none" where U holds U C already
     PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """out = W + U diag(delta) Vh (SCALED), or W + U Vh with a core that U holds already; for each layer."""
+    """out = W + U C Vh, for each layer."""
     layer = tl.program_id(2)
-    address: tl.constexpr = tl.pointer_type(DTYPE)
-    w_ptr = tl.load(w_table + layer).to(address)
-    u_ptr = tl.load(u_table + layer).to(address)
-    vh_ptr = tl.load(vh_table + layer).to(address)
-    out_ptr = tl.load(out_table + layer).to(address)
-    delta_ptr = tl.load(delta_table + layer).to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        w_ptr = tl.multiple_of(w_ptr, 16)
-        u_ptr = tl.multiple_of(u_ptr, 16)
-        vh_ptr = tl.multiple_of(vh_ptr, 16)
-        out_ptr = tl.multiple_of(out_ptr, 16)
+    w_ptr = at_address(w_table, layer, DTYPE, ALIGNED)
+    u_ptr = at_address(u_table, layer, DTYPE, ALIGNED)
+    vh_ptr = at_address(vh_table, layer, DTYPE, ALIGNED)
+    out_ptr = at_address(out_table, layer, DTYPE, ALIGNED)
+    delta_ptr = at_address(delta_table, layer, tl.float32, False)
     rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = (rows < OUT)[:, None]
     col_ok = (cols < IN)[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)  # U C Vh
-    for r in range(0, K, BLOCK_R):
-        ranks = (r + tl.arange(0, BLOCK_R)).to(tl.int64)
-        rank_ok = ranks < K
-        u_ptrs = u_ptr + rows[:, None] * stride_uo + ranks[None, :] * stride_uk
-        vh_ptrs = vh_ptr + ranks[:, None] * stride_vk + cols[None, :] * stride_vi
-        u = tl.load(u_ptrs, mask=row_ok & rank_ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        vh = tl.load(vh_ptrs, mask=rank_ok[:, None] & col_ok, other=0.0)  # [BLOCK_R, BLOCK_N]
-        if SCALED:
-            delta = tl.load(delta_ptr + ranks, mask=rank_ok, other=0.0)
-            u = rounded((u.to(tl.float32) * delta[None, :]).to(DTYPE), PRECISION)
-        acc = tl.dot(u, through_registers(vh, TRANSPOSED), acc, input_precision=PRECISION)
-    w_ptrs = w_ptr + rows[:, None] * stride_wo + cols[None, :] * stride_wi
-    w = tl.load(w_ptrs, mask=row_ok & col_ok, other=0.0)
-    merged = (w.to(tl.float32) + acc).to(DTYPE)
+    merged = shifted_tile(
+        w_ptr, u_ptr, vh_ptr, delta_ptr, rows, cols, row_ok, col_ok, K,
+        stride_wo, stride_wi, stride_uo, stride_uk, stride_vk, stride_vi,
+        CORE, PRECISION, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_R,
+    )
     out_ptrs = out_ptr + rows[:, None] * stride_oo + cols[None, :] * stride_oi
-    tl.store(out_ptrs, merged, mask=row_ok & col_ok)
+    tl.store(out_ptrs, merged.to(DTYPE), mask=row_ok & col_ok)
 # fmt: on
 
 
@@ -146,7 +131,7 @@ def merge(
                 stride_uo=u.stride(0), stride_uk=u.stride(1),
                 stride_vk=vh.stride(0), stride_vi=vh.stride(1),
                 stride_oo=outs[0].stride(0), stride_oi=outs[0].stride(1),
-                DTYPE=ELEMENT[w.dtype], SCALED=core == "diag",
+                DTYPE=ELEMENT[w.dtype], CORE="diag" if core == "diag" else "none",
                 ALIGNED=not (addresses % 16).any().item(),
                 PRECISION=dot_precision(w.dtype), TRANSPOSED=transposed(w.dtype, vh.stride(0)),
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_k, **tile.options,

@@ -30,6 +30,7 @@ BACKWARD = {
     **{"g": 0, "task": 0, "precomputed": 0, "p": 1, "w": 2, "u": 3, "vh": 4, "delta": 5},
     **{"dx": 6, "shares": 7, "grad": 8, "arrived": 6},
 }
+REDUCTION = {"q": 0, "p": 1, "shares": 2, "grad": 3, "arrived": 3}  # of csrc/cuda_reduce.cpp
 ARRIVED = "arrived_ptr"  # a counter that no other launch at work may have
 MOST = 8192  # twice as many as are remembered there
 MOST_ADDRESSES = 1024  # of descriptors, an operand
@@ -39,7 +40,7 @@ _numbers = itertools.count(1)
 
 
 def start(record: int, addresses: Sequence[int]) -> None:
-    """Repeat a launch on these addresses, in the order of `FORWARD` or `BACKWARD`."""
+    """Repeat a launch on these addresses, in the order that it was kept with."""
     _records[record](addresses)
 
 
@@ -57,9 +58,14 @@ def keep(launches: Sequence[Launch], order: dict[str, int]) -> tuple[int, int, i
     number = next(_numbers)
     _records[number] = made
     _records.pop(number - MOST, None)
-    summed = bool(launch.operands.get("SUMMED"))
-    slots = len(launch.operands["shares_ptr"]) if launch.operands.get("GRAD") else 0
-    return number, slots, int(summed)
+    has_shares = launch.operands.get("GRAD", "shares_ptr" in launch.operands)
+    slots = len(launch.operands["shares_ptr"]) if has_shares else 0
+    return number, slots, int(_summed(launch))
+
+
+def _summed(launch: Launch) -> bool:
+    """Whether its programs are counted, for the last one to sum."""
+    return bool(launch.operands.get("SUMMED", ARRIVED in launch.operands))
 
 
 def _repeatable(launch: Launch, order: dict[str, int]) -> Callable[[Sequence[int]], None] | None:
@@ -93,7 +99,7 @@ def _repeatable(launch: Launch, order: dict[str, int]) -> Callable[[Sequence[int
     pick = itemgetter(*places)
 
     next_counter = None
-    if launch.operands.get("SUMMED"):
+    if _summed(launch):
         name, counter = names[in_memory - 1], operands[in_memory - 1]
         if name != ARRIVED:
             return None

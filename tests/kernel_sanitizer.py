@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from fastspec.kernels import merge, sigma_grad, tile_program
+from fastspec.kernels import shift, sigma_grad, tile_program
 
 MARGIN = 64
 
@@ -93,7 +93,7 @@ def _itself(t, PRECISION: tl.constexpr):
 
 def without_rounding(patch: pytest.MonkeyPatch) -> None:
     """Operands of TF32 stay as they are: the interpreter multiplies in full float32, which shows all else."""
-    for module in (sigma_grad, tile_program, merge):
+    for module in (sigma_grad, tile_program, shift):
         patch.setattr(module, "rounded", _itself)
 
 

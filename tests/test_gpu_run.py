@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from gpu import device, record, run, tables, workers  # noqa: E402
+from gpu import device, predict, record, run, tables, workers  # noqa: E402
 from gpu.bars import Bar, bars  # noqa: E402
 
 from fastspec import _extension  # noqa: E402
@@ -210,3 +210,59 @@ def test_the_page_is_what_the_results_say():
     text = tables.page(sorted((ROOT / "bench/results/gpu").glob("*.json")))
     page = tables.PAGE.read_text()
     assert page.split(tables.BEGIN)[1].split(tables.END)[0].strip() == text.strip()
+
+
+@pytest.mark.parametrize("load", predict.LOADS[:2], ids=lambda load: load.name)
+def test_predictions_begin_where_a_card_has_measured(load):
+    """What the third run measured comes out of the model, and every part that was built brings something."""
+    measured = predict.measured()["steps"][load.floor]["ratios"]["fastspec, copies kept"]
+    over = []
+    for what in predict.CANDIDATES:
+        floor, ms, bound = predict.step(load, what, predict.H200)
+        over.append(ms / floor)
+        assert bound
+    assert abs(over[0] / measured - 1) < 0.05
+    assert over == sorted(over, reverse=True)
+    assert floor * 1e3 == pytest.approx(1e3 * predict.measured()["steps"][load.floor]["floor_ms"])
+
+
+PARTS = """
+import json
+from gpu import device, networks
+
+def beside(layers, name):
+    rooms = [layer._kept.room for layer in layers]
+    found = [(r.effective.untyped_storage().data_ptr(), getattr(r, name)) for r in rooms]
+    return all(t is not None and t.untyped_storage().data_ptr() == whole for whole, t in found)
+
+base, found = networks.base_of(networks.MINILM), {}
+with device.as_on_card():
+    for name, prepare in networks.PARTS.items():
+        step = networks.make(prepare, base, networks.MINILM)
+        for _ in range(2):
+            step.loss().backward()
+        layers = [layer for _, layer in networks.adapted(step.model)]
+        state = networks.together._known.get(step.model)
+        groups = None if state is None else len(state.sharing.groups)
+        found[name] = [beside(layers, "vh"), beside(layers, "u"), groups]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(_extension.load(build=False) is not None, reason="copies are joined by csrc/")
+def test_parts_of_copies_are_what_they_say():
+    """Each has its y and its dx joined, is made at once (else None) and shares inputs, as its name says."""
+    environment = {**os.environ, "FASTSPEC_GPU_REHEARSE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "bench")])
+    done = subprocess.run(
+        command(PARTS), env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "all": [True, True, 2],  # of two blocks
+        "nothing shared": [True, True, 0],
+        "dx joined, nothing shared": [False, True, 0],
+        "y joined, nothing shared": [True, False, 0],
+        "nothing joined": [False, False, 0],
+        "nothing joined, each layer for itself": [False, False, None],
+    }

@@ -377,3 +377,15 @@ def test_the_bridge_refuses_to_merge_what_is_read_besides():
         with pytest.raises(ValueError, match=r"blocks\.v can't be merged"):
             call()
     assert_close(model(X), y)
+
+
+def test_copies_that_are_made_before_a_call_are_nobodys_read():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)).bfloat16()
+    spectralize(model, SpectralConfig(rank=4))
+    fastspec.keep_merged(model)
+    x = torch.randn(5, 16, dtype=torch.bfloat16)
+    quietly(model.train(), x)  # the layers have copies from here on
+    with torch.no_grad():
+        quietly(model.eval(), x)
+    assert [model[0].read, model[2].read] == [False, False]
+    quietly(merge, model)

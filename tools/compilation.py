@@ -24,7 +24,8 @@ TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 FLOAT32_POINTERS = ("delta_ptr", "grad_ptr", "shares_ptr", "sum_ptr", "made_for_ptr")
 INT32_POINTERS = ("arrived_ptr",)
 INT64_POINTERS = ("task_ptr", "order_ptr", "bounds_ptr")
-COUNTS = ("N", "TASKS", "tiles_each", "steps")  # what no shape makes a multiple of 16
+# what no shape makes a multiple of 16
+COUNTS = ("N", "TASKS", "tiles_each", "steps", "slots", "cells", "forced")
 SIZES = ("IN", "OUT", "K", "D")  # with the strides, what makes operands aligned
 
 # The matrix instructions of the three generations, newest first; `fma` is the scalar units'.

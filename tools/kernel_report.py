@@ -17,7 +17,7 @@ import torch
 import triton
 from compilation import TYPE_NAMES, Compiled, compile_kernel
 
-from fastspec.kernels import arrival, merge, sigma_grad, tile_program, tiles, tma
+from fastspec.kernels import arrival, kept, merge, reduce, sigma_grad, tile_program, tiles, tma
 
 CAPABILITIES = (80, 90, 100)
 KINDS: dict[tiles.Kind, tuple[torch.dtype, ...]] = {
@@ -104,11 +104,25 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     kernel = sigma_grad.sum_by_task_kernel
     yield Variant("sigma_grad: rows by task", kernel, constants, rows_tile, loads_tiles=False)
     constants = {"stride_wi": 1, "stride_uk": 1, "stride_vi": 1, "stride_oi": 1}
-    constants |= {"DTYPE": merge.ELEMENT[dtype], "SCALED": True, "ALIGNED": True}
+    constants |= {"DTYPE": merge.ELEMENT[dtype], "CORE": "diag", "ALIGNED": True}
     constants |= {"PRECISION": precision, "TRANSPOSED": kind == "tf32"}
     tile = merge.TILES[kind]
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tile.block_k}
     yield Variant("merge", merge.merge_kernel, constants, tile)
+    tile = tiles.Tile(reduce.AT_ONCE // 32, 32, 0, 4, 3)
+    constants = {**arrival.blocks(32), "SLOTS": reduce.MOST_PROGRAMS, "BLOCK_M": tile.block_m}
+    yield Variant("reduce: k 32", reduce.reduce_kernel, constants, tile, loads_tiles=False)
+    if kind != "16bit":
+        return
+    sides = {"stride_wi": 1, "stride_uk": 1, "stride_vi": 1, "stride_oi": 1, "CELLS": 32}
+    tile = kept.TILE
+    sides |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": 32}
+    for core in ("diag", "dense"):
+        constants = {**sides, "CORE": core, "BIAS": False}
+        yield Variant(f"keep: one layer, {core}", kept.keep_kernel, constants, tile)
+        addresses = {"DTYPE": merge.ELEMENT[dtype], "ALIGNED": True, "BIAS": True}
+        kernel = kept.keep_all_kernel
+        yield Variant(f"keep: all layers, {core}", kernel, constants | addresses, tile)
 
 
 def _tma_variants(core: str, rank: int, tile: tiles.Tile, precision: str) -> Iterator[Variant]:

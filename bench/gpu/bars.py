@@ -59,6 +59,7 @@ def bars(steps: Mapping[str, Rows]) -> Iterator[Bar]:
         what = f"layer step over the frozen layer, {name}"
         yield Bar(what, at(row, "chosen", "ratio"), *limits)
         yield Bar(f"{what}, copy kept", at(row, "kept", "ratio"), *limits)
+        yield Bar(f"{what}, copy kept and joined", at(row, "joined", "ratio"), *limits)
     whole = {**steps.get("steps", {}), **steps.get("compiled", {})}
     for name, limits in STEPS.items():
         for which, note in ((OURS, ""), (KEPT, ", copies kept")):

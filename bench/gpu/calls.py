@@ -17,12 +17,13 @@ import fastspec
 from fastspec import _extension
 from fastspec.kernels import dispatch
 from fastspec.ops import aten
-from fastspec.ops.kept import keep_merged
+from fastspec.ops.kept import Room, keep_merged
 from fastspec.precision import allows_tf32
-from gpu.device import REHEARSING
+from gpu.device import REHEARSING, as_on_card
 
 CHOSEN = "chosen"  # what the dispatcher takes by itself
-KEPT = "kept"  # with a copy of W + U C Vh that was made before (`fastspec.keep_merged`)
+KEPT = "kept"  # with a copy of W + U C Vh that was made before
+JOINED = "joined"  # the same beside its factors, as `fastspec.keep_merged` lays it out
 # matrix units cut operands to TF32, which adds up along chains of products: of a gradient's six operands the
 # kernels round two, and sqrt((4 x 3.5e-4)^2 + 6 x (2.2e-4)^2) = 1.5e-3 (tests/test_kernels, emulated)
 TF32_TOLERANCE = 2e-3
@@ -35,7 +36,7 @@ fastspec.spectral_linear  # noqa: B018  (registers the operators)
 def forced(name: str) -> Iterator[None]:
     """Only this candidate; ValueError where it can't serve a call inside."""
     before = os.environ.pop("FASTSPEC_BACKEND", None)
-    if name not in (CHOSEN, KEPT):
+    if name not in (CHOSEN, KEPT, JOINED):
         os.environ["FASTSPEC_BACKEND"] = name
     elif REHEARSING:
         os.environ["FASTSPEC_BACKEND"] = "aten"  # there are no events to time by
@@ -43,7 +44,8 @@ def forced(name: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="FASTSPEC_BACKEND=.* cannot serve")
             try:
-                yield
+                with as_on_card() if name == JOINED else contextlib.nullcontext():
+                    yield
             except UserWarning as error:
                 raise ValueError(str(error)) from None
     finally:
@@ -52,20 +54,33 @@ def forced(name: str) -> Iterator[None]:
             os.environ["FASTSPEC_BACKEND"] = before
 
 
-def pair(t: dict, core: str, kept: bool = False) -> Pair:
-    """(forward, backward) of the operators on operands of `kernel_problems.problem`."""
-    weight, forward = t["w"], "factored"  # "merged" is a candidate beside it
-    if kept:
-        weight, forward = torch.empty_like(t["w"]), "resident"
-        factors = (t["w"], t["u"], t["vh"], t["delta"], core, True)
-        keep_merged(weight, torch.empty_like(t["delta"]), *factors)
+def pair(t: dict, core: str, name: str = CHOSEN) -> Pair:
+    """(forward, backward) of the operators on operands of `kernel_problems.problem`.
+
+    Raises:
+        ValueError: a copy can't be joined.
+    """
+    weight, u, vh, bias, forward = t["w"], t["u"], t["vh"], t["bias"], "factored"
+    if name in (KEPT, JOINED):
+        room = Room(torch.empty_like(weight))
+        if name == JOINED:
+            room = Room.like(weight, bias, u, vh)
+            if room.u is None:
+                raise ValueError("a joined copy cannot serve these operands")
+        made_for = torch.empty_like(t["delta"])
+        keep_merged(
+            room.effective, made_for, weight, u, vh, t["delta"], core, True, bias, room.bias
+        )
+        weight, forward = room.effective, "resident"
+        if room.u is not None:
+            u, vh, bias = room.u, room.vh, room.bias
     common = {
-        "weight": weight, "u": t["u"], "s": torch.ones(t["u"].shape[1], device=t["u"].device),
-        "vh": t["vh"], "delta": t["delta"], "core": core, "gradient": "two_sided", "forward": forward,
+        "weight": weight, "u": u, "s": torch.ones(u.shape[1], device=u.device),
+        "vh": vh, "delta": t["delta"], "core": core, "gradient": "two_sided", "forward": forward,
     }  # fmt: skip
-    first, second = operators()
+    first, second = operators(name)
     return (
-        lambda: first(x=t["x"], bias=t["bias"], **common),
+        lambda: first(x=t["x"], bias=bias, **common),
         lambda p: second(g=t["g"], x=None, p=p, **common, needs_dx=True, needs_delta=True),
     )
 
@@ -82,9 +97,9 @@ def jacobi_eigh() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return torch.ops.fastspec.jacobi_eigh
 
 
-def operators() -> tuple[Callable, Callable]:
+def operators(name: str = CHOSEN) -> tuple[Callable, Callable]:
     """Forward and backward as the card has them; a rehearsal goes to the dispatcher past the CPU's own."""
-    if REHEARSING:
+    if REHEARSING and name != JOINED:
         return (
             functools.partial(dispatch.spectral_linear, aten=aten.spectral_linear),
             functools.partial(
@@ -102,7 +117,7 @@ def errors(t: dict, core: str, name: str) -> dict[str, float]:
         ValueError: the candidate can't serve this layer.
     """
     with forced(name):
-        forward, backward = pair(t, core, name == KEPT)
+        forward, backward = pair(t, core, name)
         for _ in range(3):  # the last one repeats what the first has left (kernels/records.py)
             y, p = forward()
             dx, grad = backward(p)
@@ -115,4 +130,15 @@ def tolerance(dtype: torch.dtype) -> float:
     return TF32_TOLERANCE if dtype == torch.float32 and allows_tf32() else TOLERANCE[dtype]
 
 
-__all__ = ["CHOSEN", "KEPT", "Pair", "errors", "forced", "jacobi_eigh", "pair", "tf32", "tolerance"]
+__all__ = [
+    "CHOSEN",
+    "JOINED",
+    "KEPT",
+    "Pair",
+    "errors",
+    "forced",
+    "jacobi_eigh",
+    "pair",
+    "tf32",
+    "tolerance",
+]

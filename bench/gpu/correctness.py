@@ -23,6 +23,7 @@ from fastspec.kernels.sigma_grad import sigma_grad
 from fastspec.svd.options import residual_floor
 from gpu import calls, device, record, workers
 from gpu.device import DEVICE, pick
+from gpu.kept import copies
 from gpu.record import Record
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -207,6 +208,7 @@ def flat(what: str) -> tuple[dict[str, float], float]:
     fastspec.spectralize(
         model, fastspec.SpectralConfig(rank=pick(16, 4), basis="random", modules_to_save=[])
     )
+    fastspec.keep_merged(model, what == "training with copies")
     x = torch.randn(
         64, layer.in_features, device=DEVICE, dtype=layer.weight.dtype, requires_grad=True
     )
@@ -220,7 +222,7 @@ def flat(what: str) -> tuple[dict[str, float], float]:
     def merge_and_back() -> None:
         fastspec.unmerge(fastspec.merge(model))
 
-    step = {"training": train, "merging": merge_and_back}[what]
+    step = merge_and_back if what == "merging" else train
     before = 0
     for i in range(CALLS):
         step()
@@ -269,6 +271,9 @@ def _checks() -> Iterator[Check]:
                 yield Check(f"operator {core} {kind} {how}", run)
     for dtype in pick((BF16, FP16, FP32), (FP32,)):
         yield Check(f"merge {dtype}", lambda d=dtype: merging(d))
+    for dtype in (BF16, FP16):
+        for how in ("eager", "graphed"):
+            yield Check(f"kept copies {dtype} {how}", lambda d=dtype, h=how: copies(d, h))
     for size in pick(
         [(384, 384, 32), (1536, 384, 32), (768, 768, 768), (50, 40, 3)], [(20, 16, 3)]
     ):
@@ -276,7 +281,7 @@ def _checks() -> Iterator[Check]:
     for order in pick((1, 5, 64, 100, 128, 129, 200, 256), (5,)):
         for dtype in (FP32, torch.float64):
             yield Check(f"jacobi_eigh {order} {dtype}", lambda n=order, d=dtype: eigenvalues(n, d))
-    for what in ("training", "merging"):
+    for what in ("training", "training with copies", "merging"):
         yield Check(f"memory over {CALLS} calls, {what}", lambda w=what: flat(w))
 
 

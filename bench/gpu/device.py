@@ -10,11 +10,14 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastspec.ops import cuda
 
 REHEARSING = os.environ.get("FASTSPEC_GPU_REHEARSE") == "1"
 DEVICE = torch.device("cpu" if REHEARSING else "cuda")
@@ -27,6 +30,16 @@ Step = Callable[[], object]
 def pick(real: Any, tiny: Any) -> Any:
     """A size: the real one on a card, a tiny one in a rehearsal."""
     return tiny if REHEARSING else real
+
+
+@contextlib.contextmanager
+def as_on_card() -> Iterator[None]:
+    """In a rehearsal, inside, operators take the card's way through csrc/, with ATen's calls for kernels."""
+    with contextlib.ExitStack() as stack:
+        if REHEARSING:
+            stack.enter_context(mock.patch.dict(os.environ, FASTSPEC_BACKEND="aten"))
+            stack.enter_context(cuda.on_cpu())
+        yield
 
 
 def synchronise() -> None:

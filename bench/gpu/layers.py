@@ -22,7 +22,7 @@ from support import relative_error
 from fastspec.kernels import choice
 from fastspec.kernels.merge import merge
 from gpu import device, record, workers
-from gpu.calls import CHOSEN, KEPT, errors, forced, pair, tf32, tolerance
+from gpu.calls import CHOSEN, JOINED, KEPT, errors, forced, pair, tf32, tolerance
 from gpu.device import DEVICE, pick
 from gpu.record import Record
 
@@ -83,7 +83,7 @@ def check(index: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tf32(layer.dtype == FP32):
         t = problem(layer.n, layer.d, layer.out, layer.k, layer.core, layer.dtype, device=DEVICE)
-        kept = [KEPT] if layer.dtype == BF16 and layer.core != "band" else []
+        kept = [KEPT, JOINED] if layer.dtype == BF16 and layer.core != "band" else []
         for name in (*choice.NAMES, *kept):
             try:
                 found[name] = max(errors(t, layer.core, name).values())
@@ -158,7 +158,6 @@ def in_graph(everything: list[dict], core: str, name: str | None, phase: str) ->
 
     Every result has memory of its own, as in a model.
     """
-    pairs = [frozen(t) if name is None else pair(t, core, name == KEPT) for t in everything]
 
     def step() -> list:
         kept: list[Any] = []
@@ -171,6 +170,7 @@ def in_graph(everything: list[dict], core: str, name: str | None, phase: str) ->
         return kept
 
     with forced(name) if name else contextlib.nullcontext():
+        pairs = [frozen(t) if name is None else pair(t, core, name) for t in everything]
         saved = [forward()[1] for forward, _ in pairs]
     return device.graphed(step, launches=True)
 

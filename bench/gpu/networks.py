@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fastspec
+from fastspec.nn import together
+from fastspec.nn.kept_weight import KeptWeight
+from fastspec.ops.kept import Room
 from gpu.device import DEVICE, REHEARSING, pick
 
 BF16 = torch.bfloat16
@@ -155,6 +159,34 @@ def kept(model: nn.Module, load: Workload) -> nn.Module:
     return fastspec.keep_merged(spectral()(model, load))
 
 
+def kept_with(
+    joined: Collection[str] = ("y", "dx"), at_once: bool = True, shared: bool = True
+) -> Callable[[nn.Module, Workload], nn.Module]:
+    """`kept` with some of its parts: which products are joined; all copies made at once; shared inputs."""
+
+    def room(layer: Any) -> Room:
+        factors = layer.u, layer.vh
+        whole = Room.like(layer.weight.detach(), layer.bias, *factors)
+        if whole.u is None or not joined:
+            return Room(torch.empty_like(layer.weight))
+        if "y" not in joined:  # a factor that lies elsewhere is multiplied by itself
+            return dataclasses.replace(whole, vh=layer.vh)
+        return whole if "dx" in joined else dataclasses.replace(whole, u=layer.u)
+
+    def prepare(model: nn.Module, load: Workload) -> nn.Module:
+        model = kept(model, load)
+        for _, layer in adapted(model):
+            layer._kept = KeptWeight(layer, None, room(layer))  # type: ignore[assignment]
+        if not at_once:
+            together.remove(model)
+        elif not shared:
+            state = together._known.setdefault(model, together.Together())
+            state.sharing.learn = lambda runs: None  # type: ignore[method-assign]
+        return model
+
+    return prepare
+
+
 def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules of spectral layers."""
     for name, module in model.named_modules():
@@ -206,6 +238,17 @@ CANDIDATES: dict[str, Callable[[nn.Module, Workload], nn.Module]] = {
     "EigenTune": eigentune,
     "PEFT LoRA r8": lora,
     "full finetuning": full,
+}
+
+
+# what each part of the kept copies brings, in graphs alone
+PARTS: dict[str, Callable[[nn.Module, Workload], nn.Module]] = {
+    "all": kept,
+    "nothing shared": kept_with(shared=False),
+    "dx joined, nothing shared": kept_with(("dx",), shared=False),
+    "y joined, nothing shared": kept_with(("y",), shared=False),
+    "nothing joined": kept_with(()),
+    "nothing joined, each layer for itself": kept_with((), at_once=False),
 }
 
 

@@ -13,15 +13,19 @@ import torch
 from kernel_problems import problem
 from support import relative_error
 
-from fastspec.kernels import dispatch, spectral_linear, tma
+from fastspec.kernels import dispatch, kept, spectral_linear, tma
 from fastspec.kernels.merge import merge
+from fastspec.kernels.reduce import reduce_diagonal
 from fastspec.kernels.sigma_grad import sigma_grad
 from gpu.calls import jacobi_eigh
 from gpu.device import DEVICE, REHEARSING, pick, synchronise
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # substrings of the kernels' names
-KERNELS = ("spectral_linear", "project_kernel", "sum_by_task", "merge_kernel", "jacobi_eigh")
+KERNELS = (
+    *("spectral_linear", "project_kernel", "sum_by_task", "merge_kernel", "jacobi_eigh"),
+    *("reduce_kernel", "keep_kernel", "keep_all", "note_all"),
+)
 
 
 def launch(n: int, d: int, out: int, k: int, core: str, dtype: torch.dtype) -> None:
@@ -47,6 +51,23 @@ def merge_some(count: int, d: int, out: int, k: int) -> None:
     merge(*[[t[name] for t in layers] for name in ("w", "u", "vh", "delta")])
 
 
+def keep_some(count: int, n: int, d: int, out: int, k: int) -> None:
+    """Copies of layers, each alone and all together, and the gradient that belongs to them."""
+    dtype = pick(BF16, torch.float16)
+    layers = []
+    for seed in range(count):
+        t = problem(n, d, out, k, "diag", dtype, seed, DEVICE)
+        copies = torch.empty_like(t["w"]), torch.full_like(t["delta"], float("nan"))
+        factors = t["w"], t["u"], t["vh"], t["delta"], "diag"
+        kept.keep(*copies, *factors, False, t["bias"], torch.empty_like(t["bias"]))
+        layers.append((*copies, *factors, t["bias"], torch.empty_like(t["bias"])))
+        reduce_diagonal(t["g"][:, :k], t["x"][:, :k].contiguous())
+    tables = kept.Tables(layers)
+    for change in range(2):  # nothing to make, then all
+        layers[0][5].add_(change)
+        tables.launch()
+
+
 def jacobi(order: int, dtype: torch.dtype, count: int) -> None:
     """Nearly diagonal matrices, which take few sweeps."""
     g = torch.Generator(DEVICE).manual_seed(0)
@@ -63,6 +84,7 @@ def tiny_kernels() -> None:
             launch(*pick((70, 136, 200, 32), (5, 24, 16, 8)), core, dtype)
         launch(*pick((3, 40, 72, 13), (3, 8, 16, 5)), "band", dtype)
     merge_some(2, *pick((136, 72, 32), (16, 8, 4)))
+    keep_some(3, *pick((300, 136, 72, 32), (9, 16, 8, 4)))
     synchronise()
 
 

@@ -40,6 +40,11 @@ def check(load: Workload, base: torch.nn.Module, rows: Record) -> None:
         return float((gradients(step) - want).norm() / want.norm())
 
     own, theirs = error(ours), error(plain)
+    with rows.row(f"{load} gradients with copies kept"):
+        copies = networks.make(networks.kept, base, load)
+        first = error(copies)  # each layer for itself; then all at once, and from shared inputs
+        rows.add(f"{load} gradients with copies kept", off=[first, error(copies), error(copies)])
+        del copies
     with rows.row(f"{load} gradients of EigenTune"):
         theirs_too = error(networks.make(networks.eigentune, base, load))
         rows.add(f"{load} gradients of EigenTune", off=theirs_too)
@@ -83,7 +88,7 @@ def in_graphs(
     load: Workload, steps: Mapping[str, TrainingStep], rows: Record
 ) -> dict[str, device.Step]:
     """A graph of each whole step whose replay has the step's loss."""
-    before = losses(steps)
+    before = {name: float(step.loss().detach()) for name, step in steps.items()}
     graphs: dict[str, device.Step] = {}
     for name, step in steps.items():
         with rows.row(f"{load} graph of {name}"):
@@ -120,14 +125,20 @@ def measure(load: Workload, rows: Record) -> None:
     losses(steps)
     compare(f"{load} eager", steps, rows, device.wall)
     memory(load, steps, rows)
-    compare(f"{load} graphed", in_graphs(load, steps, rows), rows, device.on_device)
+    graphs = in_graphs(load, steps, rows)
+    compare(f"{load} graphed", graphs, rows, device.on_device)
+    if load.targets == networks.ENCODER and rows.enough(pick(12, 0), f"{load} parts of copies"):
+        graphs = {FLOOR: graphs[FLOOR]}
+        parts = {name: networks.make(p, base, load) for name, p in networks.PARTS.items()}
+        graphs |= in_graphs(load, parts, rows)
+        compare(f"{load} graphed, parts of kept copies", graphs, rows, device.on_device)
 
 
 def main() -> int:
     rows = Record("steps")
     for load in networks.WORKLOADS:
         if rows.enough(pick(8, 0), str(load)):
-            with rows.row(str(load)):
+            with rows.row(str(load)), device.as_on_card():
                 measure(load, rows)
         device.free()
     return rows.status()

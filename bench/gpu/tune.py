@@ -19,6 +19,8 @@ from kernel_problems import exact, problem
 from support import relative_error
 
 from fastspec.kernels import tiles, tma
+from fastspec.kernels.reduce import reduce_diagonal
+from fastspec.kernels.sigma_grad import sigma_grad
 from gpu import device, record, workers
 from gpu.calls import tolerance
 from gpu.device import DEVICE, pick
@@ -83,7 +85,10 @@ def parts(t: dict) -> dict[str, Callable[[], Any]]:
     """Products that a layer may be made of, by name; forward ones begin with "y", backward ones with "dx"."""
     both = torch.cat([t["w"], t["vh"]])  # [out + k, in]
     across = torch.cat([t["w"], t["u"]], dim=1)  # [out, in + k]
-    z = (t["x"] @ t["vh"].mT * t["delta"]).to(t["x"].dtype)
+    p = t["x"] @ t["vh"].mT
+    z = (p * t["delta"]).to(p.dtype)
+    wide_p, wide_q = t["x"] @ both.mT, t["g"] @ across  # as their products leave them
+    out, d = t["w"].shape
 
     def chain() -> tuple:
         p = t["x"] @ t["vh"].mT
@@ -100,9 +105,15 @@ def parts(t: dict) -> dict[str, Callable[[], Any]]:
         "y, b + z U^T": lambda: torch.addmm(t["bias"], z, t["u"].mT),
         "y, thin product first": chain,
         "y, [W; Vh] in one product": lambda: t["x"] @ both.mT,
+        "y, p copied from there": lambda: wide_p[:, out:].clone(),
+        "y, read as columns of it": lambda: wide_p[:, :out] + t["g"],
+        "y, read by itself": lambda: t["g"] + t["g"],
         "dx, q = g U": lambda: t["g"] @ t["u"],
         "dx, thin product first": chain_back,
         "dx, [W, U] in one product": lambda: t["g"] @ across,
+        "dx, gradient from there in one launch": lambda: reduce_diagonal(wide_q[:, d:], p),
+        "dx, gradient by ATen": lambda: (wide_q[:, d:].float() * p).sum(0),
+        "dx, g U and gradient by sigma_grad": lambda: sigma_grad(t["g"], t["u"], p),
     }
 
 
@@ -131,7 +142,7 @@ def measure(layer: Layer, way: str, right: list[int], rows: Record) -> None:
     for name in products[0]:
         if name.startswith(way):
             calls = [product[name] for product in products]
-            steps[name] = device.graphed(functools.partial(each, calls))
+            steps[name] = device.graphed(functools.partial(each, calls), launches=True)
     plain = [
         frozen(t)[0] if way == "y" else functools.partial(frozen(t)[1], None) for t in everything
     ]

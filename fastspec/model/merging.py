@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastspec.model.passed_by import refuse_read, unwatch, warn_passed_by
 from fastspec.model.targets import allow_fused_inference, spectral_layers, unwrap
+from fastspec.nn import together
 from fastspec.nn.layer import SpectralLayer
 
 # what names in the state dict of a wrapped model begin with
@@ -68,11 +69,20 @@ def unmerge(model: nn.Module) -> nn.Module:
 def keep_merged(model: nn.Module, keep: bool = True) -> nn.Module:
     """Keep a merged copy of every adapted weight between calls (see `SpectralLinear.keep_merged`).
 
+    The copies of a device, and those in 16 bits, are compared with the coefficients all at once, as the
+    model's forward begins. Inside it, coefficients are taken to be those that it began with.
+
+    On a GPU, in 16 bits, a layer's output may be columns of a wider matrix: it is then not contiguous, and
+    code that calls `view` across its rows has to call `reshape`. docs/gpu.md says what else is done there.
+
     Raises:
         ValueError: the model has no adapter.
     """
     for _, layer in _layers(model):
         layer.keep_merged(keep)
+    inner = unwrap(model)
+    if not isinstance(inner, SpectralLayer):  # which compares for itself
+        (together.install if keep else together.remove)(inner)
     return model
 
 
@@ -113,6 +123,7 @@ def _unloaded(model: nn.Module, merged: bool) -> nn.Module:
     for layer in plain.values():
         rehook(layer)
     allow_fused_inference(model)
+    together.remove(model)
     unwatch(model)
     for module in model.modules():
         module.__dict__.pop("save_pretrained", None)

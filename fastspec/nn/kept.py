@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastspec.cores import Core
+from fastspec.nn.kept_weight import KeptWeight, kept_weight
 from fastspec.nn.parts import FrozenFactors
-from fastspec.ops.kept import CORES, keep_merged
 from fastspec.ops.plan import Plan
 
 
@@ -20,8 +20,8 @@ class KeptCopy(FrozenFactors):
     delta: Tensor
     core: Core
     forced_plan: Plan | None
-    # W + U C Vh, the coefficients it is for and, on a device, which tensor and version of it they were
-    _kept: tuple[Tensor, Tensor, Any] | None
+    # W + U C Vh and the coefficients it is for; in 16 bits or on a device, whoever compares them there
+    _kept: tuple[Tensor, Tensor] | KeptWeight | None
 
     @staticmethod
     def _matrix(weight: Tensor) -> Tensor:
@@ -56,35 +56,13 @@ class KeptCopy(FrozenFactors):
         ):
             return None
         if weight.device.type != "cpu" or weight.dtype.itemsize < 4:
-            return self._kept_on_device(delta)
+            on_device = kept_weight(self)
+            return None if on_device is None else on_device.effective
         if not delta.any():
             return self._matrix(weight)  # bit for bit the pretrained layer, without a copy
-        if self._kept is None or not torch.equal(self._kept[1], delta):
+        kept = self._kept
+        if not isinstance(kept, tuple) or not torch.equal(kept[1], delta):
             # a new tensor: a graph may still hold the old one for its backward
             with torch.inference_mode(False):  # kept beyond it, for training too
-                self._kept = (self._merged_weight(), delta.clone(), None)
-        return self._matrix(self._kept[0])
-
-    def _kept_on_device(self, delta: Tensor) -> Tensor | None:
-        """The same without a look at values: the operator compares, where the weight is."""
-        if self.core not in CORES:
-            return None
-        state = (id(self.delta), self.delta._version)
-        if changed := self._kept is None or self._kept[2] != state:
-            # a new tensor: a graph may still hold the old one for its backward
-            with torch.inference_mode(False):
-                copy, made_for = torch.empty_like(self.weight), torch.empty_like(delta)
-            self._kept = (copy.detach(), made_for, state)
-        assert self._kept is not None
-        copy, made_for, _ = self._kept
-        keep_merged(
-            self._matrix(copy),
-            made_for,
-            self._matrix(self.weight.detach()),
-            self.u,
-            self.vh,
-            delta,
-            self.core,
-            changed,
-        )
-        return self._matrix(copy)
+                self._kept = kept = (self._merged_weight(), delta.clone())
+        return self._matrix(kept[0])

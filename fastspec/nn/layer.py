@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from fastspec.config import Path
 from fastspec.cores import Core, delta_shape
+from fastspec.nn import together
 from fastspec.nn.batch_rows import Layout, Rows
 from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.follow import FollowsWeight
 from fastspec.nn.kept import KeptCopy
+from fastspec.nn.kept_weight import KeptWeight
 from fastspec.nn.made_from import Seen, is_quantised, readable
 from fastspec.nn.parts import kept_in_float32, merged_weight, same_values, take_over
 from fastspec.ops import reference
@@ -141,6 +143,13 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         w = self._matrix(weight)
         if self.path == "reference":
             return reference.spectral_linear(x, w, bias, u, vh, delta, self.core)
+        effective = self._kept_weight() if self.keeps_merged else None
+        kept = self._kept
+        if effective is not None and isinstance(kept, KeptWeight):
+            y = together.shared_output(self, kept, x)
+            if y is not None:
+                return y
+            bias, u, vh = kept.beside(bias, u, vh)
         return spectral_linear(
             x,
             w,
@@ -152,7 +161,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
             core=self.core,
             singular_basis=self.singular_basis,
             plan=self.forced_plan,
-            effective=self._kept_weight() if self.keeps_merged else None,
+            effective=effective,
         )
 
     def _operands(self) -> tuple | None:

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from fastspec import _extension
 
 DEVICE = "cuda"  # whose tensors are traced through; tests trace on a CPU
 _served: dict[str, Callable[..., Any]] = {}
+_on_cpu = False  # inside `on_cpu`
 
 
 @functools.cache
@@ -41,6 +43,12 @@ def _dispatch() -> Any:
 def _in_csrc() -> bool:
     """Whether the compiled part is there and serves CUDA: one built from older sources does not."""
     return _extension.load() is None and hasattr(torch.ops.fastspec, "serve_cpu_as_cuda")
+
+
+def joins_products(device: torch.device) -> bool:
+    """Whether csrc/cuda_joined.cpp and csrc/cuda_shared_input.cpp serve tensors of this device."""
+    here = device.type == "cuda" or _on_cpu
+    return here and _in_csrc() and hasattr(torch.ops.fastspec, "shared_input")
 
 
 @functools.cache
@@ -88,6 +96,21 @@ def register(name: str, aten: Callable[..., Any], schema: str | None = None) -> 
         return mode.__torch_dispatch__(op, types, args, kwargs or {})
 
 
+# csrc/cuda_reduce.cpp asks it for calls that are new to it: the gradient, and what to remember
+torch.library.define("fastspec::choose_reduce_diagonal", "(Tensor q, Tensor p) -> (Tensor, int[])")
+
+
+@torch.library.impl("fastspec::choose_reduce_diagonal", "CompositeExplicitAutograd")
+def _(q: Tensor, p: Tensor) -> tuple[Tensor, list[int]]:
+    if has_triton():
+        from fastspec.kernels import reduce
+
+        if reduce.serves(q, p):
+            with torch.cuda.device_of(q):
+                return reduce.reduce_to_keep(q, p)
+    return (q.float() * p).sum(0).float(), [0, 0, 0, 0]
+
+
 torch.library.define("fastspec::launch", "(int record, int[] addresses) -> ()")
 
 
@@ -99,15 +122,18 @@ def _(record: int, addresses: list[int]) -> None:
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """Inside, CPU tensors take the route of CUDA tensors: for tests and timings without a GPU."""
+    global _on_cpu
     library = torch.library.Library("fastspec", "IMPL")
     compiled = _in_csrc()
     try:
+        _on_cpu = True
         if compiled:
             torch.ops.fastspec.serve_cpu_as_cuda(True)
         for name, served in _served.items():
             library.impl(name, served, "CPU", allow_override=True)
         yield
     finally:
+        _on_cpu = False
         library._destroy()
         if compiled:
             torch.ops.fastspec.serve_cpu_as_cuda(False)

@@ -4,9 +4,15 @@ In 16 bits the sum can't be rounded to the nearest number: a shift below half a 
 would vanish altogether. Each entry of the copy has a threshold of its own instead, the same for ever. It is
 rounded up where what lies beyond the last bit exceeds the threshold, else down. With delta = 0 the copy is W
 bit for bit, and over many entries the error averages to nothing. For one entry it stays below one unit.
+
+A copy may lie beside its factors and a copy of the bias (`Room`), so that one product makes a layer and its
+projection.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +22,7 @@ from fastspec.ops import aten, cuda
 torch.library.define(
     "fastspec::keep_merged",
     "(Tensor(a!) out, Tensor(b!) made_for, Tensor weight, Tensor u, Tensor vh, Tensor delta, str core,"
-    " bool forced) -> ()",
+    " bool forced, Tensor? bias=None, Tensor(c!)? bias_out=None) -> ()",
 )
 
 CORES = ("diag", "dense")
@@ -55,7 +61,11 @@ def _keep(
     delta: Tensor,
     core: str,
     forced: bool,  # made in any case; else only where delta differs from made_for
+    bias: Tensor | None = None,  # [out]
+    bias_out: Tensor | None = None,  # [out], a copy of it
 ) -> None:
+    if bias is not None and bias_out is not None:
+        bias_out.copy_(bias)
     # elsewhere the host would wait for the answer
     if not forced and weight.device.type == "cpu" and torch.equal(made_for, delta):
         return
@@ -74,19 +84,108 @@ def _keep_on_cuda(
     vh: Tensor,
     delta: Tensor,
     core: str,
-    forced: bool,  # made in any case; else only where delta differs from made_for
+    forced: bool,
+    bias: Tensor | None = None,
+    bias_out: Tensor | None = None,
 ) -> None:
-    operands = (out, made_for, weight, u, vh, delta)
-    served = weight.dtype in BITS_BEYOND and {u.dtype, vh.dtype} == {weight.dtype}
-    if served and cuda.has_triton():
+    operands = (out, made_for, weight, u, vh, delta, core, forced, bias, bias_out)
+    if _kernel_serves(weight, u, vh, delta):
         from fastspec.kernels.kept import keep
 
         with torch.cuda.device_of(weight):
-            keep(*operands, core, forced)
+            keep(*operands)
     else:
-        _keep(*operands, core, forced)
+        _keep(*operands)
+
+
+def _kernel_serves(weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor) -> bool:
+    """Whether Triton's kernel takes operands that lie on a GPU."""
+    alike = {u.dtype, vh.dtype} == {weight.dtype} and delta.dtype == torch.float32
+    return alike and weight.dtype in BITS_BEYOND and cuda.has_triton()
 
 
 torch.library.impl("fastspec::keep_merged", "CompositeExplicitAutograd", _keep)
 torch.library.impl("fastspec::keep_merged", "CUDA", _keep_on_cuda)
 keep_merged = torch.ops.fastspec.keep_merged.default
+
+# out, made_for, weight, u, vh, delta, core, bias, bias_out, as the operator's
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, Tensor | None, Tensor | None]
+
+
+def keep_together(layers: Sequence[Operands]) -> Callable[[], None]:
+    """A function that keeps the copies of many layers, again and again, as the operator keeps one.
+
+    On a GPU, in 16 bits, it is one launch for each kind of layer and one to end with. It then knows the
+    operands by address: they must stay where they are. Making it copies to the device, which no CUDA graph
+    takes.
+    """
+    by_device: dict[torch.device, list[Operands]] = {}
+    others: list[Operands] = []
+    for operands in layers:
+        _, _, weight, u, vh, delta, *_ = operands
+        on_gpu = weight.is_cuda and delta.is_contiguous() and _kernel_serves(weight, u, vh, delta)
+        (by_device.setdefault(weight.device, []) if on_gpu else others).append(operands)
+    calls: list[Callable[[], None]] = []
+    if by_device:
+        from fastspec.kernels.kept import Tables
+
+        calls = [Tables(members).launch for members in by_device.values()]
+
+    def keep() -> None:
+        for call in calls:
+            call()
+        for *operands, bias, bias_out in others:
+            keep_merged(*operands, False, bias, bias_out)
+
+    return keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Memory for a copy [out, in], and what lies beside it in the same storage, where anything does.
+
+    csrc/cuda_joined.h says how, and takes them from their places.
+    """
+
+    effective: Tensor  # [out, in]
+    u: Tensor | None = None  # [out, k]
+    vh: Tensor | None = None  # [k, in]
+    bias: Tensor | None = None  # [out]
+
+    @classmethod
+    def like(cls, weight: Tensor, bias: Tensor | None, u: Tensor, vh: Tensor) -> Room:
+        """Room for a copy of `weight` [out, in], beside its factors where csrc/ takes them there."""
+        if not joins(weight, bias, u, vh):
+            return cls(torch.empty_like(weight))
+        (out, columns), k = weight.shape, u.shape[1]
+        wide = padded(k)
+        # rows on 32 bytes: Triton tells sizes by whether 16 divides them
+        rows, row = out + wide, padded(columns + wide, 16)
+        storage = weight.new_zeros(rows * row + (0 if bias is None else rows))
+        matrix = storage[: rows * row].view(rows, row)
+        matrix[:out, columns : columns + k].copy_(u)
+        matrix[out : out + k, :columns].copy_(vh)
+        beside = matrix[:out, columns : columns + k], matrix[out : out + k, :columns]
+        of_bias = None if bias is None else storage[rows * row :][:out]
+        return cls(matrix[:out, :columns], *beside, of_bias)
+
+
+def padded(size: int, to: int = 8) -> int:
+    """The next multiple; of 8 in 16 bits are 16 bytes."""
+    return -(-size // to) * to
+
+
+def joins(weight: Tensor, bias: Tensor | None, u: Tensor, vh: Tensor) -> bool:
+    """Whether a copy of `weight` is worth laying out beside its factors: csrc/ takes it from there, on a GPU.
+
+    A trained bias has a gradient, so it stays itself.
+    """
+    operands = [weight, u, vh, *([] if bias is None else [bias])]
+    return (
+        cuda.joins_products(weight.device)
+        and weight.dtype in BITS_BEYOND
+        and all(type(t.data) is Tensor and t.dtype == weight.dtype for t in operands)
+        and weight.stride(1) == 1
+        and not any(size % 8 for size in weight.shape)
+        and not (bias is not None and bias.requires_grad)
+    )

@@ -19,7 +19,7 @@ from fastspec.kernels import tiles
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 # what `make test` compiles; the rest, near copies of these, only `make test-all`
-SMOKE = re.compile(r"rank tile 32|narrow|diag|project|merge|chunks|rows by task")
+SMOKE = re.compile(r"rank tile 32|narrow|diag|project|merge|chunks|rows by task|reduce|keep")
 
 
 def cases():

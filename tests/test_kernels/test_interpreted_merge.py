@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from kernel_problems import problem
@@ -15,7 +17,11 @@ import fastspec.ops.kept
 from fastspec import ops
 from fastspec.kernels import kept
 from fastspec.kernels import merge as merging
+from fastspec.kernels.launch import watched
 from fastspec.model.targets import spectral_layers
+from fastspec.nn import together
+from fastspec.nn.kept_weight import kept_weight
+from fastspec.ops.kept import Room
 
 
 @pytest.fixture
@@ -89,3 +95,112 @@ def test_a_kept_copy(size, core):
         made_for.copy_(t["delta"].zero_())
         kept.keep(out, made_for, *operands, True)
     assert torch.equal(out, t["w"]), "no shift: W bit for bit"
+
+
+KINDS = [(40, 24, 5, "diag"), (33, 130, 50, "diag"), (40, 24, 5, "dense")]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_copies_of_many_layers(room, monkeypatch):
+    """As many calls of the operator: values, coefficients noted, what has changed alone, a bias always."""
+    layers = []
+    for seed, (rows, columns, k, core) in enumerate(KINDS * 2):
+        t = problem(1, columns, rows, k, core, torch.float16, seed)
+        place = Room(torch.empty_like(t["w"]))
+        if room:  # as Room.like lays them out, in odd sizes
+            storage = torch.zeros(rows + k + 1, columns + k + 3, dtype=torch.float16)
+            u, vh = storage[:rows, columns : columns + k], storage[rows : rows + k, :columns]
+            place = Room(
+                storage[:rows, :columns], u.copy_(t["u"]), vh.copy_(t["vh"]), t["bias"] * 0
+            )
+        rest = (t["bias"], place.bias) if room else (None, None)
+        made_for = torch.full_like(t["delta"], float("nan"))
+        layers.append((place.effective, made_for, t["w"], t["u"], t["vh"], t["delta"], core, *rest))
+    tables = kept.Tables(layers)
+    reachable = [t for operands in layers for t in operands if isinstance(t, torch.Tensor)]
+
+    def launched() -> list[str]:
+        with sanitized() as watch, watched() as launches:
+            watch.reachable = reachable
+            tables.launch()
+        return [one.kernel.fn.__name__ for one in launches]
+
+    assert launched() == ["keep_all_kernel"] * 3 + ["note_all_kernel"]
+    for step in range(3):
+        for out, made_for, *operands, core, bias, bias_out in layers:
+            want, noted = torch.empty_like(operands[0]), torch.empty_like(made_for)
+            ops.kept._keep(want, noted, *operands, core, True)
+            assert torch.equal(noted, made_for)
+            assert relative_error(out, want) < 1e-3
+            assert core == "dense" or (out == want).float().mean() > 0.99
+            assert bias is None or torch.equal(bias_out, bias)
+        layers[0][0].fill_(7.0)
+        layers[1][5].mul_(step + 2.0)
+        if room:
+            layers[2][7].add_(1.0)
+        launched()
+        assert (layers[0][0] == 7.0).all(), "made for these coefficients already"
+        layers[0][1].fill_(float("nan"))
+        launched()
+
+
+def test_a_kept_copy_with_its_bias():
+    t = problem(1, 40, 70, 8, "diag", torch.float16)
+    out, made_for, bias = torch.empty_like(t["w"]), t["delta"].clone(), torch.empty_like(t["bias"])
+    operands = (out, made_for, t["w"], t["u"], t["vh"], t["delta"], "diag")
+    out.fill_(7.0)
+    with sanitized():
+        kept.keep(*operands, False, t["bias"], bias)
+    assert (out == 7.0).all()
+    assert torch.equal(bias, t["bias"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_kept_together_on_a_gpu(model, bias, monkeypatch):
+    """By the tables, from the second forward on; one launch for each kind."""
+    for at, layer in enumerate(model):
+        layer.weight.data = layer.weight.data.half()
+        layer.u, layer.vh = layer.u.half(), layer.vh.half()
+        layer.bias = nn.Parameter(layer.bias.detach().half(), requires_grad=False)
+        assert at or layer._matrix(layer.weight).shape == (40, 24)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    tables = []
+    make = kept.Tables
+    monkeypatch.setattr(
+        kept, "Tables", lambda members: tables.append(len(members)) or make(members)
+    )
+    fastspec.keep_merged(model)
+    layers = list(model)
+    for layer in layers:
+        kept_weight(layer)
+    state = together.Together()
+    for layer in layers:
+        state.layers[id(layer)] = weakref.ref(layer)
+    for scale in (1.0, -2.0):
+        for layer in layers:
+            layer.delta.data.fill_(scale)
+        with watched() as launches:
+            fresh = state.refresh()
+        assert set(fresh) == set(map(id, layers))
+        names = [one.kernel.fn.__name__ for one in launches]
+        assert names == ["keep_all_kernel"] * 3 + ["note_all_kernel"]
+        for layer in layers:
+            assert (
+                relative_error(layer._kept.effective, layer._matrix(layer.effective_weight()))
+                < 2e-3
+            )
+    assert tables == [5]
+    # while a graph is captured no table is made, and one that it was captured with is not given up
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert state.refresh()
+    (captured,) = state.captured
+    assert captured is state.keep
+    layers[0].delta = nn.Parameter(torch.ones(5))
+    layers[0]._kept = None
+    kept_weight(layers[0])
+    assert state.refresh() == {}
+    assert all(layer._kept.captured for layer in layers)
+    first = layers[0]._kept
+    layers[0].delta = nn.Parameter(torch.ones(5))
+    kept_weight(layers[0])
+    assert layers[0]._kept.before is first

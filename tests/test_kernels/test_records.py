@@ -51,6 +51,8 @@ class Device:
         self.started.append(started)
         if started.kernel == "project_kernel":
             self.project(started)
+        elif started.kernel == "reduce_kernel":
+            self.reduce(started.values)
         else:
             run = self.forward if "fwd" in started.kernel else self.backward
             run(started.values)
@@ -67,6 +69,17 @@ class Device:
         shares = memory(v["out_ptr"], (slots, cells), (cells, 1), torch.float32)
         shares.zero_()
         shares[0] = share
+
+    def reduce(self, v: dict) -> None:
+        """The coefficient gradient from both projections."""
+        n, k = v["N"], v["K"]
+        q = memory(v["q_ptr"], (n, k), (v["stride_qn"], 1), self.dtype).double()
+        p = memory(v["p_ptr"], (n, k), (k, 1), self.dtype).double()
+        memory(v["shares_ptr"], (v["slots"], k), (k, 1), torch.float32).fill_(7.0)  # room for them
+        assert v["slots"] * v["steps"] * v["BLOCK_M"] >= n
+        memory(v["grad_ptr"], (k,), (1,), torch.float32).copy_((q * p).sum(0))
+        assert memory(v["arrived_ptr"], (1,), (1,), torch.int32).item() == 0
+        self.counters.append(v["arrived_ptr"])
 
     def matrix(self, v: dict, name: str, shape: tuple, strides: tuple) -> Tensor:
         """An operand by its descriptor, else by its address."""
@@ -224,8 +237,14 @@ def test_a_second_call_asks_nobody_and_is_right(route, name, core, asked):
                 Problem(core, dtype, bias=bias, seed=seed).check()
             assert len(asked) == asked_first
             kernels = [s.kernel for s in chip.started]
-            assert len(kernels) == (6 if route in ("triton", "tma") else 0)
-            assert len(set(kernels)) == (2 if kernels else 0)
+            if route in (
+                "aten",
+                "merged",
+            ):  # where cuBLAS makes dx, its projection is reduced apart
+                assert kernels == ["reduce_kernel"] * (3 * (core == "diag"))
+                continue
+            assert len(kernels) == 6
+            assert len(set(kernels)) == 2
             assert all(("tma" in kernel) == (route == "tma") for kernel in kernels)
 
 
@@ -274,7 +293,11 @@ def test_calls_that_differ_in_one_thing_do_not_take_each_others_launch(route, co
             for problem in variants:
                 problem.check()
             assert len(asked) == before
-            assert bool(chip.started) == (route != "aten")
+            kernels = {s.kernel for s in chip.started}
+            if route == "aten":
+                assert kernels == ({"reduce_kernel"} if core == "diag" else set())
+            else:
+                assert kernels - {"reduce_kernel"}
 
 
 @pytest.mark.parametrize("route", ["triton", "tma", "aten"])
@@ -312,7 +335,8 @@ def test_settings_are_obeyed_from_one_call_to_the_next(monkeypatch, asked):
         problem.check()
         chip.started.clear()
         problem.check()
-        return ["tma" if "tma" in s.kernel else "plain" for s in chip.started]
+        names = {"reduce_kernel": "reduce"}
+        return [names.get(s.kernel, "tma" if "tma" in s.kernel else "plain") for s in chip.started]
 
     with device("tma", torch.float32) as chip:
         for _ in range(2):
@@ -323,7 +347,7 @@ def test_settings_are_obeyed_from_one_call_to_the_next(monkeypatch, asked):
             assert kernels() == []
             monkeypatch.delenv("FASTSPEC_BACKEND")
             torch.use_deterministic_algorithms(True)
-            assert kernels() == []  # the rule's choice in float32: one product with W_eff
+            assert kernels() == ["reduce"]  # the rule's choice in float32: one product with W_eff
             torch.use_deterministic_algorithms(False)
         assert 8 <= len(asked) <= 12
         monkeypatch.setenv("FASTSPEC_BACKEND", "cublas")
@@ -424,7 +448,7 @@ def test_every_plan_by_atens_calls(core, forward, gradient, mixed, asked):
     weight = effective if forward == "resident" else t.w
     factors = (t.u, t.s, t.vh, t.delta, core, forward, gradient)
     needs_delta = gradient != "none"
-    with rehearsed("aten"):
+    with device("aten", low):
         for _ in range(2):
             y, p = torch.ops.fastspec.spectral_linear(x, weight, bias, *factors)
             saved = (x if gradient == "dense" else None, p if gradient == "two_sided" else None)
@@ -442,6 +466,78 @@ def test_every_plan_by_atens_calls(core, forward, gradient, mixed, asked):
         assert relative_error(grad, want) < limit
     else:
         assert grad.shape == (0,)
+
+
+def test_reductions_that_differ_do_not_take_each_others_launch():
+    """Rows, columns, dtype, and rows of q that lie apart as in a joined product."""
+
+    def problems(seed: int):
+        gen = torch.Generator().manual_seed(seed)
+        for n, k, row in ((40, 16, 16), (40, 16, 48), (41, 16, 16), (40, 8, 16), (4000, 16, 16)):
+            for dtype in DTYPES.values():
+                whole, p = torch.randn(n, row, generator=gen), torch.randn(n, k, generator=gen)
+                yield whole.to(dtype)[:, :k], p.to(dtype)
+
+    reduce = torch.ops.fastspec.reduce_diagonal
+    with rehearsed() as driver:
+        for seed in range(REPEATS + 1):
+            for q, p in problems(seed):
+                driver.utils.run = chip = Device(q.dtype)
+                got = reduce(q, p)
+                assert [s.kernel for s in chip.started] == ["reduce_kernel"]
+                assert relative_error(got, (q.double() * p.double()).sum(0)) < 1e-6
+        driver.utils.run, before = Device(torch.float32), len(records._records)
+        reduce(*next(problems(9)))
+        assert len(records._records) == before
+
+
+def test_what_no_kernel_reduces_is_reduced_by_aten():
+    q, p = torch.randn(30, 8), torch.randn(30, 8)
+    odd = [
+        (q.mT.contiguous().mT, p),
+        (q, torch.cat([p, p], 1)[:, :8]),
+        (q.double(), p),
+        (q[:0], p[:0]),
+    ]
+    with rehearsed() as driver:
+        driver.utils.run = chip = Device(torch.float32)
+        for _ in range(2):
+            for a, b in odd:
+                got = torch.ops.fastspec.reduce_diagonal(a, b)
+                assert got.dtype == torch.float32
+                want = (a.double() * b.double()).sum(0)
+                assert len(a) == 0 or relative_error(got, want) < 1e-6
+        assert not chip.started
+
+
+def test_gradients_of_joined_and_shared_products_are_one_launch():
+    """q is then a part of dx's rows, and p a copy."""
+    d, outs, k = 32, [32, 24], 8
+    with device("aten", torch.bfloat16) as chip:
+        for seed in range(REPEATS + 2):
+            gen = torch.Generator().manual_seed(seed)
+
+            def normal(*shape: int, gen=gen) -> Tensor:
+                return torch.randn(*shape, generator=gen).to(torch.bfloat16)
+
+            x, gs = normal(5, 8, d).requires_grad_(), [normal(5, 8, out) for out in outs]
+            matrix = torch.zeros(sum(outs) + 2 * k, d + 2 * k, dtype=torch.bfloat16)
+            matrix[:, :d] = normal(sum(outs) + 2 * k, d)
+            matrix[:32, d : d + k], matrix[32:56, d + k :] = normal(32, k), normal(24, k)
+            deltas = [torch.zeros(k, requires_grad=True) for _ in outs]
+            chip.started.clear()
+            ys = torch.ops.fastspec.shared_input(x, matrix, None, outs, [k, k], deltas)
+            found = torch.autograd.grad(ys, [x, *deltas], gs)
+            assert [s.kernel for s in chip.started] == ["reduce_kernel"]
+            w, x2 = matrix.double(), x.detach().double().view(40, d)
+            g2 = [g.double().view(40, -1) for g in gs]
+            dx = g2[0] @ w[:32, :d] + g2[1] @ w[32:56, :d]
+            want = [dx.view(5, 8, d)]
+            for at, u in enumerate((w[:32, d : d + k], w[32:56, d + k :])):
+                vh = w[56 + at * k : 56 + (at + 1) * k, :d]
+                want.append(((g2[at] @ u) * (x2 @ vh.mT)).sum(0))
+            for got, exact in zip(found, want, strict=True):
+                assert relative_error(got, exact) < TOLERANCE[torch.bfloat16]
 
 
 def test_a_backward_called_by_itself_records_no_graph():
