@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ def tensor_fingerprint(weight: Tensor) -> str:
     """
     if type(weight.data) is not Tensor and hasattr(weight, "__tensor_flatten__"):
         names, _ = weight.__tensor_flatten__()  # a quantised weight is what it is made of
-        return combined_fingerprint({n: tensor_fingerprint(getattr(weight, n)) for n in names})
+        return tensors_fingerprint({n: getattr(weight, n) for n in names})
+    if (state := getattr(weight, "quant_state", None)) is not None:  # bitsandbytes' scales
+        return tensors_fingerprint({"": weight.data, **state.as_dict(packed=True)})
     t = weight.detach().contiguous().cpu()
     h = hashlib.sha256(f"{t.dtype}{tuple(t.shape)}".encode())
     for part in t.reshape(-1).view(torch.uint8).split(PART):
@@ -26,6 +29,11 @@ def tensor_fingerprint(weight: Tensor) -> str:
             part.clone().numpy().data
         )  # a copy: numpy() fixes a storage's size, which FSDP2 changes
     return h.hexdigest()
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """One fingerprint of named tensors."""
+    return combined_fingerprint({name: tensor_fingerprint(t) for name, t in tensors.items()})
 
 
 def combined_fingerprint(fingerprints: dict[str, str]) -> str:

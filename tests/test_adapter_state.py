@@ -236,3 +236,134 @@ def test_a_head_of_two_layers_with_statistics(tmp_path):
     save_adapter(model.eval(), tmp_path)
     assert unpack((tmp_path / FILE).read_bytes())[1]["state"] == []
     assert torch.equal(load_adapter(plain, tmp_path)(TOKENS).logits, model(TOKENS).logits)
+
+
+# ---------------------------------------------------------------------------------- made late, or no tensor
+
+
+class Late(nn.Module):
+    """Its buffer is None until its first call in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        if self.training:
+            self.scale = x.detach().abs().mean(0)
+        return x if self.scale is None else x / (1 + self.scale)
+
+
+class Extra(nn.Module):
+    """Keeps a number that a state dict holds as its extra state, as modules in 8-bit floats do."""
+
+    def __init__(self, kind=int) -> None:
+        super().__init__()
+        self.linear, self.kind, self.calls = nn.Linear(16, 16), kind, 0
+
+    def get_extra_state(self):
+        return torch.tensor(self.calls) if self.kind is torch.Tensor else {"calls": self.calls}
+
+    def set_extra_state(self, state) -> None:
+        self.calls = int(state["calls"] if isinstance(state, dict) else state)
+
+    def forward(self, x):
+        self.calls += self.training
+        return self.linear(x) + self.calls
+
+
+class Between(nn.Module):
+    def __init__(self, make_middle) -> None:
+        super().__init__()
+        self.body, self.middle, self.head = nn.Linear(12, 16), make_middle(), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.middle(self.body(x)))
+
+
+def between(make_middle):
+    torch.manual_seed(0)
+    return Between(make_middle).eval()
+
+
+@pytest.mark.parametrize("into", ["plain", "adapted", "used"])
+def test_a_buffer_that_is_made_late(tmp_path, into):
+    model = moved(spectralize(between(Late), SpectralConfig(rank=2)))
+    save_adapter(model, tmp_path)
+    other = between(Late)
+    if into != "plain":
+        spectralize(other, SpectralConfig(rank=2))
+    if into == "used":
+        other.train()(X + 3)
+        other.eval()
+    load_adapter(other, tmp_path)
+    assert torch.equal(other(X), model(X))
+    save_adapter(other, tmp_path / "again")
+    assert torch.equal(load_adapter(between(Late), tmp_path / "again")(X), model(X))
+
+
+def test_a_folder_makes_no_buffer_that_the_model_never_has(tmp_path):
+    save_adapter(moved(spectralize(between(Late), SpectralConfig(rank=2))), tmp_path)
+    for middle in (nn.Identity, lambda: Router(16)):
+        with pytest.raises(
+            AdapterError, match=r"it holds 'middle\.scale', which this model does not"
+        ):
+            load_adapter(between(middle), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [dict, torch.Tensor])
+@pytest.mark.parametrize("heads", [[], ["middle"]])
+def test_extra_state_that_moved_is_not_lost(tmp_path, kind, heads):
+    config = SpectralConfig(rank=2, modules_to_save=heads)
+    model = spectralize(between(lambda: Extra(kind)), config)
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(between(lambda: Extra(kind)), tmp_path)(X), model(X))
+    before = (tmp_path / FILE).read_bytes()
+    model.train()(X)
+    with pytest.raises(
+        ValueError, match=r"^middle\._extra_state has changed since the model was adap"
+    ):
+        save_adapter(model, tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------- compiled in part
+
+
+@pytest.fixture
+def compiled_in_part():
+    model = trained()
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    model.head = torch.compile(model.head, backend="eager")
+    return model
+
+
+def test_a_model_compiled_in_part_has_the_adapter_of_a_plain_one(tmp_path, compiled_in_part):
+    save_adapter(trained(), tmp_path / "plain")
+    save_adapter(compiled_in_part, tmp_path / "compiled", bases=True)
+    stored, told = unpack((tmp_path / "compiled" / FILE).read_bytes())
+    assert "_orig_mod" not in str([*stored, told])
+    y = trained()(IDS)
+    assert torch.equal(load_adapter(net(), tmp_path / "compiled")(IDS), y)
+    for name in ("plain", "compiled"):
+        other = spectralize(net(), SpectralConfig(rank=4))
+        other.blocks[1] = torch.compile(other.blocks[1], backend="eager")
+        other.head = torch.compile(other.head, backend="eager")
+        assert torch.equal(load_adapter(other, tmp_path / name)(IDS), y)
+
+
+def test_a_damaged_one_does_not_load_into_it(tmp_path, compiled_in_part):
+    save_adapter(trained(), tmp_path)
+    rewrite(tmp_path, lambda t: t.pop("head.bias"))
+    with pytest.raises(AdapterError, match=r"the adapter lacks head\.bias"):
+        load_adapter(compiled_in_part, tmp_path)
+
+
+def test_a_wrapper_of_another_kind_names_its_part(tmp_path):
+    class Lightning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = trained()
+
+    with pytest.raises(ValueError, match=r"its part 'model' has: pass that \(model\.model\)"):
+        save_adapter(Lightning(), tmp_path)

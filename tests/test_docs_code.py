@@ -49,6 +49,13 @@ def test_a_page_runs(page):
     run(page)
 
 
+def test_the_page_of_training_runs():
+    pytest.importorskip("torchao")
+    names = run(DOCS / "training.md")
+    assert Path("runs/films/best/adapter.safetensors").stat().st_size < 100_000
+    assert names["model"](torch.arange(6)[None]).logits.shape == (1, 2)
+
+
 def test_the_page_of_tasks_runs(capsys):
     torch._dynamo.reset()
     names = run(DOCS / "serving.md")

@@ -318,7 +318,7 @@ def test_a_model_larger_than_the_memory_it_may_take(tmp_path: Path) -> None:
         u, v = (torch.linalg.qr(torch.randn(n, 8, generator=g))[0] for _ in range(2))
         return u @ torch.diag(2.0 ** -torch.arange(8.0)) @ v.T
 
-    save_file({"small.weight": weight(64)}, tmp_path / "small.safetensors")
+    save_file({"small.weight": weight(512)}, tmp_path / "small.safetensors")
     weights = {f"layers.{i}.weight": weight(side) for i in range(count)}
     save_file(weights, tmp_path / "large.safetensors")
     files = [str(tmp_path / name) for name in ("small.safetensors", "large.safetensors", "out")]
@@ -332,7 +332,10 @@ def test_a_model_larger_than_the_memory_it_may_take(tmp_path: Path) -> None:
     )
     assert len(load_basis(tmp_path / "out")) == count
     assert (tmp_path / "large.safetensors").stat().st_size > 2 * bound
-    assert int(run.stdout.splitlines()[-1]) < bound
+    rest = (
+        8 << 20
+    )  # of the process itself, which swings by some MiB: the interpreter's and the allocator's
+    assert int(run.stdout.splitlines()[-1]) < bound + rest
 
 
 def test_progress_counts_every_matrix_once(checkpoint, tmp_path: Path, monkeypatch) -> None:

@@ -112,7 +112,7 @@ def test_a_folder_names_no_weight_of_its_layers(tmp_path):
     save_file(tensors, file, {"format": "pt"})
     base = moving()
     before = copy.deepcopy(base.state_dict())
-    with pytest.raises(AdapterError, match="base_layer"):
+    with pytest.raises(AdapterError, match=r"another weight of .lin0. than"):
         fastspec.peft.load_adapter(base, tmp_path)
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
 
@@ -149,3 +149,76 @@ def test_transformers_adapters(tmp_path):
     again = base()
     again.load_adapter(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@by_either_loader
+def test_a_buffer_that_is_made_late(tmp_path, load):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", None)
+
+        def forward(self, x):
+            if self.training:
+                self.scale = x.detach().abs().mean(0)
+            return x if self.scale is None else x / (1 + self.scale)
+
+    def late():
+        model = mlp()
+        model.lin1 = nn.Sequential(Late(), model.lin1)
+        return model.eval()
+
+    model = moved(get_peft_model(late(), config()))
+    model.save_pretrained(tmp_path)
+    assert f"{PREFIX}lin1.0.scale" in load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(load(late(), tmp_path).eval()(X), model(X))
+
+
+def test_extra_state_that_moved_is_not_lost(tmp_path):
+    class Counting(nn.Identity):
+        calls = 0
+
+        def get_extra_state(self):
+            return self.calls
+
+        def set_extra_state(self, state):
+            self.calls = state
+
+        def forward(self, x):
+            self.calls += self.training
+            return x + self.calls
+
+    def counting():
+        model = mlp()
+        model.lin1 = nn.Sequential(Counting(), model.lin1)
+        return model.eval()
+
+    model = get_peft_model(counting(), config())
+    model.save_pretrained(tmp_path / "a")
+    model.train()(X)
+    with pytest.raises(ValueError, match=r"lin1\.0\._extra_state has changed"):
+        model.save_pretrained(tmp_path / "b")
+
+
+@by_either_loader
+def test_an_adapted_output_layer_tied_to_the_embeddings(tmp_path, load):
+    """PEFT writes its base weight into the folder."""
+    ids = torch.arange(16).reshape(2, 8)
+    options = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["lm_head", "c_attn"]}
+    model = get_peft_model(gpt2(), SpectralConfig(**options)).eval()
+    shift(model)
+    model.save_pretrained(tmp_path)
+    key = f"{PREFIX}lm_head.base_layer.weight"
+    assert key in load_file(tmp_path / "adapter_model.safetensors")
+    loaded = load(gpt2(), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_made_under_inference_mode_it_trains():
+    base = mlp()
+    with torch.inference_mode():
+        model = get_peft_model(base, mlp_config(modules_to_save=None))
+    model(X).square().sum().backward()
+    deltas = [p for n, p in model.named_parameters() if "fastspec_delta" in n]
+    assert deltas
+    assert all(p.grad is not None for p in deltas)

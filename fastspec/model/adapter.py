@@ -33,8 +33,9 @@ from fastspec.model.adapter_fit import (
     expected_tensors,
     targets_of,
 )
-from fastspec.model.base import Base
+from fastspec.model.base import Base, fill_buffer, is_extra_state
 from fastspec.model.convert import Adaptation, adaptation
+from fastspec.model.file_names import FileNames, in_file
 from fastspec.model.fsdp import assign, is_sharded, reshard, whole
 from fastspec.model.targets import Target, is_norm, spectral_layers, unwrap
 from fastspec.nn.layer import SpectralLayer
@@ -70,7 +71,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, bases: boo
     state = base.changed(own, adapted.buffers)
     own |= {name: base.tensors[name] for name in state}
     written = own | basis_tensors(model, bases)
-    tensors = _apart({n: whole(t.detach()).cpu().contiguous() for n, t in written.items()})
+    tensors = _apart({in_file(n): whole(t.detach()).cpu().contiguous() for n, t in written.items()})
     bad = next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
     if bad is not None:
         raise ValueError(f"{bad} holds NaN or infinity: nothing was written")
@@ -80,10 +81,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], *, bases: boo
         "fastspec_version": fastspec.__version__,
         "base_model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         **base.describe(own),
-        "modules_to_save": list(adapted.modules_to_save),
-        "state": state,
+        "modules_to_save": [in_file(name) for name in adapted.modules_to_save],
+        "state": [in_file(name) for name in state],
         "bases": bases,
-        "layers": {name: layer.rank for name, layer in spectral_layers(model)},
+        "layers": {in_file(name): layer.rank for name, layer in spectral_layers(model)},
         "spectral": {name: fields[name] for name in FIELDS},
     }
     sharded = any(map(is_sharded, own.values()))
@@ -133,6 +134,9 @@ def load_adapter(
         if name in own:
             assign(own[name], value)
             continue
+        if name not in base:
+            fill_buffer(model, name, value)
+            continue
         assign(base[name], value)
         if isinstance(base[name], nn.Parameter):
             base[name].requires_grad_(True)
@@ -170,10 +174,11 @@ def read_adapters(
     free: Collection[str] = ()
     base = Base(model)
     base.check_bases(_remake_basis)
+    names = FileNames(model)
     told: dict[str, Any] = {}
     for folder in map(Path, folders):
         with open_adapter(folder) as file:
-            meta = file.meta
+            meta = names.config(file.meta)
             saying = {key: meta[key] for key in ("spectral", "layers", "modules_to_save")}
             if saying != told:  # of a thousand folders nearly all say the same
                 own = config_of(meta, model, folder)
@@ -189,14 +194,15 @@ def read_adapters(
                 told = saying
             assert found is not None
             assert expected is not None
-            state = expected_state(meta, base.tensors, folder)
+            state = expected_state(meta, model, base.tensors, folder)
             if state and sizes_free is not None:
                 raise AdapterError(
                     f"{folder}: it holds {excerpt(meta['state'][0])}, of which a model has one for all its "
                     "tasks: load_adapter() it into a model of its own"
                 )
             bases = expected_bases(model, targets, meta)
-            tensors = file.tensors(expected | state | bases, limit, free)
+            wanted = {in_file(n): what for n, what in (expected | state | bases).items()}
+            tensors = names.tensors(file.tensors(wanted, limit, set(map(in_file, free))))
         used = None if strict else [n for n in meta["layers"] if bool(tensors[f"{n}.delta"].any())]
         base.check(meta, tensors, folder, used)
         found.add(folder, meta, tensors)
@@ -237,9 +243,14 @@ def spectralize_for(model: nn.Module, adapters: Adapters, folder: str | os.PathL
 
 def adaptation_of(model: nn.Module) -> Adaptation:
     found = adaptation(model)
-    if found is None:
-        raise ValueError("the model has no adapter: call fastspec.spectralize(model, config) first")
-    return found
+    if found is not None:
+        return found
+    inner = next((name for name, m in model.named_modules() if adaptation(m) is not None), None)
+    if inner is not None:
+        raise ValueError(
+            f"the model itself has no adapter, but its part {inner!r} has: pass that (model.{inner})"
+        )
+    raise ValueError("the model has no adapter: call fastspec.spectralize(model, config) first")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -257,7 +268,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
                 tensors |= {f"{name}.{n}": p for n, p in module.named_parameters(recurse=False)}
     for head in adapted.modules_to_save:
         state = model.get_submodule(head).state_dict(keep_vars=True)
-        tensors |= {f"{head}.{n}": t for n, t in state.items()}
+        tensors |= {f"{head}.{n}": t for n, t in state.items() if not is_extra_state(n)}
     return tensors
 
 

@@ -31,7 +31,8 @@ METADATA = "fastspec"
 MAX_HEADER_BYTES = 16 << 20  # the config and the tensors' places; 10,000 layers take two
 MAX_RANK = 2**31 - 1
 
-Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
+# shape and dtype by name; None: any, of a buffer that a model does not have yet
+Expected = dict[str, tuple[tuple[int, ...], torch.dtype] | None]
 
 
 class AdapterError(ValueError):
@@ -90,7 +91,7 @@ class AdapterFile:
         Raises:
             AdapterError: the file is damaged or holds something else.
         """
-        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
+        size = sum(math.prod(e[0]) * e[1].itemsize for e in expected.values() if e is not None)
         _check_size(self._path, self._size, min(size, limit) + MAX_HEADER_BYTES)
         body = self._read(self._size - len(self._head))
         try:
@@ -168,9 +169,10 @@ def read_bounded(path: Path, limit: int) -> bytes:
 def check_tensors(
     tensors: dict[str, Tensor], expected: Expected, folder: Path, sizes_free: Collection[str]
 ) -> None:
-    for name, (shape, dtype) in expected.items():
+    for name, what in expected.items():
         if name not in tensors:
             raise AdapterError(f"{folder}: the adapter lacks {name}, which this model expects")
+        shape, dtype = what or (tuple(tensors[name].shape), tensors[name].dtype)
         have: tuple[int, ...] = tensors[name].shape
         if name in sizes_free and len(have) == len(shape) and have[0] > 0:
             have = (shape[0], *have[1:])

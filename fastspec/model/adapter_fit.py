@@ -15,6 +15,7 @@ from fastspec.config import SpectralConfig
 from fastspec.cores import delta_shape
 from fastspec.files import excerpt
 from fastspec.model.adapter_file import AdapterError, Expected
+from fastspec.model.base import is_extra_state, is_unset_buffer
 from fastspec.model.targets import Target, find_targets, is_norm, spectral_layers
 
 # what the file spells out by `layers` and `modules_to_save` instead
@@ -68,7 +69,7 @@ def expected_tensors(
     model: nn.Module, config: SpectralConfig, targets: list[Target], heads: tuple[str, ...]
 ) -> Expected:
     """What `adapter_tensors` would be if the plain `model` were spectralized by `config`."""
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    expected: Expected = {}
     for t in targets:
         shape = delta_shape(config.core, t.directions.rank, config.half_width)
         expected[f"{t.name}.delta"] = (shape, torch.float32)
@@ -82,15 +83,21 @@ def expected_tensors(
                     expected[f"{name}.{n}"] = (p.shape, p.dtype)
     for head in heads:
         for n, p in model.get_submodule(head).state_dict().items():
-            expected[f"{head}.{n}"] = (p.shape, p.dtype)
+            if not is_extra_state(n):
+                expected[f"{head}.{n}"] = (p.shape, p.dtype)
     return expected
 
 
-def expected_state(meta: Mapping[str, Any], base: Mapping[str, Tensor], folder: Path) -> Expected:
+def expected_state(
+    meta: Mapping[str, Any], model: nn.Module, base: Mapping[str, Tensor], folder: Path
+) -> Expected:
     """The tensors of the base that the adapter brings besides, by `Base.tensors` of the model."""
     fixed = {f"{layer}.weight" for layer in meta["layers"]}  # the bases are made from these
-    expected = {}
+    expected: Expected = {}
     for name in meta["state"]:
+        if name not in base and is_unset_buffer(model, name):
+            expected[name] = None
+            continue
         if name not in base or name in fixed:
             raise AdapterError(
                 f"{folder}: the adapter does not fit this model: it holds {excerpt(name)}, which this model "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastspec.availability import install_advice
 from fastspec.config import SpectralConfig
 from fastspec.cores import core_matrix
-from fastspec.fingerprint import tensor_fingerprint
+from fastspec.fingerprint import tensor_fingerprint, tensors_fingerprint
 from fastspec.model.convert import spectralize
 from fastspec.model.targets import spectral_layers
 from fastspec.nn.batch_tasks import tasks_of_batch
@@ -73,6 +73,23 @@ class QuantizedSpectralLinear(SpectralLinear):
 
     def refactorize(self) -> None:
         self._refuse("making the factors again")
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = getattr(self.weight, "quant_state", None)
+        if state is not None:  # under the names that bitsandbytes' own layers give its parts
+            parts = state.as_dict(packed=True)
+            destination |= {f"{prefix}weight.{name}": part for name, part in parts.items()}
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        weight = prefix + "weight"
+        if hasattr(self.weight, "quant_state") and weight in state_dict:
+            own = {n: t for n, t in state_dict.items() if n == weight or n.startswith(f"{weight}.")}
+            parts = {n[len(weight) + 1 :]: t for n, t in own.items()}
+            if tensors_fingerprint(parts) == tensor_fingerprint(self.weight):
+                others = {n: t for n, t in state_dict.items() if n not in own}
+                state_dict = others | {weight: self.weight}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _why_not_load(self, given: Tensor) -> str | None:
         if tensor_fingerprint(given) == tensor_fingerprint(self.weight):
@@ -156,7 +173,7 @@ def _by_bitsandbytes(layers: list[SpectralLinear], number_format: str) -> None:
             f"quantize_base to {number_format!r} needs bitsandbytes: pip install bitsandbytes ({e})"
         ) from e
     for layer in layers:
-        weight = Params4bit(layer.weight.data, requires_grad=False, quant_type=number_format)
+        weight: Any = Params4bit(layer.weight.data, requires_grad=False, quant_type=number_format)
         layer.weight = weight.to(weight.device)  # its `to` is what packs the values
 
 

@@ -270,7 +270,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
     def _acts_in(self) -> dict[str, Any]:
         """What says, beside the base weight and `delta`, which update that is: a state dict's metadata."""
         d = self.directions
-        start, stop = d.triplets(min(self._matrix(self._base).shape))
+        start, stop = d.triplets(min(self.u.shape[0], self.vh.shape[1]))
         told = {"core": self.core, "basis": d.basis, "triplets": [start, stop]}
         return told | ({"seed": d.seed} if d.basis == "random" else {})
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,7 +20,13 @@ from torch import Tensor, nn
 from fastspec.files import excerpt
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
-from fastspec.model.base import DIGITS, buffer_digests
+from fastspec.model.base import (
+    DIGITS,
+    buffer_digests,
+    check_extra_state,
+    fill_buffer,
+    is_unset_buffer,
+)
 from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import SpectralLinear
 from fastspec.svd.sketch import TOLERANCE, distance, probed, sketch
@@ -55,9 +60,21 @@ def note_brought(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     _note(model).brought |= given & own
 
 
+def fill_buffers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make the buffers that an adapter brings and the model has not made yet."""
+    base = base_model_of(model)
+    for name, tensor in tensors.items():
+        plain = name.removeprefix(PREFIX)
+        if is_unset_buffer(base, plain):
+            fill_buffer(base, plain, tensor)
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def _note(model: nn.Module) -> Beside:
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    note: Beside = base.__dict__.setdefault(NOTE, Beside({}, set()))
+    note: Beside = base_model_of(model).__dict__.setdefault(NOTE, Beside({}, set()))
     return note
 
 
@@ -91,15 +108,16 @@ def changed_beside(model: nn.Module) -> list[str]:
     """Names, as in the state dict, of base parameters that are trained and of buffers that moved.
 
     Raises:
-        ValueError: the weight of an adapted layer is trained; the message names it.
+        ValueError: the weight of an adapted layer is trained, or a module's extra state moved; the message
+            names it.
     """
     note = _note(model)
+    check_extra_state(base_model_of(model), note.buffers)
     found = []
     for name, tensor in base_tensors(model).items():
         plain = name.removeprefix(PREFIX)
         if not isinstance(tensor, nn.Parameter):
-            digest = tensor_fingerprint(tensor)[:DIGITS]
-            if note.buffers.get(plain, digest) == digest:
+            if note.buffers.get(plain) == tensor_fingerprint(tensor)[:DIGITS]:
                 continue
         elif not tensor.requires_grad and plain not in note.brought:
             continue

@@ -42,7 +42,8 @@ from fastspec.model.adapter_file import (
     check_tensors,
     read_bounded,
 )
-from fastspec.peft.beside import DELTA, NOTE, SKETCH, base_tensors, check_alone
+from fastspec.model.base import is_unset_buffer
+from fastspec.peft.beside import DELTA, NOTE, SKETCH, base_model_of, base_tensors, check_alone
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.conversion import PREFIX
 from fastspec.peft.layer import BASE, SpectralLinear
@@ -122,6 +123,7 @@ def load_adapter(
     for head in saved:
         for key, tensor in modules[head].state_dict().items():
             expected[f"{PREFIX}{head}.{key}"] = (tuple(tensor.shape), tensor.dtype)
+    _drop_target_weights(tensors, {layer: modules[layer] for layer in ranks}, folder)
     _expect_beside(expected, tensors, model, ranks)
     check_tensors(tensors, expected, folder, ())
     check_alone(model, name, tensors)
@@ -251,7 +253,7 @@ def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
             for child, inner in module.named_children():
                 visit(f"{name}.{child}" if name else child, inner)
 
-    visit("", model.get_base_model() if isinstance(model, PeftModel) else model)
+    visit("", base_model_of(model))
     return found
 
 
@@ -336,6 +338,28 @@ def _expect_beside(
         key = f"{PREFIX}{f'{layer}.base_layer' if layer in layers else owner}{dot}{leaf}"
         if key in tensors:
             expected.setdefault(key, (tuple(tensor.shape), tensor.dtype))
+    for key in tensors:
+        unset = is_unset_buffer(base_model_of(model), key.removeprefix(PREFIX))
+        if key not in expected and unset:
+            expected[key] = None
+
+
+def _drop_target_weights(
+    tensors: dict[str, Tensor], layers: Mapping[str, Any], folder: Path
+) -> None:
+    """Take the weights of the adapted layers out, which PEFT writes of an adapted output layer.
+
+    Raises:
+        AdapterError: one is another than the model's.
+    """
+    for name, layer in layers.items():
+        told = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
+        own = layer.base_weight if isinstance(layer, SpectralLinear) else layer.weight
+        if told is not None and tensor_fingerprint(told) != tensor_fingerprint(own):
+            raise AdapterError(
+                f"{folder}: it holds another weight of {excerpt(name)} than this model has, from which the "
+                "layer's basis is made: load the base model of the adapter"
+            )
 
 
 def _check_fingerprint(config: SpectralConfig, layers: Mapping[str, Any], folder: Path) -> None:

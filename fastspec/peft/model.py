@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig, mapping
 from peft.tuners.tuners_utils import BaseTuner, delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -23,6 +24,7 @@ from fastspec.peft.beside import (
     changed_beside,
     check_alone,
     check_sketches,
+    fill_buffers,
     note_brought,
     note_buffers,
     sketches,
@@ -49,6 +51,7 @@ class SpectralModel(BaseTuner):
     prefix = "fastspec_"
     tuner_layer_cls = SpectralLinear
 
+    @torch.inference_mode(False)  # what is made here is trained elsewhere
     def inject_adapter(
         self,
         model: nn.Module,
@@ -218,6 +221,7 @@ class SpectralModel(BaseTuner):
         check_alone(model, adapter_name, state_dict)
         check_sketches(model, adapter_name, state_dict)
         note_brought(model, state_dict)
+        fill_buffers(model, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _check_merge_allowed(self) -> None:
