@@ -1,11 +1,10 @@
 """A quantised base: the layer is the dequantised weight and the correction; what needs W is refused."""
 
 import importlib.util
-import re
-from pathlib import Path
 
 import pytest
 import torch
+from quantised_support import CASES, CONFIGS, OTHER, dequantised, quantised_plain
 from support import assert_close, minilm_path
 from tiny_models import IDS, Net
 
@@ -13,27 +12,9 @@ import fastspec
 from fastspec import SpectralConfig, load_adapter, save_adapter, spectralize
 from fastspec.cli import main
 from fastspec.model.adapter import AdapterError
+from fastspec.model.quantized import memory_table, quantize_base, stored_bytes
 from fastspec.model.targets import spectral_layers
 from fastspec.ops import reference
-
-quantization = pytest.importorskip("torchao.quantization", reason="needs the extra quant")
-
-from torchao.quantization.granularity import PerGroup  # noqa: E402
-
-from fastspec.model.quantized import memory_table, quantize_base, stored_bytes  # noqa: E402
-
-CONFIGS = {
-    "int8": quantization.Int8WeightOnlyConfig(),
-    "int4": quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
-}
-OTHER = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(8))
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
-)
-CASES = [
-    *(pytest.param(config, id=name) for name, config in CONFIGS.items()),
-    *(pytest.param(name, id=name, marks=needs_bitsandbytes) for name in ("nf4", "fp4")),
-]
 
 
 def adapted(core="diag", shift=0.3):
@@ -43,32 +24,6 @@ def adapted(core="diag", shift=0.3):
     for _, layer in spectral_layers(model):
         layer.delta.data.copy_(shift * torch.randn(layer.delta.shape, generator=g))
     return model
-
-
-def dequantised(weight):
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight.dequantize()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight.data, state)
-
-
-def quantised_plain(net, config):
-    """The plain model over the same base, by the other library alone."""
-    if not isinstance(config, str):
-        quantization.quantize_(net.blocks, config)
-        return net
-    from bitsandbytes.nn import Linear4bit
-
-    for block in net.blocks:
-        for name, child in list(block.named_children()):
-            if type(child) is torch.nn.Linear:
-                shape = (child.in_features, child.out_features, child.bias is not None)
-                layer = Linear4bit(*shape, quant_type=config)
-                layer.load_state_dict(child.state_dict())
-                setattr(block, name, layer.to(child.weight.device))
-    return net
 
 
 @pytest.mark.parametrize("core", fastspec.config.CORES)
@@ -193,16 +148,6 @@ def test_nor_the_bridge_s(assign):
         state[name] = quantised.get(plain, state[name])
     with pytest.raises(RuntimeError, match=r"blocks\.0\.up\.base_layer\.weight: it is quantised"):
         model.load_state_dict(state, assign=assign)
-
-
-def test_the_documented_code():
-    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    (code,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "quantize_base" in b)
-    names = {"model": Net(64)}
-    exec(code, names)
-    assert type(names["model"].blocks[0].up).__name__ == "QuantizedSpectralLinear"
-    names["model"](IDS).sum().backward()
-    assert names["model"].blocks[0].up.delta.grad.any()
 
 
 def test_refusals():

@@ -179,12 +179,12 @@ def read_adapters(
     for folder in map(Path, folders):
         with open_adapter(folder) as file:
             meta = names.config(file.meta)
-            saying = {key: meta[key] for key in ("spectral", "layers", "modules_to_save")}
+            saying = {key: meta[key] for key in ("spectral", "layers", "modules_to_save", "bases")}
             if saying != told:  # of a thousand folders nearly all say the same
                 own = config_of(meta, model, folder)
                 found = found or Adapters(own)
                 if expected is None:
-                    targets, heads = targets_of(model, own, folder)
+                    targets, heads = targets_of(model, own, folder, meta["bases"])
                     expected = expected_tensors(model, own, targets, heads)
                 check_same_config(found.config, own, folder)
                 if adapted:

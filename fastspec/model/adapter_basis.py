@@ -82,7 +82,7 @@ class Adapters:
             ValueError, TypeError: as `fastspec.spectralize`.
             AdapterError: as `check`. The model is unchanged.
         """
-        targets, heads = find_targets(model, self.config)
+        targets, heads = find_targets(model, self.config, factors_given=self.bases is not None)
         factors = shared_factors(targets, self._brought if self.bases else computed_factors)
         self.check((t.name, f.u, f.vh) for t, f in zip(targets, factors, strict=True))
         convert(model, self.config, targets, heads, factors)
@@ -151,7 +151,7 @@ def expected_bases(
             tensor = getattr(layer, leaf)
             expected[f"{name}.{leaf}"] = (tuple(tensor.shape), tensor.dtype)
     for t in targets:
-        (out_features, in_features), k, dtype = t.matrix.shape, t.directions.rank, t.matrix.dtype
+        (out_features, in_features), k, dtype = t.shape, t.directions.rank, t.dtype
         expected[f"{t.name}.u"] = ((out_features, k), dtype)
         expected[f"{t.name}.s"] = ((k,), torch.promote_types(dtype, torch.float32))
         expected[f"{t.name}.vh"] = ((k, in_features), dtype)

@@ -54,11 +54,11 @@ def config_of(meta: dict[str, Any], model: nn.Module, folder: Path) -> SpectralC
 
 
 def targets_of(
-    model: nn.Module, config: SpectralConfig, folder: Path
+    model: nn.Module, config: SpectralConfig, folder: Path, bases: bool
 ) -> tuple[list[Target], tuple[str, ...]]:
-    """`find_targets` for the config of a folder."""
+    """`find_targets` for the config of a folder, which brings its bases or does not."""
     try:
-        return find_targets(model, config)
+        return find_targets(model, config, factors_given=bases)
     except (ValueError, TypeError) as e:
         raise AdapterError(
             f"{folder}: the adapter does not fit this model: {excerpt(e, 400)}"

@@ -24,7 +24,7 @@ from fastspec.files import excerpt
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.file_names import in_file
-from fastspec.model.fsdp import FACTORS, whole
+from fastspec.model.fsdp import FACTORS, is_sharded, whole
 from fastspec.model.targets import output_layer_names, spectral_layers, unsaved_heads
 from fastspec.nn.layer import SpectralLayer
 
@@ -64,9 +64,10 @@ class Base:
         own = self.tensors[name]
         key = (id(own), rows)
         if key not in self._fingerprints:
-            tensor = whole(own.detach())
+            # not detached, a weight of bitsandbytes still has its scales
+            tensor = whole(own.detach()) if is_sharded(own) else own
             if rows is not None:
-                tensor = tensor[:rows]
+                tensor = tensor.detach()[:rows]
             self._fingerprints[key] = tensor_fingerprint(tensor)
         return self._fingerprints[key]
 

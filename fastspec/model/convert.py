@@ -27,7 +27,8 @@ from fastspec.model.targets import (
 )
 from fastspec.nn.layer import SpectralLayer
 from fastspec.nn.linear import SpectralLinear
-from fastspec.svd.basis_file import load_basis
+from fastspec.nn.quantized import QuantizedSpectralLinear, dequantised
+from fastspec.svd.basis_file import Basis, BasisEntry, load_basis, quantisation_misfit
 from fastspec.svd.factors import Factors, factorize
 
 
@@ -64,7 +65,8 @@ def spectralize(
             names (`classifier`, `head`, `fc`, ... at the top level).
         config: what to adapt and how; the default is `SpectralConfig()`.
         basis: a file of `fastspec factorize`: its factors are used instead of computing them, each
-            for the weight with its fingerprint.
+            for the weight with its fingerprint. Made of a model's float weights it also serves the model
+            loaded in 8 or 4 bits (torchao, bitsandbytes' 4 bits), by the layers' names.
         progress: show a bar while factorising; None shows it once that has taken over a second.
 
     Returns:
@@ -82,7 +84,7 @@ def spectralize(
             "the model is wrapped in DistributedDataParallel already, which has made its list of what "
             "is trained: call spectralize first"
         )
-    targets, heads = find_targets(model, config)
+    targets, heads = find_targets(model, config, factors_given=basis is not None)
 
     def make(unique: list[Target]) -> list[Factors]:
         if basis is not None:
@@ -112,7 +114,8 @@ def shared_factors(
     index = []
     for target in targets:
         w = target.matrix
-        key = (w.data_ptr(), tuple(w.shape), w.stride(), target.directions)
+        place = id(target.module.weight) if target.quantised else w.data_ptr()
+        key = (place, tuple(w.shape), w.stride(), target.directions)
         if key not in unique:
             unique[key] = len(representative)
             representative.append(target)
@@ -162,6 +165,12 @@ def _check_trainable(model: nn.Module, config: SpectralConfig, heads: tuple[str,
             or (config.train_bias and leaf == "bias")
             or (config.train_layernorm and is_norm(module))
         )
+        if trained and not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} is to be trained and is quantised ({parameter.dtype}): load the model with its "
+                "module in float, as by BitsAndBytesConfig(llm_int8_skip_modules=[...]), or take it out "
+                "of modules_to_save"
+            )
         if trained and parameter.is_inference():
             raise ValueError(
                 f"{name} was made under torch.inference_mode(), so it can't be trained: make or load the "
@@ -248,16 +257,8 @@ def _factors_from_file(
     basis = load_basis(path)
     out = []
     for t in targets:
-        entry = basis.find(t.module.weight)  # type: ignore[arg-type]
-        if entry is None:
-            raise ValueError(
-                f"{t.name}: {path} holds no factors of this weight: it was made from other weights, "
-                "another dtype, or without this layer; make it again with `fastspec factorize`"
-            )
-        if not isinstance(t.module, nn.Linear):
-            entry = entry.transposed()
-        matrix = t.matrix
-        start, stop = t.directions.triplets(min(matrix.shape))
+        entry = _of_quantised(t, basis, path) if t.quantised else _of_float(t, basis, path)
+        start, stop = t.directions.triplets(min(t.shape))
         if stop > len(entry.s):
             raise ValueError(
                 f"{t.name}: {path} holds {len(entry.s)} triplets and triplets {start} to {stop} are "
@@ -265,17 +266,51 @@ def _factors_from_file(
             )
         out.append(
             Factors(
-                entry.u[:, start:stop].to(matrix).contiguous(),
-                entry.s[start:stop].to(matrix.device).contiguous(),
-                entry.vh[start:stop].to(matrix).contiguous(),
-                singular=entry.u.dtype == matrix.dtype,
+                entry.u[:, start:stop].to(t.matrix.device, t.dtype).contiguous(),
+                entry.s[start:stop].to(t.matrix.device).contiguous(),
+                entry.vh[start:stop].to(t.matrix.device, t.dtype).contiguous(),
+                singular=not t.quantised and entry.u.dtype == t.dtype,
             )
         )
     return out
 
 
+def _of_float(t: Target, basis: Basis, path: str | os.PathLike[str]) -> BasisEntry:
+    """The file's triplets of this very weight, whatever its name there."""
+    entry = basis.find(t.module.weight)  # type: ignore[arg-type]
+    if entry is None:
+        raise ValueError(
+            f"{t.name}: {path} holds no factors of this weight: it was made from other weights, "
+            "another dtype, or without this layer; make it again with `fastspec factorize`"
+        )
+    return entry if isinstance(t.module, nn.Linear) else entry.transposed()
+
+
+def _of_quantised(t: Target, basis: Basis, path: str | os.PathLike[str]) -> BasisEntry:
+    """The file's triplets of the weight of that name, compared with its quantised values."""
+    around = (
+        f".{t.name}".endswith(f".{name}") or f".{name}".endswith(f".{t.name}") for name in basis
+    )
+    names = [name for name, fits in zip(basis, around, strict=True) if fits]
+    names = [name for name in names if name == t.name] or names
+    if len(names) != 1:
+        found = "no factors" if not names else f"factors of {len(names)} weights"
+        raise ValueError(
+            f"{t.name}: its weight is quantised, and {path} holds {found} of that name: make it of the "
+            "model's float checkpoint with `fastspec factorize`"
+        )
+    entry = basis[names[0]]
+    off = quantisation_misfit(dequantised(t.module.weight), entry)
+    if off is not None:
+        raise ValueError(
+            f"{t.name}: {path} holds factors of other weights than those quantised here: {off}; make it of "
+            "this model's float checkpoint with `fastspec factorize`"
+        )
+    return entry
+
+
 def _adapted(target: Target, factors: Factors, config: SpectralConfig) -> SpectralLayer:
-    cls: type[SpectralLayer] = SpectralLinear
+    cls: type[SpectralLayer] = QuantizedSpectralLinear if target.quantised else SpectralLinear
     if not isinstance(target.module, nn.Linear):
         from fastspec.nn.conv1d import SpectralConv1D
 

@@ -1,9 +1,6 @@
-"""A weight-only quantised base: W in 8 or 4 bits by torchao or bitsandbytes, U, Vh and coefficients in float.
+"""`quantize_base`: an adapted model's weights in 8 or 4 bits; `fastspec memory`: what each base costs.
 
-    y = x W_q^T + b + core(x Vh^T) U^T
-
-The factors are made from the weight as it was before quantising. `fastspec memory MODEL` prints what each
-base costs.
+The factors are made from the weight as it was before quantising.
 """
 
 from __future__ import annotations
@@ -12,102 +9,20 @@ import argparse
 import copy
 import importlib.util
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastspec.availability import install_advice
 from fastspec.config import SpectralConfig
-from fastspec.cores import core_matrix
-from fastspec.fingerprint import tensor_fingerprint, tensors_fingerprint
 from fastspec.model.convert import spectralize
 from fastspec.model.targets import spectral_layers
-from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.linear import SpectralLinear
 from fastspec.nn.made_from import MadeFrom
-from fastspec.ops.plan import Plan
+from fastspec.nn.quantized import QuantizedSpectralLinear
 
 FORMATS = ("nf4", "fp4")  # of bitsandbytes
-
-
-class QuantizedSpectralLinear(SpectralLinear):
-    """A `SpectralLinear` whose `weight` is a quantised tensor with a matrix product of its own.
-
-    Only the product x W^T reads the weight: `_plain`, by the tensor's own `F.linear` (torchao) or by its
-    `quant_state` (bitsandbytes). What needs W as a matrix (merging, factorising, mixed batches of tasks) is
-    refused.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if tasks_of_batch(self.task_bank) is not None:
-            self._refuse("mixed batches of tasks")
-        y = self._plain(x)
-        # p [N, k] is all that autograd keeps of x here (F1)
-        p = F.linear(x, self.vh.to(x.dtype))
-        core = core_matrix(self.delta, self.core)
-        z = p.to(core.dtype) @ core.mT
-        return y + F.linear(z.to(p.dtype), self.u.to(p.dtype))
-
-    def _plain(self, x: Tensor) -> Tensor:
-        state = getattr(self.weight, "quant_state", None)
-        if state is None:
-            return super()._plain(x)
-        from bitsandbytes import matmul_4bit
-
-        return matmul_4bit(x, self.weight.t(), bias=self.bias, quant_state=state)
-
-    def plan(self, n: int, *, needs_dx: bool = True) -> Plan:
-        return Plan("factored", "two_sided" if self.delta.requires_grad else "none")
-
-    def _merged_weight(self) -> Tensor:
-        self._refuse("merging")
-
-    def unload(self, merged: bool = True) -> nn.Module:
-        if merged or hasattr(self.weight, "quant_state"):
-            self._refuse(
-                "unloading"
-            )  # a plain layer has no product of its own with bitsandbytes' numbers
-        return super().unload(merged)
-
-    def refactorize(self) -> None:
-        self._refuse("making the factors again")
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        state = getattr(self.weight, "quant_state", None)
-        if state is not None:  # under the names that bitsandbytes' own layers give its parts
-            parts = state.as_dict(packed=True)
-            destination |= {f"{prefix}weight.{name}": part for name, part in parts.items()}
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        weight = prefix + "weight"
-        if hasattr(self.weight, "quant_state") and weight in state_dict:
-            own = {n: t for n, t in state_dict.items() if n == weight or n.startswith(f"{weight}.")}
-            parts = {n[len(weight) + 1 :]: t for n, t in own.items()}
-            if tensors_fingerprint(parts) == tensor_fingerprint(self.weight):
-                others = {n: t for n, t in state_dict.items() if n not in own}
-                state_dict = others | {weight: self.weight}
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _why_not_load(self, given: Tensor) -> str | None:
-        if tensor_fingerprint(given) == tensor_fingerprint(self.weight):
-            return None
-        return (
-            "the base here is quantised, and its factors are those of the float weight before that; the "
-            f"state dict holds other values ({type(given.data).__name__}, {given.dtype}): load it before "
-            "quantize_base(), or leave the weights out and load with strict=False"
-        )
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(
-            f"{what} needs the base weight in floating point, and it is quantised: load the adapter "
-            "into the unquantised model for that"
-        )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight={type(self.weight.data).__name__}"
 
 
 def quantize_base(model: nn.Module, config: Any) -> nn.Module:

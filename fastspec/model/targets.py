@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastspec.config import Rank, SpectralConfig, resolve_rank
 from fastspec.nn.layer import SpectralLayer
+from fastspec.nn.quantized import float_dtype, quantised
 from fastspec.svd.factors import Directions
 
 # what switches off torch's fused path of an encoder; of the second, with nested inputs
@@ -41,9 +42,30 @@ class Target:
         weight = weight.detach()
         return weight if isinstance(self.module, nn.Linear) else weight.mT
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the weight is quantised, so that `matrix` holds no numbers to factorise."""
+        return quantised(self.module.weight)
 
-def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target], tuple[str, ...]]:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return _shape(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return float_dtype(self.module.weight) if self.quantised else self.matrix.dtype
+
+
+def find_targets(
+    model: nn.Module, config: SpectralConfig, *, factors_given: bool = False
+) -> tuple[list[Target], tuple[str, ...]]:
     """The layers `config` means, checked, and the names of the modules trained whole.
+
+    Args:
+        model, config: as of `spectralize`.
+        factors_given: whether the factors come from elsewhere: then weights may be quantised.
 
     Raises:
         ValueError, TypeError: as `spectralize`.
@@ -88,8 +110,8 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
         asked = _rank_of(name, config)
         if asked is None:
             continue
-        check_layer(name, module)
-        side = min(module.weight.shape)
+        check_layer(name, module, factors_given)
+        side = min(_shape(module))
         rank = resolve_rank(asked, side)
         if rank <= side:
             served.add(rank)
@@ -100,7 +122,7 @@ def find_targets(model: nn.Module, config: SpectralConfig) -> tuple[list[Target]
             rank = side
         directions = Directions(rank, config.select, config.basis, config.tol, config.seed)
         try:
-            directions.triplets(min(module.weight.shape))
+            directions.triplets(side)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
         targets.append(Target(name, module, directions))
@@ -220,7 +242,15 @@ def _is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def check_layer(name: str, module: nn.Module) -> None:
+def _shape(module: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    n_in, n_out = module.weight.shape
+    return n_out, n_in
+
+
+def check_layer(name: str, module: nn.Module, factors_given: bool = False) -> None:
     # before the weight is looked at: a parametrised one is made then, and may move its own state
     own = {"weight", "bias"} <= module._parameters.keys()
     if parametrize.is_parametrized(module) or not own:
@@ -231,11 +261,15 @@ def check_layer(name: str, module: nn.Module) -> None:
     weight: Any = module.weight
     if is_lazy(weight):
         raise ValueError(f"{name}: a lazy layer without weights yet: run the model once first")
+    if factors_given and quantised(weight) and "forward" not in module.__dict__:
+        return
     kind = type(weight.data if isinstance(weight, nn.Parameter) else weight)
     if not weight.is_floating_point() or kind is not Tensor:
         raise TypeError(
             f"{name}: the weight is quantised or of a special kind ({kind.__name__}, {weight.dtype}); "
-            "expected a plain floating-point tensor: load the model unquantised"
+            "expected a plain floating-point tensor: load the model unquantised, or make the factors of its "
+            "float weights by fastspec factorize and give them as spectralize(model, config, basis=FILE), "
+            "which torchao's weights and bitsandbytes' in 4 bits take"
         )
     if weight.device.type == "meta":
         raise ValueError(

@@ -100,7 +100,10 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         self.register_parameter("base_weight", None)
         matrix = self._matrix(self.weight)
         k = directions.rank
-        directions.triplets(min(matrix.shape))
+        # of a quantised weight the matrix may have another shape
+        directions.triplets(
+            min(matrix.shape) if factors is None else min(len(factors.u), factors.vh.shape[1])
+        )
         self._follow(factors)
         shape = delta_shape(core, k, half_width)
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=matrix.device))

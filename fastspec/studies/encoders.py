@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,8 +90,9 @@ def model_size(name: str, field: str) -> int | None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No bars but our own, and of transformers and what it imports on the way no notices below errors."""
-    # of torchao's binaries for other Pythons, and of how it registers its classes with torch
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    # of torchao's and bitsandbytes' missing binaries, and of how the former registers its classes with torch
+    names = ("torchao", "torch.utils._pytree", "bitsandbytes")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -100,7 +102,13 @@ def quiet() -> Iterator[None]:
     notices.set_verbosity_error()
     notices.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # what these libraries will change in each other
+            for kind in (FutureWarning, DeprecationWarning):
+                warnings.filterwarnings(
+                    "ignore", category=kind, module=r"(transformers|peft|torch)\."
+                )
+            yield
     finally:
         notices.set_verbosity(before)
         notices.enable_progress_bar()

@@ -29,6 +29,7 @@ from fastspec.svd.triplets import residual
 
 FORMAT = 2
 _READS = (1, 2)
+QUANTISED = 0.3  # of s_1: by how much rounding to 4 bits may move W v
 _AGAIN = "make the file again with fastspec factorize"
 
 
@@ -185,6 +186,24 @@ def check_entry(f: Any, prefix: str, about: Any, label: str, digested: bool) -> 
                 f"{excerpt(about.get('digest'))}; {_AGAIN}"
             )
     return tensors
+
+
+def quantisation_misfit(weight: Tensor, entry: BasisEntry) -> str | None:
+    """Why the triplets are not those of a matrix that was rounded to `weight`; None where they may be.
+
+    Four bits move W v by up to a tenth of s_1, where another matrix moves it by about s_1.
+    """
+    if weight.shape != (len(entry.u), entry.vh.shape[1]):
+        shape = [len(entry.u), entry.vh.shape[1]]
+        return f"they are of a matrix {shape}, and the weight is {list(weight.shape)}"
+    w, s, u, v = (
+        t.to(weight.device).float()[None] for t in (weight, entry.s, entry.u, entry.vh.mT)
+    )
+    with torch.no_grad(), full_float32(), torch.autocast(w.device.type, enabled=False):
+        error = float(residual(w, u, s, v, floor=1.0)[0])
+    if not error <= QUANTISED:
+        return f"|W v - s u| is {error:.1e} s_1, and rounding leaves at most {QUANTISED:g} s_1"
+    return None
 
 
 def misfit(weight: Tensor, entry: BasisEntry) -> str | None:
