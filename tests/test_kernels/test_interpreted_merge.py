@@ -158,10 +158,7 @@ def test_a_kept_copy_with_its_bias():
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_model_kept_together_on_a_gpu(model, bias, monkeypatch):
     """By the tables, from the second forward on; one launch for each kind."""
-    for at, layer in enumerate(model):
-        layer.weight.data = layer.weight.data.half()
-        layer.u, layer.vh = layer.u.half(), layer.vh.half()
-        layer.bias = nn.Parameter(layer.bias.detach().half(), requires_grad=False)
+    for at, layer in enumerate(model.half()):
         assert at or layer._matrix(layer.weight).shape == (40, 24)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     tables = []
