@@ -12,6 +12,7 @@ from fastspec.cores import Core, delta_shape
 from fastspec.nn import together
 from fastspec.nn.batch_rows import Layout, Rows
 from fastspec.nn.batch_tasks import tasks_of_batch
+from fastspec.nn.cast_copy import CastCopy, wanted_dtype
 from fastspec.nn.follow import FollowsWeight
 from fastspec.nn.kept import KeptCopy
 from fastspec.nn.kept_weight import KeptWeight
@@ -39,6 +40,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
     delta_table: Tensor
     acted: bool | None  # False: calls of the model have passed the layer by, True: have not
     read: bool  # whether something else reads its weight besides
+    _cast_copy: CastCopy | None  # under autocast
     _plain_class: type[nn.Module]
     _added: set[str]
     task_bank: Any = None  # a TaskBank, which also makes `delta_table` [capacity, *delta.shape]
@@ -96,6 +98,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         self.forced_plan: Plan | None = None
         self.acted = None
         self.read = False
+        self._cast_copy = None
         self.keep_merged(False)
         self.register_parameter("base_weight", None)
         matrix = self._matrix(self.weight)
@@ -143,6 +146,8 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         if operands is None:
             return self._plain(x)
         weight, bias, u, s, vh, delta = operands
+        if (dtype := wanted_dtype(weight)) is not None and self.path == "fast":
+            weight, u, vh = self._cast(weight, u, vh, dtype)
         w = self._matrix(weight)
         if self.path == "reference":
             return reference.spectral_linear(x, w, bias, u, vh, delta, self.core)
@@ -195,25 +200,35 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         """Every row of the batch with its own task's core; `delta` plays no part."""
         arranged = rows.arrange(x, self)
         x, task = arranged.x, arranged.task
-        w = self._matrix(self.follow_weight())
+        weight, u, vh = self.follow_weight(), self.u, self.vh
+        if (dtype := wanted_dtype(weight)) is not None and self.path == "fast":
+            weight, u, vh = self._cast(weight, u, vh, dtype)
+        w = self._matrix(weight)
         if self.path == "reference":
-            y = reference.task_linear(
-                x, w, self.bias, self.u, self.vh, self.delta_table, task, self.core
-            )
+            y = reference.task_linear(x, w, self.bias, u, vh, self.delta_table, task, self.core)
             return arranged.back(y)
         y = task_linear(
             x,
             w,
             self.bias,
-            self.u,
+            u,
             self.s,
-            self.vh,
+            vh,
             self.delta_table,
             task,
             core=self.core,
             singular_basis=self.singular_basis,
         )
         return arranged.back(y)
+
+    def _cast(
+        self, weight: Tensor, u: Tensor, vh: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three in another dtype, cast once for as long as they stay as they are."""
+        copy = self._cast_copy
+        if copy is None or not copy.serves(weight, u, vh, dtype):
+            copy = self._cast_copy = CastCopy(weight, u, vh, dtype)
+        return copy.weight, copy.u, copy.vh
 
     def effective_weight(self) -> Tensor:
         """W + U C Vh in the stored layout and dtype, computed in float32 at least.
@@ -250,7 +265,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         self._merged_seen = Seen(merged)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._kept = None
+        self._kept = self._cast_copy = None
         tables = [
             name
             for name, table in self._buffers.items()
@@ -314,6 +329,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         same = readable(self.weight) and (given is None or same_values(given, self.weight))
         plain = given is not None and prefix + "delta" not in state_dict
         self._made_from.forget()
+        self._cast_copy = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -45,10 +45,14 @@ def _in_csrc() -> bool:
     return _extension.load() is None and hasattr(torch.ops.fastspec, "serve_cpu_as_cuda")
 
 
+def serves(device: torch.device) -> bool:
+    """Whether tensors of this device take the route of CUDA tensors."""
+    return device.type == "cuda" or _on_cpu
+
+
 def joins_products(device: torch.device) -> bool:
     """Whether csrc/cuda_joined.cpp and csrc/cuda_shared_input.cpp serve tensors of this device."""
-    here = device.type == "cuda" or _on_cpu
-    return here and _in_csrc() and hasattr(torch.ops.fastspec, "shared_input")
+    return serves(device) and _in_csrc() and hasattr(torch.ops.fastspec, "shared_input")
 
 
 @functools.cache
