@@ -22,6 +22,7 @@ _PUBLIC = {
     "merge": "fastspec.model.merging",
     "unmerge": "fastspec.model.merging",
     "keep_merged": "fastspec.model.merging",
+    "graphed": "fastspec.model.graphed",
     "merge_and_unload": "fastspec.model.merging",
     "unload": "fastspec.model.merging",
     "trainable_parameters": "fastspec.model.convert",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         spectralize,
         trainable_parameters,
     )
+    from fastspec.model.graphed import graphed
     from fastspec.model.lightning import LightningAdapter
     from fastspec.model.merging import keep_merged, merge, merge_and_unload, unload, unmerge
     from fastspec.model.parameter_groups import parameter_groups

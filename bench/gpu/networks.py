@@ -232,11 +232,12 @@ def full(model: nn.Module, load: Workload) -> nn.Module:
 OURS = "fastspec"
 KEPT = "fastspec, copies kept"
 FLOOR = "frozen floor"
+LORA = "PEFT LoRA r8"
 CANDIDATES: dict[str, Callable[[nn.Module, Workload], nn.Module]] = {
     OURS: spectral(),
     KEPT: kept,
     "EigenTune": eigentune,
-    "PEFT LoRA r8": lora,
+    LORA: lora,
     "full finetuning": full,
 }
 
@@ -255,8 +256,9 @@ PARTS: dict[str, Callable[[nn.Module, Workload], nn.Module]] = {
 class TrainingStep:
     """Forward, backward and AdamW of a prepared copy of a model on one batch that stays where it is."""
 
-    def __init__(self, model: nn.Module, load: Workload) -> None:
+    def __init__(self, model: nn.Module, load: Workload, autocast: bool = False) -> None:
         self.model = model.train()
+        self.autocast = autocast
         trained = [p for p in model.parameters() if p.requires_grad]
         # an optimiser in a graph must count its steps on the device
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True, capturable=not REHEARSING)
@@ -266,7 +268,8 @@ class TrainingStep:
         self.batch = {"input_ids": ids, "labels": labels if load.targets == ENCODER else ids}
 
     def loss(self) -> Tensor:
-        return self.model(**self.batch).loss
+        with torch.autocast(DEVICE.type, BF16, enabled=self.autocast):
+            return self.model(**self.batch).loss
 
     def __call__(self) -> Tensor:
         loss = self.loss()
@@ -285,9 +288,12 @@ class TrainingStep:
 
 
 def make(
-    prepare: Callable[[nn.Module, Workload], nn.Module], base: nn.Module, load: Workload
+    prepare: Callable[[nn.Module, Workload], nn.Module],
+    base: nn.Module,
+    load: Workload,
+    autocast: bool = False,
 ) -> TrainingStep:
-    return TrainingStep(prepare(copy.deepcopy(base), load), load)
+    return TrainingStep(prepare(copy.deepcopy(base), load), load, autocast)
 
 
 def plain(ours: TrainingStep, load: Workload) -> TrainingStep:

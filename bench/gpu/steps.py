@@ -9,12 +9,14 @@ import harness
 import torch
 from torch import Tensor
 
+import fastspec
 from gpu import device, networks
 from gpu.device import pick
-from gpu.networks import CANDIDATES, FLOOR, OURS, TrainingStep, Workload
+from gpu.networks import CANDIDATES, FLOOR, KEPT, LORA, OURS, TrainingStep, Workload
 from gpu.record import Record
 
 ROUNDS = pick(9, 1)
+TRAINED = 6  # steps whose losses are compared
 TIMES = 3  # steps between two marks of the clock
 TWICE = 2.0  # our error over that of the plain formulas in the same dtype
 
@@ -53,6 +55,28 @@ def check(load: Workload, base: torch.nn.Module, rows: Record) -> None:
     rows.add(f"{load} gradients", off=own, plain_formulas_off=theirs)
     if not own <= TWICE * theirs + 1e-6:
         raise AssertionError(f"gradients are off by {own:.2e}, plain formulas by {theirs:.2e}")
+
+
+def trained_by_graphed(load: Workload, base: torch.nn.Module, rows: Record) -> None:
+    """Losses of `fastspec.graphed` beside those of the same steps made one by one, on other batches each."""
+    for label, prepare in ((OURS, networks.spectral()), (KEPT, networks.kept)):
+        name = f"{load} losses of fastspec.graphed, {label}"
+        with rows.row(name):
+            eager, captured = (networks.make(prepare, base, load) for _ in range(2))
+            for step in (eager, captured):
+                for group in step.optimizer.param_groups:
+                    group["lr"] = 1e-3
+            replay = fastspec.graphed(captured.model, captured.optimizer, captured.batch)
+            off = []
+            for i in range(TRAINED):
+                batch = captured.batch | {"input_ids": (captured.batch["input_ids"] + i) % 100}
+                eager.batch = batch
+                want = float(eager().detach())
+                off.append(abs(float(replay(**batch)) / want - 1))
+            rows.add(name, off=off)
+            if not max(off) <= 0.02:
+                raise AssertionError(f"losses are off by {max(off):.1e}")
+        device.free()
 
 
 def losses(steps: Mapping[str, TrainingStep]) -> dict[str, float]:
@@ -118,6 +142,8 @@ def memory(load: Workload, steps: dict[str, TrainingStep], rows: Record) -> None
 def measure(load: Workload, rows: Record) -> None:
     base = networks.base_of(load)
     check(load, base, rows)
+    if load is networks.MINILM:
+        trained_by_graphed(load, base, rows)
     steps: dict[str, TrainingStep] = {}
     for name, prepare in {FLOOR: networks.floor, **CANDIDATES}.items():
         with rows.row(f"{load} {name}"):
@@ -134,6 +160,17 @@ def measure(load: Workload, rows: Record) -> None:
         compare(f"{load} graphed, parts of kept copies", graphs, rows, device.on_device)
 
 
+def under_autocast(load: Workload, rows: Record) -> None:
+    """The commonest set-up of Trainer: a float32 model, products in bfloat16."""
+    base = networks.base_of(load, torch.float32)
+    prepared = {FLOOR: networks.floor, OURS: networks.spectral(), LORA: networks.lora}
+    steps = {name: networks.make(p, base, load, autocast=True) for name, p in prepared.items()}
+    losses(steps)
+    compare(f"{load} eager, autocast over float32", steps, rows, device.wall)
+    graphs = in_graphs(load, steps, rows)
+    compare(f"{load} graphed, autocast over float32", graphs, rows, device.on_device)
+
+
 def main() -> int:
     rows = Record("steps")
     for load in networks.WORKLOADS:
@@ -141,6 +178,10 @@ def main() -> int:
             with rows.row(str(load)), device.as_on_card():
                 measure(load, rows)
         device.free()
+    load = networks.MINILM
+    if rows.enough(pick(8, 0), f"{load} autocast"):
+        with rows.row(f"{load} autocast"), device.as_on_card():
+            under_autocast(load, rows)
     return rows.status()
 
 
