@@ -15,7 +15,7 @@ from fastspec.studies.glue.table_rows import SUITES, TASK_SIZES
 from fastspec.studies.glue.tasks import TASKS
 
 _SUITE_ONLY = {"tasks", "rows", "seeds", "record", "jobs", "report", "time"}
-_WITH_SUITE = {*_SUITE_ONLY, "suite", "path", "model", "data", "output", "threads", "debug"}
+_WITH_SUITE = {*_SUITE_ONLY, "suite", "path", "model", "data", "output", "threads", "bf16", "debug"}
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(GlueConfig) if f.name != "task"}
 
 
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "suite",
         "A whole table: every missing run is made, then the table is printed and written to "
         "OUTPUT/report-SUITE with a CSV file and a picture. Of the other options only --model, --data, "
-        "--output, --threads (of all processes together) and --path apply: --path reference adds a row of "
-        "the reference path to every spectral row.",
+        "--output, --threads (of all processes together), --bf16 and --path apply: --path reference adds a "
+        "row of the reference path to every spectral row.",
     )
     add = suite.add_argument
     add("--suite", choices=list(SUITES), help="which rows (docs/glue.md)")
@@ -152,6 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random: permute the training labels (default: %(default)s)",
     )
     add("--max-train-rows", type=int, help="train on the first so many rows only")
+    add("--bf16", action="store_true", help="products in bfloat16, under autocast")
     add("--threads", type=int, help="torch threads (default: torch's own choice)")
     add("--debug", action="store_true", help="show the traceback of an error")
 
@@ -263,6 +264,7 @@ def run_suite(args: argparse.Namespace) -> int:
         data=args.data,
         seeds=args.seeds,
         record=args.record,
+        overrides={"bf16": True} if args.bf16 else {},
     )
     stale = suite.stale()
     if stale:

@@ -55,6 +55,7 @@ class GlueConfig:
         epochs, batch_size, seed: as everywhere.
         max_length: longest row, in tokens; what is longer is cut.
         max_train_rows: only the first so many rows are trained on.
+        bf16: products in bfloat16, under autocast; everything that is trained stays float32.
         save_steps: steps between checkpoints inside an epoch; every epoch's end has one anyway.
 
     Raises:
@@ -92,6 +93,7 @@ class GlueConfig:
     max_train_rows: int | None = None
     seed: int = 0
     save_steps: int = 200
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -157,6 +159,7 @@ class GlueConfig:
             "scratch" if self.start == "random" else "",
             "random-labels" if self.labels == "random" else "",
             "pooler" if self.train_pooler else "",
+            "bf16" if self.bf16 else "",
         ]
         return "-".join(p for p in [self._method_label(), *suffixes] if p)
 

@@ -216,6 +216,8 @@ def _trainer(
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=config.seed,
+        bf16=config.bf16,
+        use_cpu=config.bf16 and not torch.cuda.is_available(),  # else Trainer wants a GPU for it
     )
     source = prepared.source
     own: list[Any] = [CheckpointSchedule(config.save_steps, steps_per_epoch)]

@@ -98,7 +98,8 @@ def step_times(
             else:
                 model = methods.apply(model, config)
         groups = methods.optimizer_groups(model, heads, config)
-        steps[label] = _Step(model.to(device).train(), torch.optim.AdamW(groups))
+        optimizer = torch.optim.AdamW(groups)
+        steps[label] = _Step(model.to(device).train(), optimizer, config.bf16)
     times: dict[str, list[float]] = {label: [] for label in steps}
     for i in range(rounds + warmup):
         batch = {k: v.to(device) for k, v in batches[i % len(batches)].items()}
@@ -140,14 +141,17 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 class _Step:
     """One training step of a model; called with a batch, returns its wall time in ms."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
+        self.model, self.optimizer, self.bf16 = model, optimizer, bf16
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def __call__(self, batch: dict[str, Any]) -> float:
         _synchronise()
         began = time.perf_counter()
-        self.model(**batch).loss.backward()
+        device = batch["labels"].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            loss = self.model(**batch).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
