@@ -221,6 +221,11 @@ def alone_at(name, model):
     return model(IDS, tasks=[name] * 5)
 
 
+def in_context(model):
+    with fastspec.tasks(NAMES):
+        return model(IDS)
+
+
 class TestCompiled:
     def test_tasks_come_go_and_change_without_recompiling(self):
         torch._dynamo.reset()
@@ -307,6 +312,45 @@ class TestCompiled:
         compiled(IDS, tasks=bank.index(NAMES)).square().mean().backward()
         for p, grad in zip(bank.parameters(), want, strict=True):
             assert_close(p.grad, grad)
+
+    @pytest.mark.parametrize(
+        "how", ["whole", "blocks", "a layer", "in place", "broken", "with a part that is not"]
+    )
+    def test_names_compiled_code_can_not_see_are_not_passed_over(self, how):
+        """Without fullgraph=True what would need them runs uncompiled, whatever was called before."""
+        torch._dynamo.reset()
+        model = with_tasks()
+        index = model.task_bank.index(NAMES)
+        with torch.no_grad():
+            want, plain = model(IDS, tasks=NAMES), model(IDS)
+        assert not torch.allclose(want, plain)
+        compiled = model
+        if how == "blocks":
+            model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+            model.head = torch.compile(model.head, backend="eager")
+        elif how == "a layer":
+            model.blocks[1].up.compile(backend="eager")
+        elif how == "in place":
+            model.compile(backend="eager")
+        else:
+            compiled = torch.compile(model, backend="eager")
+        if how == "broken":
+            model.blocks[0].register_forward_hook(lambda *args: torch._dynamo.graph_break())
+        elif how == "with a part that is not":
+            model.blocks[0].forward = torch._dynamo.disable(model.blocks[0].forward)
+        ways = {
+            "none": lambda: (compiled(IDS), plain),
+            "names": lambda: (compiled(IDS, tasks=NAMES), want),
+            "index": lambda: (compiled(IDS, tasks=index), want),
+            "context": lambda: (in_context(compiled), want),
+            "uncompiled": lambda: (model(IDS), plain),
+        }
+        with torch.no_grad():
+            for first in ways:
+                torch._dynamo.reset()
+                for way in (first, *ways, *reversed(ways)):
+                    got, wanted = ways[way]()
+                    assert torch.allclose(got, wanted, atol=1e-5), (first, way)
 
     def test_a_context_that_compiled_code_can_not_see_is_refused(self):
         torch._dynamo.reset()

@@ -2,7 +2,9 @@
 
 In eager code a context variable carries it, so that threads and coroutines do not meet. `torch.compile`
 can't trace context variables: there the tasks arrive as an argument of the model (a tensor), and the way
-from the argument to the layers is traced, through `_traced`, and gone when the compiled code runs.
+from the argument to the layers is traced, through `_traced`, and gone when the compiled code runs. What is
+compiled inside a call or context whose tasks it can't see raises while it is traced: without fullgraph=True
+PyTorch then runs it uncompiled, where it sees them.
 """
 
 from __future__ import annotations
@@ -69,16 +71,44 @@ class Entry:
 
 
 class _Traced:
-    """What tracing sees: the tasks given to the model being traced, and whether a `with` is open."""
+    """What tracing sees, and compiled code is guarded by.
+
+    Attributes:
+        began: whether the model's call began in compiled code.
+        rows: the tasks given to it.
+        named: whether a `with` is open, in any thread.
+        calls: whether a call that names tasks runs uncompiled, in any thread.
+    """
 
     def __init__(self) -> None:
+        self.began = False
         self.rows: Rows | None = None
-        self.open = 0
+        self.named = self.calls = False
+        self._counts = {"named": 0, "calls": 0}
+        self._counting = threading.Lock()
+
+    def count(self, what: str, change: int) -> None:
+        with self._counting:
+            self._counts[what] += change
+            setattr(self, what, self._counts[what] > 0)
+
+    def begin(self, rows: Rows | None) -> None:
+        self.began, self.rows = True, rows
+
+    def end(self) -> None:
+        self.began, self.rows = False, None
+
+    def check(self) -> None:
+        """Refuse to go on compiled where tasks may be named that only uncompiled code sees."""
+        if not self.began and (self.named or self.calls):
+            raise ValueError(
+                "compiled code can't see the tasks of a batch that are named outside of it: compile the "
+                "whole model, and call it with tasks=model.task_bank.index(names)"
+            )
 
 
 _entry: contextvars.ContextVar[Entry | None] = contextvars.ContextVar("tasks", default=None)
 _traced = _Traced()
-_counting = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -93,14 +123,12 @@ def tasks(names: BatchTasks) -> Iterator[None]:
     this thread (this coroutine) sees the context. A backward pass that computes activations again
     (gradient checkpointing) is refused. A compiled model takes `tasks` as an argument only.
     """
-    with _counting:
-        _traced.open += 1
+    _traced.count("named", 1)
     try:
         with opened(Entry(GivenTasks(names), _entry.get())):
             yield
     finally:
-        with _counting:
-            _traced.open -= 1
+        _traced.count("named", -1)
 
 
 @contextlib.contextmanager
@@ -130,6 +158,8 @@ def tasks_of_batch(
     rows = None
     if torch.compiler.is_compiling():
         rows = _traced.rows
+        if bank is not None:
+            _traced.check()
     else:
         entry = _entry.get()
         if entry is not None:
@@ -144,6 +174,8 @@ def tasks_of_batch(
                         "load_tasks(model, folders) first"
                     )
                 rows = entry.rows if entry.bank is bank else bank.look_up(entry.given.given)
+        elif bank is not None:
+            rows = _traced.rows  # of a compiled call that this part of runs uncompiled
     if rows is None and bank is not None and bank.trained and torch.is_grad_enabled():
         raise ValueError(
             "the tables of all tasks are being trained and this batch names no tasks: pass tasks=[...]; "
@@ -164,18 +196,19 @@ def before_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     part = model is not bank.model
     if torch.compiler.is_compiling():
         if part:
+            _traced.check()
             return args, kwargs
-        if not named and _traced.open:
+        if not named and _traced.named:
             raise ValueError(
                 "a compiled model takes its tasks as an argument: model(..., tasks=index)"
             )
         if given is not None and not isinstance(given, Tensor):
             raise TypeError("a compiled model takes tasks=model.task_bank.index(names), a tensor")
-        _traced.rows = None
-        if given is not None:
-            places = bank.places(given)
-            _traced.rows = Rows(places, uniform=places.shape[0] == 1)
+        places = None if given is None else bank.places(given)
+        _traced.begin(None if places is None else Rows(places, uniform=places.shape[0] == 1))
         return args, rest
+    if not part:
+        _traced.end()  # what an interrupted call left open
     after_call(model)  # what an interrupted call (Ctrl-C in a notebook) left open
     entry = _entry.get()
     if entry is not None and (entry.recorder is not None or (part and entry.model is not None)):
@@ -196,18 +229,26 @@ def before_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
         bank.end(flight)
         raise
     _entry.set(Entry(names, entry, model, bank, rows, flight))
+    if rows is not None:
+        _traced.count("calls", 1)
     return args, rest
 
 
 def after_call(model: nn.Module, *_: Any) -> None:
     """Forward hook, run after failures too: closes what `before_call` opened."""
+    whole = model.task_bank.model is model  # type: ignore[union-attr]
     if torch.compiler.is_compiling():
-        if model.task_bank.model is model:  # type: ignore[union-attr]
-            _traced.rows = None
+        _traced.check()  # what began uncompiled ends so
+        if whole:
+            _traced.end()
         return
     entry = _entry.get()
+    if whole and entry is None:
+        _traced.end()  # the call began compiled, and its graph broke
     if entry is not None and entry.model is model and entry.recorder is None:
         _entry.set(entry.outer)
+        if entry.rows is not None:
+            _traced.count("calls", -1)
         entry.bank.end(entry.flight)  # type: ignore[union-attr]
 
 
