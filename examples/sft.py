@@ -14,6 +14,7 @@ from fastspec.studies.decoder.text import texts
 
 def main(model_path, output, rows=2000, **options):
     training, held_out = (Dataset.from_dict({"text": part[:rows]}) for part in texts())
+    options = {"bf16": torch.cuda.is_available()} | options  # TRL's default wants a GPU
     arguments = SFTConfig(output, model_init_kwargs={"dtype": torch.float32}, **options)
     trainer = SFTTrainer(
         model_path,

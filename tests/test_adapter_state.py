@@ -1,6 +1,7 @@
 """What is trained, or moves, beside the coefficients: it is in the adapter, which loads into its own base."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -325,6 +326,25 @@ def test_extra_state_that_moved_is_not_lost(tmp_path, kind, heads):
     ):
         save_adapter(model, tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_extra_state_that_is_equal_has_not_moved(tmp_path):
+    class Noted(Extra):
+        def get_extra_state(self):
+            note = "n" + str(0)
+            return {"a": note, "b": [note, "n" + str(0)][self.calls], "c": io.BytesIO(b"x")}
+
+    model = spectralize(between(Noted), SpectralConfig(rank=2))
+    model.middle.calls = 1  # the same text in another object, which pickles otherwise
+    save_adapter(model, tmp_path)
+
+
+def test_extra_state_that_nothing_can_save_is_no_hindrance(tmp_path):
+    class Hooked(Extra):
+        def get_extra_state(self):
+            return {"hook": lambda: 1}
+
+    save_adapter(spectralize(between(Hooked), SpectralConfig(rank=2)), tmp_path)
 
 
 # ---------------------------------------------------------------------------------- compiled in part

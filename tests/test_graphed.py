@@ -171,3 +171,16 @@ def test_refusals(captured):
         fastspec.graphed(
             nn.ModuleList([model, nn.Linear(2, 2, device="meta")]), optimizer, {}, loss
         )
+
+
+def test_what_is_no_tensor_is_named(captured):
+    model = adapted()
+    optimizer = optimizer_of(model, torch.optim.SGD)
+    for example in ((IDS,), {"ids": IDS, "mask": None}):
+        with pytest.raises(TypeError, match="example must map names to tensors"):
+            fastspec.graphed(model, optimizer, example, loss)
+    with pytest.raises(TypeError, match=r"the model's loss must be a tensor, got None"):
+        fastspec.graphed(model, optimizer, {"ids": IDS}, lambda model, batch: None)
+    step = fastspec.graphed(model, optimizer, {"ids": IDS}, loss)
+    with pytest.raises(TypeError, match="ids must be a tensor, got None"):
+        step(ids=None)

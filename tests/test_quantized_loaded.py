@@ -4,7 +4,7 @@ import pytest
 import torch
 from quantised_support import CASES, CONFIGS, needs_bitsandbytes, quantised_plain
 from safetensors.torch import save_file
-from tiny_models import IDS, Net, bert
+from tiny_models import IDS, Net, bert, gpt2
 from torch import nn
 
 import fastspec
@@ -36,6 +36,11 @@ def factorised(model, folder, rank=4):
         )
         == 0
     )
+    return basis
+
+
+def factorised_folder(folder, basis):
+    assert main(["factorize", str(folder), "--rank", "4", "-o", str(basis)]) == 0
     return basis
 
 
@@ -165,3 +170,74 @@ def test_a_model_that_transformers_loads_in_four_bits(tmp_path, compute):
     save_adapter(model, tmp_path / "adapter", bases=True)
     again = load_adapter(plain(), tmp_path / "adapter")
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@needs_bitsandbytes
+def test_gpt2_whose_layers_are_stored_the_other_way_round(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    plain = gpt2(n_embd=64)
+    plain.save_pretrained(tmp_path / "gpt2")
+    basis = factorised_folder(tmp_path / "gpt2", tmp_path / "basis.safetensors")
+    four = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = type(plain).from_pretrained(tmp_path / "gpt2", quantization_config=four)
+    spectralize(model, CONFIG, basis=basis)
+    assert sum(type(layer) is QuantizedSpectralLinear for _, layer in spectral_layers(model)) == 8
+    ids = torch.arange(16).reshape(2, 8)
+    model(ids, labels=ids).loss.backward()
+    assert all(layer.delta.grad.any() for _, layer in spectral_layers(model))
+
+
+@needs_bitsandbytes
+def test_a_weight_that_was_packed_for_inference_is_refused_in_words(basis):
+    plain = quantised_plain(net(), "nf4")
+    plain.blocks[0].up.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match=r"blocks\.0\.up: .* adapt the model before it is called"):
+        spectralize(plain, CONFIG, basis=basis)
+
+
+def test_a_head_that_torchao_quantised_is_refused(basis):
+    from torchao.quantization import quantize_
+
+    plain = net()
+    quantize_(plain, CONFIGS["int8"])
+    with pytest.raises(ValueError, match=r"head\.weight is to be trained and is quantised"):
+        spectralize(plain, SpectralConfig(rank=4, modules_to_save=["head"]), basis=basis)
+    assert type(plain.blocks[0].up) is nn.Linear
+
+
+@needs_bitsandbytes
+def test_trainer_takes_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    bert(**sizes).save_pretrained(tmp_path / "bert")
+    basis = factorised(bert(**sizes), tmp_path / "basis")
+    four = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["classifier"]
+    )
+
+    def adapted():
+        plain = type(bert()).from_pretrained(tmp_path / "bert", quantization_config=four)
+        return spectralize(plain, CONFIG, basis=basis)
+
+    rows = [{"input_ids": list(range(6)), "labels": i % 2} for i in range(8)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "out"), num_train_epochs=1, use_cpu=True, report_to="none"
+    )
+    model = adapted()
+    trainer = fastspec.SpectralTrainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    assert all(layer.delta.any() for _, layer in spectral_layers(model))
+    assert "_hf_peft_config_loaded" not in vars(model)
+    trainer.save_model(tmp_path / "adapter")
+    ids = torch.arange(6)[None]
+    again = load_adapter(adapted(), tmp_path / "adapter")
+    torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
+    plain = type(bert()).from_pretrained(tmp_path / "bert", quantization_config=four)
+    with pytest.raises(ValueError, match="purely quantized"):  # without an adapter, as ever
+        fastspec.SpectralTrainer(plain, arguments, train_dataset=rows)
+
+
+def test_no_merged_copy_is_kept(basis):
+    model = spectralize(quantised_plain(net(), CONFIGS["int8"]), CONFIG, basis=basis)
+    with pytest.raises(ValueError, match="a merged copy needs the base weight in floating point"):
+        fastspec.keep_merged(model)

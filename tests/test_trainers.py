@@ -87,7 +87,9 @@ class TestPlainTrainer:
             train_dataset=rows(8),
             callbacks=[fastspec.AdapterCallback()],
         )
-        run.train()  # nobody asked it to save
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            run.train()  # nobody asked it to save
         assert {p.name for p in tmp_path.iterdir()} == {"adapter.safetensors"}
         loaded = load_adapter(bert(num_labels=3), tmp_path)
         assert torch.equal(logits(loaded), logits(run.model))
@@ -202,6 +204,18 @@ class TestLightning:
         checkpoint = self.fit(first, tmp_path, 1)
         loaded = module.load_from_checkpoint(checkpoint)
         assert torch.equal(logits(loaded.model), logits(first.model))
+
+    def test_compiled_or_not_they_read_each_other(self, module, tmp_path):
+        class Compiled(module):
+            def __init__(self):
+                super().__init__()
+                self.model = torch.compile(self.model, backend="eager")
+
+        for first, second in ((Compiled, module), (module, Compiled)):
+            trained_one = first()
+            checkpoint = self.fit(trained_one, tmp_path / first.__name__, 1)
+            loaded = second.load_from_checkpoint(checkpoint)
+            assert torch.equal(logits(loaded.model), logits(trained_one.model))
 
     def test_other_base_weights_and_ranks_are_refused(self, module, tmp_path):
         checkpoint = self.fit(module(), tmp_path, 1)

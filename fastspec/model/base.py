@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastspec.files import excerpt
@@ -307,12 +307,26 @@ def _extra_states(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _digest_of(state: Any) -> str:
-    """A digest of an object that can be pickled."""
+    """A digest of a module's extra state: equal ones have one. Empty of what can't be saved anywhere."""
+    try:
+        return hashlib.sha256(_told(state).encode()).hexdigest()[:DIGITS]
+    except Exception:  # of a pickler, whatever the object raises
+        return ""
+
+
+def _told(state: Any) -> str:
+    """Text that says what a value is."""
     if isinstance(state, Tensor):
-        return tensor_fingerprint(state)[:DIGITS]
-    file = io.BytesIO()
-    torch.save(state, file)
-    return hashlib.sha256(file.getvalue()).hexdigest()[:DIGITS]
+        return tensor_fingerprint(state)
+    if isinstance(state, Mapping):
+        return f"{type(state)}{[(_told(key), _told(value)) for key, value in state.items()]}"
+    if isinstance(state, list | tuple):
+        return f"{type(state)}{[_told(value) for value in state]}"
+    if isinstance(state, io.BytesIO):
+        return _told(state.getvalue())
+    if state is None or isinstance(state, str | bytes | bool | int | float | complex):
+        return f"{type(state)}{state!r}"
+    return hashlib.sha256(pickle.dumps(state)).hexdigest()
 
 
 def _listed(names: list[str]) -> str:

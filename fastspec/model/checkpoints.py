@@ -7,8 +7,10 @@ for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +21,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from fastspec.model.adapter import load_adapter, save_adapter
 from fastspec.model.convert import adaptation
 from fastspec.model.parameter_groups import parameter_groups
+from fastspec.model.pretrained import ADAPTERS_KEPT
 from fastspec.model.rates import HEAD, coefficients, warn_of_low_rate
 from fastspec.model.targets import unwrap
+
+_ADAPTED = "_hf_peft_config_loaded"  # by which transformers knows a model that has PEFT's adapters
 
 
 class AdapterCheckpoints:
@@ -54,7 +59,9 @@ class AdapterCheckpoints:
     state: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        model = kwargs.get("model", args[0] if args else None)
+        with _as_adapted(model):
+            super().__init__(*args, **kwargs)
         if adaptation(self._adapted_model()) is None:
             raise ValueError(
                 "the model has no adapter: call fastspec.spectralize(model, config) before the Trainer"
@@ -111,6 +118,21 @@ class AdapterCheckpoints:
         load_adapter(self._adapted_model(), self.state.best_model_checkpoint)
 
 
+@contextlib.contextmanager
+def _as_adapted(model: Any) -> Iterator[None]:
+    """Let Trainer take a model that was loaded quantised: it knows of no adapters but PEFT's."""
+    inside = unwrap(model) if isinstance(model, nn.Module) else None
+    if inside is None or adaptation(inside) is None or not getattr(inside, "is_quantized", False):
+        yield
+        return
+    mark: dict[str, Any] = inside.__dict__
+    mark[_ADAPTED] = True
+    try:
+        yield
+    finally:
+        del mark[_ADAPTED]
+
+
 class SpectralTrainer(AdapterCheckpoints, Trainer):
     """`transformers.Trainer` for a spectralized model; arguments as there.
 
@@ -141,12 +163,14 @@ class AdapterCallback(TrainerCallback):
                 "the Trainer, or give it a model of peft.get_peft_model with fastspec.peft.SpectralConfig"
             )
         warn_of_low_rate(model, kwargs["optimizer"].param_groups)
+        model.__dict__[ADAPTERS_KEPT] = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._save(args, kwargs["model"], f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._save(args, kwargs["model"], "")
+        unwrap(kwargs["model"]).__dict__.pop(ADAPTERS_KEPT, None)
 
     def _save(self, args: Any, model: Any, below: str) -> None:
         model, folder = unwrap(model), os.path.join(args.output_dir, below)

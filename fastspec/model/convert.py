@@ -27,7 +27,7 @@ from fastspec.model.targets import (
 )
 from fastspec.nn.layer import SpectralLayer
 from fastspec.nn.linear import SpectralLinear
-from fastspec.nn.quantized import QuantizedSpectralLinear, dequantised
+from fastspec.nn.quantized import QuantizedSpectralLinear, dequantised, quantised
 from fastspec.svd.basis_file import Basis, BasisEntry, load_basis, quantisation_misfit
 from fastspec.svd.factors import Factors, factorize
 
@@ -165,11 +165,11 @@ def _check_trainable(model: nn.Module, config: SpectralConfig, heads: tuple[str,
             or (config.train_bias and leaf == "bias")
             or (config.train_layernorm and is_norm(module))
         )
-        if trained and not parameter.is_floating_point():
+        if trained and (quantised(parameter) or not parameter.is_floating_point()):
             raise ValueError(
-                f"{name} is to be trained and is quantised ({parameter.dtype}): load the model with its "
-                "module in float, as by BitsAndBytesConfig(llm_int8_skip_modules=[...]), or take it out "
-                "of modules_to_save"
+                f"{name} is to be trained and is quantised ({type(parameter).__name__}, {parameter.dtype}): "
+                "load the model with its module in float, as by BitsAndBytesConfig(llm_int8_skip_modules="
+                "[...]) or TorchAoConfig(modules_to_not_convert=[...]), or take it out of modules_to_save"
             )
         if trained and parameter.is_inference():
             raise ValueError(
@@ -299,14 +299,16 @@ def _of_quantised(t: Target, basis: Basis, path: str | os.PathLike[str]) -> Basi
             f"{t.name}: its weight is quantised, and {path} holds {found} of that name: make it of the "
             "model's float checkpoint with `fastspec factorize`"
         )
-    entry = basis[names[0]]
-    off = quantisation_misfit(dequantised(t.module.weight), entry)
-    if off is not None:
-        raise ValueError(
-            f"{t.name}: {path} holds factors of other weights than those quantised here: {off}; make it of "
-            "this model's float checkpoint with `fastspec factorize`"
-        )
-    return entry
+    weight, entry = dequantised(t.module.weight), basis[names[0]]
+    off = quantisation_misfit(weight, entry)
+    if off is None:
+        return entry
+    if quantisation_misfit(weight, entry.transposed()) is None:  # stored [in, out], as GPT-2's
+        return entry.transposed()
+    raise ValueError(
+        f"{t.name}: {path} holds factors of other weights than those quantised here: {off}; make it of "
+        "this model's float checkpoint with `fastspec factorize`"
+    )
 
 
 def _adapted(target: Target, factors: Factors, config: SpectralConfig) -> SpectralLayer:

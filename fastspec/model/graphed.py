@@ -42,13 +42,23 @@ def graphed(
     Raises:
         ValueError: the optimiser is not capturable, the model is on several devices, or, by the step, a batch
             of other names, shapes or dtypes.
+        TypeError: what should be a tensor is none.
     """
     device = _device_of(model)
+    if not isinstance(example, Mapping) or not all(isinstance(t, Tensor) for t in example.values()):
+        raise TypeError(
+            f"example must map names to tensors, got {type(example).__name__}; leave out what is None, and "
+            "give inputs their names"
+        )
     static = {name: t.detach().to(device, copy=True) for name, t in example.items()}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step() -> Tensor:
         value = loss(model, static)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the model's loss must be a tensor, got {value!r}: give labels in the batch, or a `loss`"
+            )
         value.backward()
         optimizer.step()
         # inside a graph the gradients then are the graph's own, written anew by each replay
@@ -67,6 +77,8 @@ def graphed(
             raise ValueError(f"a batch of {sorted(static)} was captured, got {sorted(batch)}")
         for name, t in batch.items():
             own = static[name]
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {t!r}")
             if t.shape != own.shape or t.dtype != own.dtype:
                 raise ValueError(
                     f"{name} must be {list(own.shape)} in {own.dtype} as captured, got {list(t.shape)} in "

@@ -13,6 +13,7 @@ from torch import nn
 from fastspec.files import ADAPTER_FILE
 from fastspec.model.adapter import load_adapter, save_adapter
 from fastspec.model.convert import adaptation
+from fastspec.model.file_names import FileNames, in_file
 
 KEY = "fastspec_adapters"
 
@@ -46,7 +47,7 @@ class LightningAdapter:
         for name in models:
             for key in [key for key in state if key.startswith(_prefix(name))]:
                 del state[key]
-        checkpoint[KEY] = adapters
+        checkpoint[KEY] = {in_file(name): content for name, content in adapters.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
@@ -54,9 +55,11 @@ class LightningAdapter:
             raise ValueError(
                 f"the checkpoint has no {KEY!r}: it was written by a module without LightningAdapter"
             )
+        names = FileNames(self)  # type: ignore[arg-type]
         with tempfile.TemporaryDirectory() as folder:
-            for name, content in checkpoint[KEY].items():
+            for stored, content in checkpoint[KEY].items():
                 (Path(folder) / ADAPTER_FILE).write_bytes(content.numpy().tobytes())
+                name = names.module(stored)
                 model: nn.Module = self.get_submodule(name)  # type: ignore[attr-defined]
                 load_adapter(model, folder)
                 # Lightning goes on to load the whole state: what is there already is the rest of it

@@ -54,9 +54,11 @@ def parameter_groups(
     if heads is None:
         adapted = adaptation(model)
         if adapted is None and not any(PEFT_DELTA in name for name, _ in model.named_parameters()):
+            inner = next((n for n, m in model.named_modules() if adaptation(m) is not None), None)
+            hint = "" if inner is None else f" (its part {inner!r} has one: pass model.{inner})"
             raise ValueError(
-                "the model has no spectral adapter: call fastspec.spectralize(model, config) first, or "
-                "name the heads"
+                f"the model has no spectral adapter{hint}: call fastspec.spectralize(model, config) first, "
+                "or name the heads"
             )
         heads = () if adapted is None else adapted.modules_to_save
     heads = list(heads)

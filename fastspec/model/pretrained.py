@@ -8,6 +8,10 @@ from typing import Any
 from torch import nn
 
 from fastspec.model.adapter import save_adapter
+from fastspec.model.targets import spectral_layers
+from fastspec.nn.quantized import QuantizedSpectralLinear
+
+ADAPTERS_KEPT = "_fastspec_adapters_kept"  # on a model whose trainer sees to its adapters
 
 
 def save_adapter_beside(model: nn.Module, folder: Any) -> None:
@@ -26,10 +30,16 @@ def save_adapter_beside(model: nn.Module, folder: Any) -> None:
             stacklevel=4,
         )
         return
+    if ADAPTERS_KEPT in model.__dict__:
+        return
+    again = "Model.from_pretrained(folder)"
+    merged = ", fastspec.merge_and_unload(model) first stores the adapted model"
+    if any(isinstance(layer, QuantizedSpectralLinear) for _, layer in spectral_layers(model)):
+        again, merged = f"fastspec.spectralize({again}, config, basis=FILE)", ""
     warnings.warn(
         f"{folder}: save_pretrained writes base weights and coefficients, and from_pretrained takes the base "
-        "weights alone, so the adapter was written beside them: fastspec.load_adapter(Model.from_pretrained("
-        "folder), folder) is the trained model. fastspec.SpectralTrainer and fastspec.save_adapter store the "
-        "adapter alone, fastspec.merge_and_unload(model) first stores the adapted model",
+        f"weights alone, so the adapter was written beside them: fastspec.load_adapter({again}, folder) is "
+        "the trained model. fastspec.SpectralTrainer and fastspec.save_adapter store the adapter alone"
+        f"{merged}",
         stacklevel=4,
     )

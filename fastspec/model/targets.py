@@ -262,6 +262,11 @@ def check_layer(name: str, module: nn.Module, factors_given: bool = False) -> No
     if is_lazy(weight):
         raise ValueError(f"{name}: a lazy layer without weights yet: run the model once first")
     if factors_given and quantised(weight) and "forward" not in module.__dict__:
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name}: in a call without gradients bitsandbytes packed the weight anew for this CPU, from "
+                "which nothing trains: adapt the model before it is called, or load it again"
+            )
         return
     kind = type(weight.data if isinstance(weight, nn.Parameter) else weight)
     if not weight.is_floating_point() or kind is not Tensor:

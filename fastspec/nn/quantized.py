@@ -89,6 +89,11 @@ class QuantizedSpectralLinear(SpectralLinear):
         self._hold(factors)
         self._made_from, self._merged_seen = MadeFrom(), Seen()  # the float weight is not here
 
+    def keep_merged(self, keep: bool = True) -> None:
+        if keep:
+            self._refuse("a merged copy")
+        super().keep_merged(keep)
+
     def refactorize(self) -> None:
         self._refuse("making the factors again")
 
@@ -120,8 +125,8 @@ class QuantizedSpectralLinear(SpectralLinear):
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(
-            f"{what} needs the base weight in floating point, and it is quantised: load the adapter "
-            "into the unquantised model for that"
+            f"{what} needs the base weight in floating point, and it is quantised: adapt the float model for "
+            "that (an adapter that was trained over quantised weights is refused there)"
         )
 
     def extra_repr(self) -> str:
