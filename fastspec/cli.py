@@ -43,6 +43,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     import fastspec
+    from fastspec import progress
 
     args = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -58,10 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == named:
             module = importlib.import_module(path)
             module.add_arguments(sub)
+            output = sub.add_mutually_exclusive_group()
+            output.add_argument("--quiet", action="store_true", help="results and errors alone")
+            output.add_argument(
+                "--verbose", action="store_true", help="also what the libraries underneath say"
+            )
     parsed = parser.parse_args(args)
     assert module is not None
     try:
-        return module.main(parsed)
+        with progress.shown("quiet" if parsed.quiet else "verbose" if parsed.verbose else "normal"):
+            return module.main(parsed)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

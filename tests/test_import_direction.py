@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The lowest first. Rooms of one line do not know each other.
 ORDER = (
-    ("cores", "files", "fingerprint", "precision", "_build"),
+    ("cores", "files", "fingerprint", "precision", "progress", "_build"),
     ("config", "_extension"),
     ("availability", "build", "kernels"),
     ("ops", "svd"),

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from fastspec import progress
 from fastspec.availability import install_advice
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 
@@ -90,6 +91,9 @@ def model_size(name: str, field: str) -> int | None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No bars but our own, and of transformers and what it imports on the way no notices below errors."""
+    if progress.level() == "verbose":
+        yield
+        return
     # of torchao's and bitsandbytes' missing binaries, and of how the former registers its classes with torch
     names = ("torchao", "torch.utils._pytree", "bitsandbytes")
     loggers = [logging.getLogger(name) for name in names]

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastspec import progress
 from fastspec.config import resolve_rank
 from fastspec.files import weight_files
 from fastspec.fingerprint import tensor_fingerprint
@@ -236,13 +237,16 @@ def _ranks() -> Iterator[tuple[int, int, Any]]:
 
 @contextlib.contextmanager
 def _bar(total: int, show: bool) -> Iterator[Any]:
+    if not show:
+        yield lambda count: None
+        return
     try:
-        from tqdm import tqdm
+        shown = progress.bar(total, "factorize", "matrix", delay=1)
     except ImportError:
         yield lambda count: None
         return
-    with tqdm(total=total, desc="factorize", unit="matrix", disable=not show, delay=1) as bar:
-        yield bar.update
+    with shown:
+        yield shown.update
 
 
 def _rank(text: str) -> int | float | str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastspec import _extension
+from fastspec import _extension, progress
 from fastspec.precision import full_float32
 from fastspec.svd import krylov
 from fastspec.svd.arguments import (
@@ -355,12 +354,9 @@ def _progress(show: bool | None, total: int) -> Iterator[Callable[[int], Any]]:
         yield lambda count: None
         return
     try:
-        from tqdm import tqdm
+        bar = progress.bar(total, "topk_svd", "matrix", delay=0 if show else 1, leave=False)
     except ImportError:
         yield lambda count: None
         return
-    delay = 0 if show else 1
-    with tqdm(
-        total=total, desc="topk_svd", unit="matrix", file=sys.stderr, delay=delay, leave=False
-    ) as bar:
+    with bar:
         yield bar.update

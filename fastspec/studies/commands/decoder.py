@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from fastspec import progress
 from fastspec.files import write_atomically
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
 from fastspec.model.rates import default_rate
@@ -113,27 +114,17 @@ def _run_all(rows: Sequence[Row], args: argparse.Namespace) -> None:
         trained = sum(p.numel() for group in groups for p in group["params"])
         order = text.blocks(training, tokenizer, args.steps * args.batch, args.length, seed)
         batches = order.reshape(args.steps, args.batch, args.length)
-        finite = train(model, groups, batches, _announce(f"{row.name}, {rate:g}, seed {seed}"))
+        what = f"{row.name}, rate {rate:g}, seed {seed}"
+        with progress.bar(args.steps, what, "step", leave=False) as bar:
+
+            def announce(step: int, loss: float, bar: Any = bar) -> None:
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update(step - bar.n)
+
+            finite = train(model, groups, batches, announce)
         loss = round(held_out_loss(model, judged), 5) if finite else math.nan
         kept = loss if math.isfinite(loss) else None
         record.add(args.record, Run(row.name, rate, seed, default, kept, trained, **common))
         result = "diverged" if kept is None else f"held-out loss {loss:.4f}"
-        print(
-            f"{row.name}, rate {rate:g}, seed {seed}: {result}, {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
-
-
-def _announce(what: str):
-    """Prints the loss of a step now and then, in place where the output is a terminal."""
-    last = time.monotonic()
-
-    def show(step: int, loss: float) -> None:
-        nonlocal last
-        live = sys.stderr.isatty()
-        if live or time.monotonic() - last > 60:
-            last = time.monotonic()
-            end = "\r" if live else "\n"
-            print(f"  {what}: step {step}, training loss {loss:.3f} ", end=end, file=sys.stderr)
-
-    return show
+        if progress.level() != "quiet":
+            print(f"{what}: {result}, {time.perf_counter() - began:.0f} s", flush=True)

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from fastspec import progress
 from fastspec.cores import CORES
 from fastspec.studies.glue.config import LABELS, METHODS, RATE_RULES, START, GlueConfig
 from fastspec.studies.glue.presets import PRESETS
@@ -226,7 +227,8 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     from fastspec.studies.glue.finetune import run
 
-    print(summary(run(config, args.output, overwrite=args.overwrite)))
+    told = progress.level() != "quiet"
+    print(summary(run(config, args.output, overwrite=args.overwrite, progress=told)))
     return 0
 
 
@@ -274,7 +276,8 @@ def run_suite(args: argparse.Namespace) -> int:
         )
     folder = output / f"report-{args.suite}"
     if not args.report:
-        make(suite, jobs, max(1, threads // jobs))
+        announce = print if progress.level() != "quiet" else lambda text: None
+        make(suite, jobs, max(1, threads // jobs), announce)
     if args.time:
         from fastspec.studies.glue.timing import step_times
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -106,8 +105,7 @@ def apply(model: nn.Module, config: GlueConfig) -> nn.Module:
     if config.method == "spectral":
         import fastspec
 
-        bar = None if sys.stderr.isatty() else False
-        return fastspec.spectralize(model, config.spectral(heads), progress=bar)
+        return fastspec.spectralize(model, config.spectral(heads))
     if config.method in ("lora", "pissa"):
         return _low_rank(model, config, heads)
     for name, parameter in model.named_parameters():

@@ -15,12 +15,12 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import SequentialSampler
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fastspec.files import write_json
+from fastspec.progress import bar
 from fastspec.studies.glue import methods
 from fastspec.studies.glue.config import GlueConfig
 from fastspec.studies.glue.optimizer import ScaledAdamW, spectral_scales
@@ -104,21 +104,15 @@ def _synchronise() -> None:
 
 
 class Progress(TrainerCallback):
-    """A line for every epoch's scores and, on a terminal, a bar for the steps with the running loss."""
+    """A line for every epoch's scores, and a bar for the steps with the running loss."""
 
     def __init__(self, label: str) -> None:
         self.label = label
-        self.bar: tqdm | None = None
-        self.prediction_bar: tqdm | None = None
+        self.bar: Any = None
+        self.prediction_bar: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.label,
-            unit="step",
-            disable=None,  # where stderr is no terminal
-        )
+        self.bar = bar(state.max_steps, self.label, "step", initial=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or not logs:
@@ -133,13 +127,7 @@ class Progress(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if self.prediction_bar is None:
-            self.prediction_bar = tqdm(
-                total=len(eval_dataloader),
-                desc="scoring",
-                unit="batch",
-                leave=False,
-                disable=None,
-            )
+            self.prediction_bar = bar(len(eval_dataloader), "scoring", "batch", leave=False)
         self.prediction_bar.update()
 
     def on_predict(self, args, state, control, metrics=None, **kwargs):
