@@ -45,10 +45,10 @@ test: install lint
 test-all: install lint
 	$(PYTEST)
 
-# The oldest torch and Triton, those of pyproject.toml's lower bounds, and those of the cards at hand. What can
+# The oldest torch and Triton, those of pyproject.toml's lower bounds, those of the cards at hand, and newer ones. What can
 # run without a GPU: the core, tracing, compilation ahead of time for sm_90; from a copy that is not installed,
 # its compiled part built with that torch.
-VERSIONS := 2.8.0-3.4.0 2.11.0-3.6.0
+VERSIONS := 2.8.0-3.4.0 2.11.0-3.6.0 2.14.1-3.8.0
 CORE := ops ops_autograd second_backward nn svd csrc_svd plan reference precision extension tasks_op tasks_bank
 test-versions: $(VERSIONS:%=test-version-%)
 
@@ -57,7 +57,7 @@ test-version-%:
 	build/torch-$*/bin/python -m pip install -q "setuptools>=77" wheel ninja numpy safetensors pytest hypothesis transformers tqdm \
 	  torch==$(firstword $(subst -, ,$*)) triton==$(lastword $(subst -, ,$*))
 	rm -rf build/copy-$* && mkdir -p build/copy-$*
-	cp -r fastspec kernels csrc tests bench setup.py pyproject.toml README.md LICENSE build/copy-$*
+	cp -r fastspec kernels csrc tests bench tools setup.py pyproject.toml README.md LICENSE build/copy-$*
 	rm -f build/copy-$*/fastspec/*.so
 	cd build/copy-$* && $(abspath build/torch-$*)/bin/python setup.py -q build_ext --inplace
 	cd build/copy-$* && PYTHONPATH=. $(abspath build/torch-$*)/bin/python -m pytest -q -m "not slow" \
