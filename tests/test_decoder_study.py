@@ -117,6 +117,14 @@ class TestRecord:
         assert lines[2].endswith("| +0.0 % | 0.001, search unfinished |  | 0.001: 2.000 |")
         assert len(lines) == 4, "what was not run has no line"
 
+    def test_a_row_is_compared_with_lora_s_runs_of_its_own_seeds(self):
+        rows = [Row(REFERENCE, 1e-3, "lora", 8, seeds=3), Row("a", 1e-2)]
+        lora = dataclasses.replace(RUN, row=REFERENCE, rate=1e-3, default=None)
+        runs = [dataclasses.replace(lora, seed=i, loss=2.0 + i) for i in range(3)]
+        runs.append(dataclasses.replace(RUN, loss=2.1))
+        assert "| 3.000 (2.000 to 4.000) | +0.0 % |" in record.table(rows, runs)
+        assert "| 2.100 | +5.0 % |" in record.table(rows, runs)
+
 
 class TestRuns:
     def test_the_command_goes_on_from_its_record(self, model, tmp_path, capsys, monkeypatch):

@@ -126,20 +126,21 @@ def table(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     pretrained = next((run for run in runs if run.row == PRETRAINED), None)
     if pretrained is not None:
         lines.append(f"| {PRETRAINED} | 0 | {pretrained.loss:.3f} | | | | |")
-    reference = next((_middle(row, runs) for row in rows if row.name == REFERENCE), None)
+    reference = next((_at_best(row, runs) for row in rows if row.name == REFERENCE), {})
     for row in rows:
-        middle = _middle(row, runs)
-        if middle is None:
+        by_seed = _at_best(row, runs)
+        if not by_seed:
             continue
         tried = losses(row, runs)
         rate = best_rate(tried)
-        ours = [losses(row, runs, seed).get(rate) for seed in range(row.seeds)]
-        found = [loss for loss in ours if loss is not None]
+        found = list(by_seed.values())
+        middle = median(found)
         spread = f" ({min(found):.3f} to {max(found):.3f})" if len(found) > 1 else ""
         missing = "" if len(found) == row.seeds else f", {len(found)} of {row.seeds} seeds"
         open_end = "" if next_rate(row.start, tried) is None else ", search unfinished"
         run = next(run for run in runs if run.row == row.name)
-        over = "" if reference is None else f"{100 * (middle / reference - 1):+.1f} %"
+        theirs = [loss for seed, loss in reference.items() if seed in by_seed]  # of the same seeds
+        over = f"{100 * (middle / median(theirs) - 1):+.1f} %" if theirs else ""
         default = default_of(row, runs)
         at_default = ""
         if default is not None:
@@ -156,18 +157,14 @@ def table(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def _middle(row: Row, runs: Sequence[Run]) -> float | None:
-    """The median over seeds at the best rate of seed 0; None where nothing was run."""
+def _at_best(row: Row, runs: Sequence[Run]) -> dict[int, float]:
+    """The loss by seed at the best rate of seed 0; nothing where nothing was run."""
     tried = losses(row, runs)
     if not tried or math.isinf(min(tried.values())):
-        return None
+        return {}
     rate = best_rate(tried)
-    return median(
-        loss
-        for seed in range(row.seeds)
-        for r, loss in losses(row, runs, seed).items()
-        if r == rate
-    )
+    by_seed = {seed: losses(row, runs, seed) for seed in range(row.seeds)}
+    return {seed: found[rate] for seed, found in by_seed.items() if rate in found}
 
 
 def _loss(value: float) -> str:

@@ -52,7 +52,7 @@ ROWS = (
         half_width=5,
         target_modules=VALUES,
     ),
-    Row("band 2, MLP", 3e-2, rank="full", core="band", half_width=2, target_modules=MLP),
+    Row("band 2, MLP", 3e-2, rank="full", core="band", half_width=2, target_modules=MLP, seeds=3),
     Row("dense 54, MLP", 3e-2, rank=54, core="dense", target_modules=MLP),
     Row("dense 66, values and outputs", 3e-2, rank=66, core="dense", target_modules=VALUES),
     Row("LoRA r1", 3e-3, "lora", 1),
