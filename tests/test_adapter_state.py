@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from support import assert_unchanged, frozen_state, rewrite, unpack
-from tiny_models import IDS, bert, gpt2, net, trained
+from tiny_models import IDS, Late, bert, gpt2, net, trained
 from torch import nn
 
 from fastspec import SpectralConfig, add_task, load_adapter, load_tasks, save_adapter, spectralize
@@ -240,19 +240,6 @@ def test_a_head_of_two_layers_with_statistics(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- made late, or no tensor
-
-
-class Late(nn.Module):
-    """Its buffer is None until its first call in train mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", None)
-
-    def forward(self, x):
-        if self.training:
-            self.scale = x.detach().abs().mean(0)
-        return x if self.scale is None else x / (1 + self.scale)
 
 
 class Extra(nn.Module):

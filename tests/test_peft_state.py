@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft_support import PREFIX, mlp_config, shift
 from safetensors.torch import load_file, save_file
-from tiny_models import gpt2, mlp
+from tiny_models import Late, gpt2, mlp
 from torch import nn
 
 import fastspec.peft
@@ -153,16 +153,6 @@ def test_transformers_adapters(tmp_path):
 
 @by_either_loader
 def test_a_buffer_that_is_made_late(tmp_path, load):
-    class Late(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("scale", None)
-
-        def forward(self, x):
-            if self.training:
-                self.scale = x.detach().abs().mean(0)
-            return x if self.scale is None else x / (1 + self.scale)
-
     def late():
         model = mlp()
         model.lin1 = nn.Sequential(Late(), model.lin1)

@@ -50,7 +50,7 @@ OPT = {
     "eos_token_id": None,
 }
 XLNET = {"vocab_size": 50, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}
-BART = {
+ENCODER_DECODER = {
     "vocab_size": 50,
     "d_model": 16,
     "encoder_layers": 1,
@@ -59,6 +59,9 @@ BART = {
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
+}
+BART = {
+    **ENCODER_DECODER,
     "max_position_embeddings": 40,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -75,14 +78,7 @@ SWIN = {
     "window_size": 4,
 }
 WHISPER = {
-    "vocab_size": 50,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
+    **ENCODER_DECODER,
     "num_mel_bins": 8,
     "max_source_positions": 10,
     "max_target_positions": 20,

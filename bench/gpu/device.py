@@ -17,11 +17,11 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastspec.model.graphed import WARMUP, capture
 from fastspec.ops import cuda
 
 REHEARSING = os.environ.get("FASTSPEC_GPU_REHEARSE") == "1"
 DEVICE = torch.device("cpu" if REHEARSING else "cuda")
-GRAPH_WARMUP = 3
 AHEAD = 1_000_000  # cycles, about 0.5 ms: long enough for the host to enqueue what is timed
 
 Step = Callable[[], object]
@@ -75,27 +75,12 @@ def graphed(step: Step, launches: bool = False) -> Step:
     `launches` says that Triton kernels are launched inside: a rehearsal interprets them, which waits.
     """
     if REHEARSING:
-        for _ in range(GRAPH_WARMUP):
+        for _ in range(WARMUP):
             step()
         with contextlib.nullcontext() if launches else _NothingThatWaits():
             step()
         return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(GRAPH_WARMUP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = step()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
+    return capture(step)
 
 
 def allocated() -> int:

@@ -33,8 +33,9 @@ from fastspec.model.adapter_fit import (
     expected_tensors,
     targets_of,
 )
-from fastspec.model.base import Base, fill_buffer, is_extra_state
-from fastspec.model.convert import Adaptation, adaptation
+from fastspec.model.base import Base
+from fastspec.model.buffers import fill_buffer, is_extra_state
+from fastspec.model.convert import Adaptation, adaptation, adapted_part
 from fastspec.model.file_names import FileNames, in_file
 from fastspec.model.fsdp import assign, is_sharded, reshard, whole
 from fastspec.model.targets import Target, is_norm, spectral_layers, unwrap
@@ -245,7 +246,7 @@ def adaptation_of(model: nn.Module) -> Adaptation:
     found = adaptation(model)
     if found is not None:
         return found
-    inner = next((name for name, m in model.named_modules() if adaptation(m) is not None), None)
+    inner = adapted_part(model)
     if inner is not None:
         raise ValueError(
             f"the model itself has no adapter, but its part {inner!r} has: pass that (model.{inner})"

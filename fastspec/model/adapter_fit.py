@@ -15,7 +15,7 @@ from fastspec.config import SpectralConfig
 from fastspec.cores import delta_shape
 from fastspec.files import excerpt
 from fastspec.model.adapter_file import AdapterError, Expected
-from fastspec.model.base import is_extra_state, is_unset_buffer
+from fastspec.model.buffers import is_extra_state, is_unset_buffer
 from fastspec.model.targets import Target, find_targets, is_norm, spectral_layers
 
 # what the file spells out by `layers` and `modules_to_save` instead

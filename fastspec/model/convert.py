@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fastspec.config import SpectralConfig
-from fastspec.model.base import buffer_digests
+from fastspec.model.buffers import buffer_digests
+from fastspec.model.given_factors import factors_from_file
 from fastspec.model.merging import rehook, replace_modules, write_merged
 from fastspec.model.passed_by import FirstCalls
 from fastspec.model.targets import (
@@ -27,8 +28,7 @@ from fastspec.model.targets import (
 )
 from fastspec.nn.layer import SpectralLayer
 from fastspec.nn.linear import SpectralLinear
-from fastspec.nn.quantized import QuantizedSpectralLinear, dequantised, quantised
-from fastspec.svd.basis_file import Basis, BasisEntry, load_basis, quantisation_misfit
+from fastspec.nn.quantized import QuantizedSpectralLinear, quantised
 from fastspec.svd.factors import Factors, factorize
 
 
@@ -88,7 +88,7 @@ def spectralize(
 
     def make(unique: list[Target]) -> list[Factors]:
         if basis is not None:
-            return _factors_from_file(unique, config, basis)
+            return factors_from_file(unique, config, basis)
         return computed_factors(unique, progress)
 
     convert(model, config, targets, heads, shared_factors(targets, make))
@@ -218,6 +218,11 @@ def adaptation(model: nn.Module) -> Adaptation | None:
     return found
 
 
+def adapted_part(model: nn.Module) -> str | None:
+    """The name of a part that is adapted, of a model that is not itself: for messages."""
+    return next((name for name, m in model.named_modules() if adaptation(m) is not None), None)
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, int]:
     """Counts of numbers: trainable in the adapter, trainable in the heads, total of all parameters."""
     model = unwrap(model)
@@ -247,68 +252,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 def _percent(part: int, total: int) -> str:
     return f"{100 * part / total if total else 0:10.4f} %"
-
-
-def _factors_from_file(
-    targets: list[Target], config: SpectralConfig, path: str | os.PathLike[str]
-) -> list[Factors]:
-    if config.basis != "svd":
-        raise ValueError(f"a basis file holds singular vectors, but config.basis={config.basis!r}")
-    basis = load_basis(path)
-    out = []
-    for t in targets:
-        entry = _of_quantised(t, basis, path) if t.quantised else _of_float(t, basis, path)
-        start, stop = t.directions.triplets(min(t.shape))
-        if stop > len(entry.s):
-            raise ValueError(
-                f"{t.name}: {path} holds {len(entry.s)} triplets and triplets {start} to {stop} are "
-                "asked for; make it again with a higher --rank"
-            )
-        out.append(
-            Factors(
-                entry.u[:, start:stop].to(t.matrix.device, t.dtype).contiguous(),
-                entry.s[start:stop].to(t.matrix.device).contiguous(),
-                entry.vh[start:stop].to(t.matrix.device, t.dtype).contiguous(),
-                singular=not t.quantised and entry.u.dtype == t.dtype,
-            )
-        )
-    return out
-
-
-def _of_float(t: Target, basis: Basis, path: str | os.PathLike[str]) -> BasisEntry:
-    """The file's triplets of this very weight, whatever its name there."""
-    entry = basis.find(t.module.weight)  # type: ignore[arg-type]
-    if entry is None:
-        raise ValueError(
-            f"{t.name}: {path} holds no factors of this weight: it was made from other weights, "
-            "another dtype, or without this layer; make it again with `fastspec factorize`"
-        )
-    return entry if isinstance(t.module, nn.Linear) else entry.transposed()
-
-
-def _of_quantised(t: Target, basis: Basis, path: str | os.PathLike[str]) -> BasisEntry:
-    """The file's triplets of the weight of that name, compared with its quantised values."""
-    around = (
-        f".{t.name}".endswith(f".{name}") or f".{name}".endswith(f".{t.name}") for name in basis
-    )
-    names = [name for name, fits in zip(basis, around, strict=True) if fits]
-    names = [name for name in names if name == t.name] or names
-    if len(names) != 1:
-        found = "no factors" if not names else f"factors of {len(names)} weights"
-        raise ValueError(
-            f"{t.name}: its weight is quantised, and {path} holds {found} of that name: make it of the "
-            "model's float checkpoint with `fastspec factorize`"
-        )
-    weight, entry = dequantised(t.module.weight), basis[names[0]]
-    off = quantisation_misfit(weight, entry)
-    if off is None:
-        return entry
-    if quantisation_misfit(weight, entry.transposed()) is None:  # stored [in, out], as GPT-2's
-        return entry.transposed()
-    raise ValueError(
-        f"{t.name}: {path} holds factors of other weights than those quantised here: {off}; make it of "
-        "this model's float checkpoint with `fastspec factorize`"
-    )
 
 
 def _adapted(target: Target, factors: Factors, config: SpectralConfig) -> SpectralLayer:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastspec.model.base import persistent_buffers
+from fastspec.model.buffers import persistent_buffers
 
 WARMUP = 3  # the steps before a capture: kept copies are laid out in two of them, kernels compiled in three
-
 DEVICES = ("cuda",)  # that capture
+
+T = TypeVar("T")
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
@@ -67,7 +69,7 @@ def graphed(
 
     if device.type in DEVICES:
         _make_capturable(optimizer, device)
-        with _LeftAsItWas(model, optimizer):
+        with _left_as_it_was(model, optimizer):
             replay = capture(step)
     else:
         replay = step
@@ -93,7 +95,7 @@ def graphed(
     return run
 
 
-def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def capture(step: Callable[[], T]) -> Callable[[], T]:
     """A CUDA graph of the step, after some that run as ever; replaying it returns what the step returned."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -106,7 +108,7 @@ def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     with torch.cuda.graph(graph):
         kept = step()
 
-    def replay() -> Tensor:
+    def replay() -> T:
         graph.replay()
         return kept
 
@@ -139,32 +141,31 @@ def _make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> 
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
 
 
-class _LeftAsItWas:
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Around a warm-up: afterwards parameters, buffers and the optimiser's state have their former values.
 
     All in place, since a graph knows them by address. State that is new, as before a first step, becomes
     zero.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        moving = [*trained, *(buffer for _, buffer in persistent_buffers(model))]
+    def state() -> list[Tensor]:
+        return [
+            value
+            for values in optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, Tensor)
+        ]
+
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    moving = [*trained, *(buffer for _, buffer in persistent_buffers(model)), *state()]
+    before = {id(t): (t, t.detach().clone()) for t in moving}
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            self.before: dict[int, tuple[Tensor, Tensor]] = {
-                id(t): (t, t.clone()) for t in (*moving, *self._state())
-            }
-
-    def _state(self) -> list[Tensor]:
-        values: list[Any] = [v for state in self.optimizer.state.values() for v in state.values()]
-        return [v for v in values if isinstance(v, Tensor)]
-
-    def __enter__(self) -> None: ...
-
-    @torch.no_grad()
-    def __exit__(self, *raised: object) -> None:
-        for t in self._state():
-            if id(t) not in self.before:
-                t.zero_()
-        for t, value in self.before.values():
-            t.copy_(value)
+            for t in state():
+                if id(t) not in before:
+                    t.zero_()
+            for t, value in before.values():
+                t.copy_(value)

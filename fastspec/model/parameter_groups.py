@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastspec.model.convert import adaptation
+from fastspec.model.convert import adaptation, adapted_part
 from fastspec.model.rates import HEAD, default_rate, warn_of_low_rate
 from fastspec.model.targets import unwrap
 
@@ -54,7 +54,7 @@ def parameter_groups(
     if heads is None:
         adapted = adaptation(model)
         if adapted is None and not any(PEFT_DELTA in name for name, _ in model.named_parameters()):
-            inner = next((n for n, m in model.named_modules() if adaptation(m) is not None), None)
+            inner = adapted_part(model)
             hint = "" if inner is None else f" (its part {inner!r} has one: pass model.{inner})"
             raise ValueError(
                 f"the model has no spectral adapter{hint}: call fastspec.spectralize(model, config) first, "

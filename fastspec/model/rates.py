@@ -33,16 +33,21 @@ def default_rate(model: nn.Module) -> float:
     Raises:
         ValueError: nothing in the model has coefficients that are trained.
     """
-    weighted = count = 0.0
-    for delta, core, size in coefficients(model):
-        weighted += delta.numel() * PER_SINGULAR_VALUE[core] * size
-        count += delta.numel()
-    if not count:
+    found = _rate_of(coefficients(model))
+    if found is None:
         raise ValueError(
             "the model has no coefficients to train: call fastspec.spectralize(model, config) or "
             "peft.get_peft_model with fastspec.peft.SpectralConfig first"
         )
-    return float(f"{weighted / count:.1e}")
+    return found
+
+
+def _rate_of(found: Iterable[tuple[Tensor, str, float]]) -> float | None:
+    weighted = count = 0.0
+    for delta, core, size in found:
+        weighted += delta.numel() * PER_SINGULAR_VALUE[core] * size
+        count += delta.numel()
+    return float(f"{weighted / count:.1e}") if count else None
 
 
 def coefficients(model: nn.Module) -> Iterator[tuple[Tensor, str, float]]:
@@ -79,7 +84,8 @@ def warn_of_low_rate(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> N
         model: as for `default_rate`; one without coefficients is passed over.
         groups: of an optimiser, with "params" and "lr".
     """
-    trained = {id(delta) for delta, _, _ in coefficients(model)}
+    found = list(coefficients(model))
+    trained = {id(delta) for delta, _, _ in found}
     # a schedule that warms up has put the first step's rate into "lr"
     rates = [
         float(g.get("initial_lr", g["lr"]))
@@ -88,8 +94,8 @@ def warn_of_low_rate(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> N
     ]
     if not rates or getattr(model, "_fastspec_warned_of_rate", False):
         return
-    wanted = default_rate(model)
-    if max(rates) * FAR < wanted:
+    wanted = _rate_of(found)
+    if wanted is not None and max(rates) * FAR < wanted:
         model._fastspec_warned_of_rate = True  # type: ignore[assignment]
         warnings.warn(
             f"coefficients would be trained at a learning rate of {max(rates):g}, where this model wants "

@@ -146,8 +146,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         if operands is None:
             return self._plain(x)
         weight, bias, u, s, vh, delta = operands
-        if (dtype := wanted_dtype(weight)) is not None and self.path == "fast":
-            weight, u, vh = self._cast(weight, u, vh, dtype)
+        weight, u, vh = self._cast(weight, u, vh)
         w = self._matrix(weight)
         if self.path == "reference":
             return reference.spectral_linear(x, w, bias, u, vh, delta, self.core)
@@ -201,8 +200,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         arranged = rows.arrange(x, self)
         x, task = arranged.x, arranged.task
         weight, u, vh = self.follow_weight(), self.u, self.vh
-        if (dtype := wanted_dtype(weight)) is not None and self.path == "fast":
-            weight, u, vh = self._cast(weight, u, vh, dtype)
+        weight, u, vh = self._cast(weight, u, vh)
         w = self._matrix(weight)
         if self.path == "reference":
             y = reference.task_linear(x, w, self.bias, u, vh, self.delta_table, task, self.core)
@@ -221,10 +219,11 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         )
         return arranged.back(y)
 
-    def _cast(
-        self, weight: Tensor, u: Tensor, vh: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three in another dtype, cast once for as long as they stay as they are."""
+    def _cast(self, weight: Tensor, u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three in autocast's dtype where that is wanted, cast once while they stay as they are."""
+        dtype = wanted_dtype(weight) if self.path == "fast" else None
+        if dtype is None:
+            return weight, u, vh
         copy = self._cast_copy
         if copy is None or not copy.serves(weight, u, vh, dtype):
             copy = self._cast_copy = CastCopy(weight, u, vh, dtype)

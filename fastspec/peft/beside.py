@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastspec.files import excerpt
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
-from fastspec.model.base import (
+from fastspec.model.buffers import (
     DIGITS,
     buffer_digests,
     check_extra_state,

@@ -42,7 +42,7 @@ from fastspec.model.adapter_file import (
     check_tensors,
     read_bounded,
 )
-from fastspec.model.base import is_unset_buffer
+from fastspec.model.buffers import is_unset_buffer
 from fastspec.peft.beside import DELTA, NOTE, SKETCH, base_model_of, base_tensors, check_alone
 from fastspec.peft.config import PeftType, SpectralConfig
 from fastspec.peft.conversion import PREFIX

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastspec.files import excerpt
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
-from fastspec.model.base import DIGITS
+from fastspec.model.buffers import DIGITS
 from fastspec.model.convert import warn_of_stacks
 from fastspec.model.passed_by import FirstCalls, refuse_read, unwatch
 from fastspec.model.targets import avoid_fused_inference

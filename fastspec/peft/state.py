@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastspec.cores import Core
-from fastspec.model.base import DIGITS
+from fastspec.model.buffers import DIGITS
 from fastspec.nn.parts import FrozenFactors, kept_in_float32
 from fastspec.peft.config import SpectralConfig
 from fastspec.svd.factors import Directions, Factors, factorize
