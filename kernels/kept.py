@@ -19,12 +19,11 @@ from torch import Tensor
 
 from fastspec.kernels import arrival, tiles
 from fastspec.kernels.launch import launch
-from fastspec.kernels.merge import ELEMENT
+from fastspec.kernels.merge import ELEMENT, TILES
 from fastspec.kernels.shift import at_address, shifted_tile
 from fastspec.kernels.sigma_grad import rank_tile
 
 AT_ONCE = 1024  # coefficients compared at once
-TILE = tiles.Tile(64, 128, 32, 8, 2)  # bound by memory, as `merge`
 
 # ----------------------------------------------------------------------------------------- kernels
 
@@ -34,8 +33,10 @@ TILE = tiles.Tile(64, 128, 32, 8, 2)  # bound by memory, as `merge`
 def round_by_threshold(value, index, DTYPE: tl.constexpr):
     """float32 to 16 bits: up where what lies beyond the last bit exceeds the threshold, else down.
 
-    The threshold of an index is a hash of it: `lowbias32` (https://nullprogram.com/blog/2018/07/31/).
+    float32 stays as it is. The threshold of an index is a hash of it: `lowbias32` (https://nullprogram.com/blog/2018/07/31/).
     """
+    if DTYPE == tl.float32:  # noqa: SIM300
+        return value
     h = index.to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
@@ -211,7 +212,7 @@ def keep(
         keep_kernel, _grid(weight),
         w_ptr=weight, u_ptr=u, vh_ptr=vh, delta_ptr=delta, made_for_ptr=made_for, out_ptr=out,
         bias_ptr=weight if bias is None else bias, bias_out_ptr=out if bias_out is None else bias_out,
-        arrived_ptr=arrived, forced=int(forced), **_sizes(operands), **TILE.options,
+        arrived_ptr=arrived, forced=int(forced), **_sizes(operands), **_tile(weight).options,
     )  # fmt: skip
 
 
@@ -271,13 +272,19 @@ class _Kind:
         self.operands = {
             **{f"{n}_table": t for n, t in zip(TABLES, addresses.to(device), strict=True)},
             **_sizes(first), "DTYPE": ELEMENT[weight.dtype],
-            "ALIGNED": not (addresses[[0, 1, 2, 5]] % 16).any().item(), **TILE.options,
+            "ALIGNED": not (addresses[[0, 1, 2, 5]] % 16).any().item(), **_tile(weight).options,
         }  # fmt: skip
+
+
+def _tile(weight: Tensor) -> tiles.Tile:
+    """As `merge` has it; a sum of float32 is never made in TF32 here, for a copy serves many calls."""
+    return TILES["16bit" if weight.dtype.itemsize == 2 else "fp32"]
 
 
 def _grid(weight: Tensor) -> tuple[int, int]:
     rows, columns = weight.shape
-    return tiles.cdiv(rows, TILE.block_m), tiles.cdiv(columns, TILE.block_n)
+    tile = _tile(weight)
+    return tiles.cdiv(rows, tile.block_m), tiles.cdiv(columns, tile.block_n)
 
 
 def _at_once(cells: int) -> int:
@@ -287,12 +294,12 @@ def _at_once(cells: int) -> int:
 def _sizes(operands: Operands) -> dict[str, object]:
     """Sizes, strides and blocks of a layer."""
     out, _, weight, u, vh, delta, core, bias, _ = operands
-    k = u.shape[1]
+    k, tile = u.shape[1], _tile(weight)
     return {
         "OUT": weight.shape[0], "IN": weight.shape[1], "K": k, "cells": delta.numel(),
         "stride_wo": weight.stride(0), "stride_wi": weight.stride(1), "stride_uo": u.stride(0),
         "stride_uk": u.stride(1), "stride_vk": vh.stride(0), "stride_vi": vh.stride(1),
         "stride_oo": out.stride(0), "stride_oi": out.stride(1),
         "CORE": core, "BIAS": bias is not None, "CELLS": _at_once(delta.numel()),
-        "BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n, "BLOCK_R": min(rank_tile(k), 32),
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": min(rank_tile(k), tile.block_k),
     }  # fmt: skip

@@ -72,7 +72,7 @@ ADDRESS_TABLES = ("w_table", "u_table", "vh_table", "delta_table", "out_table")
 TILES: dict[tiles.Kind, tiles.Tile] = {
     "16bit": tiles.Tile(64, 128, 32, 8, 2),
     "tf32": tiles.Tile(64, 128, 32, 8, 2),
-    "fp32": tiles.Tile(64, 64, 16, 8, 2),
+    "fp32": tiles.Tile(64, 64, 16, 4, 2),
 }
 
 
@@ -125,7 +125,7 @@ def merge(
         with torch.cuda.device_of(w):
             launch(
                 merge_kernel, grid,
-                **dict(zip(ADDRESS_TABLES, addresses.to(w.device), strict=True)),
+                **dict(zip(ADDRESS_TABLES, _table(addresses, w.device), strict=True)),
                 OUT=out, IN=d, K=k,
                 stride_wo=w.stride(0), stride_wi=w.stride(1),
                 stride_uo=u.stride(0), stride_uk=u.stride(1),
@@ -163,6 +163,21 @@ def merge_layers(
             for i, effective in zip(members, merge(ws, lefts, rights, cs, core), strict=True):
                 merged[i] = effective
     return merged
+
+
+def _table(addresses: Tensor, device: torch.device) -> Tensor:
+    """Addresses on the device, where nothing waits for them."""
+    if device.type != "cuda":  # under the interpreter
+        return addresses
+    if torch.cuda.is_current_stream_capturing():
+        return filled(addresses, device)
+    return addresses.pin_memory().to(device, non_blocking=True)
+
+
+def filled(addresses: Tensor, device: torch.device) -> Tensor:
+    """A copy by a launch each: a CUDA graph would read the host's memory again when it is replayed."""
+    cells = [torch.full((), address, device=device) for address in addresses.flatten().tolist()]
+    return torch.stack(cells).view(addresses.shape)
 
 
 def _room_like(w: Tensor) -> Tensor:

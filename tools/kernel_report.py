@@ -112,11 +112,11 @@ def variants(capability: int, kind: tiles.Kind) -> Iterator[Variant]:
     tile = tiles.Tile(reduce.AT_ONCE // 32, 32, 0, 4, 3)
     constants = {**arrival.blocks(32), "SLOTS": reduce.MOST_PROGRAMS, "BLOCK_M": tile.block_m}
     yield Variant("reduce: k 32", reduce.reduce_kernel, constants, tile, loads_tiles=False)
-    if kind != "16bit":
+    if kind == "tf32":  # copies have none
         return
     sides = {"stride_wi": 1, "stride_uk": 1, "stride_vi": 1, "stride_oi": 1, "CELLS": 32}
-    tile = kept.TILE
-    sides |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": 32}
+    tile = merge.TILES[kind]
+    sides |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tile.block_k}
     for core in ("diag", "dense"):
         constants = {**sides, "CORE": core, "BIAS": False}
         yield Variant(f"keep: one layer, {core}", kept.keep_kernel, constants, tile)

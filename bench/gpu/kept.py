@@ -87,7 +87,7 @@ def copies(dtype: torch.dtype, how: str) -> tuple[dict[str, float], float]:
             names = ("y", "dx", *NAMES)
             for name, got, full in zip(names, results, exact(model, x, g), strict=True):  # type: ignore[call-overload]
                 found[name] = max(found.get(name, 0.0), relative_error(got, full))
-        if not together._known[model].sharing.groups:
+        if dtype.itemsize == 2 and not together._known[model].sharing.groups:
             raise AssertionError("query, key and value did not share a product")
     # three rounded layers follow each other
     return found, 3 * calls.tolerance(dtype)

@@ -30,7 +30,14 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no adapter, a merged weight is not finite, or something else reads a layer's
             weight. The message names the layer; nothing is merged.
+        RuntimeError: a CUDA graph is being captured.
     """
+    if any(together.capturing(layer.delta) for _, layer in _layers(model)):
+        raise RuntimeError(
+            "fastspec.merge looks at the weights that it made, which the capture of a CUDA graph does not "
+            "allow: call it before, or fastspec.keep_merged(model), whose copies follow the coefficients "
+            "in a graph too"
+        )
     refuse_read((name, layer) for name, layer in _layers(model) if bool(layer.delta.any()))
     done: list[SpectralLayer] = []
     layers = {name: layer for name, layer in _layers(model) if not layer.merged}

@@ -101,7 +101,8 @@ def _keep_on_cuda(
 def _kernel_serves(weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor) -> bool:
     """Whether Triton's kernel takes operands that lie on a GPU."""
     alike = {u.dtype, vh.dtype} == {weight.dtype} and delta.dtype == torch.float32
-    return alike and weight.dtype in BITS_BEYOND and cuda.has_triton()
+    served = weight.dtype in BITS_BEYOND or weight.dtype == torch.float32
+    return alike and served and cuda.has_triton()
 
 
 torch.library.impl("fastspec::keep_merged", "CompositeExplicitAutograd", _keep)
@@ -115,7 +116,7 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, Tensor | N
 def keep_together(layers: Sequence[Operands]) -> Callable[[], None]:
     """A function that keeps the copies of many layers, again and again, as the operator keeps one.
 
-    On a GPU, in 16 bits, it is one launch for each kind of layer and one to end with. It then knows the
+    On a GPU, but in float64, it is one launch for each kind of layer and one to end with. It then knows the
     operands by address: they must stay where they are. Making it copies to the device, which no CUDA graph
     takes.
     """

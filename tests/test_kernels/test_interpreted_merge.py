@@ -68,15 +68,30 @@ def test_what_is_not_finite_is_named_and_nothing_is_merged(model):
     assert not any(layer.merged for _, layer in spectral_layers(model))
 
 
+def test_the_capture_of_a_graph(model, monkeypatch):
+    """Weights can't be looked at there."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call it before, or fastspec"):
+        fastspec.merge(model)
+    assert not any(layer.merged for _, layer in spectral_layers(model))
+
+
+def test_a_table_filled_by_launches():
+    addresses = torch.tensor([[2**62 + 1, 3], [5, 7]])
+    assert torch.equal(merging.filled(addresses, torch.device("cpu")), addresses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("core", ["diag", "dense"])
 @pytest.mark.parametrize("size", [(70, 40, 8), (130, 200, 50), (1, 9, 1)], ids=str)
-def test_a_kept_copy(size, core):
+def test_a_kept_copy(size, core, dtype):
     """The operator's ATen formula, bit for bit but where the sums before the rounding differ by theirs.
 
     With a dense core the kernel's own product with C is one more rounding.
     """
     rows, columns, k = size
-    t = problem(1, columns, rows, k, core, torch.float16)
+    close = 1e-6 if dtype == torch.float32 else 1e-3
+    t = problem(1, columns, rows, k, core, dtype)
     operands = (t["w"], t["u"], t["vh"], t["delta"], core)
     out, made_for = torch.full_like(t["w"], float("nan")), torch.zeros_like(t["delta"])
     want, again = torch.empty_like(out), torch.zeros_like(made_for)
@@ -84,14 +99,14 @@ def test_a_kept_copy(size, core):
         kept.keep(out, made_for, *operands, False)
     ops.kept._keep(want, again, *operands, False)
     assert torch.equal(made_for, t["delta"])
-    assert core == "dense" or (out == want).float().mean() > 0.99
-    assert relative_error(out, want) < 1e-3
+    assert core == "dense" or dtype == torch.float32 or (out == want).float().mean() > 0.99
+    assert relative_error(out, want) < close
     out.fill_(7.0)
     with sanitized():
         kept.keep(out, made_for, *operands, False)  # made for these coefficients already
         assert (out == 7.0).all()
         kept.keep(out, made_for, *operands, True)
-        assert relative_error(out, want) < 1e-3
+        assert relative_error(out, want) < close
         made_for.copy_(t["delta"].zero_())
         kept.keep(out, made_for, *operands, True)
     assert torch.equal(out, t["w"]), "no shift: W bit for bit"
