@@ -12,6 +12,7 @@ from fastspec.cores import delta_shape
 from fastspec.model.targets import find_targets, is_norm
 from fastspec.studies.commands.glue import add_arguments
 from fastspec.studies.glue.config import GlueConfig
+from fastspec.studies.glue.core_maps import TIED_PER_LAYER
 from fastspec.studies.glue.methods import head_modules
 from fastspec.studies.glue.presets import PRESETS
 from fastspec.studies.glue.record import flags
@@ -87,6 +88,18 @@ def test_rows_bring_along_the_rows_they_need():
     assert set(TASK_SIZES) <= set(TASKS)
 
 
+def trained_in_core(config, k):
+    made = {
+        "hartley": 2 * k,
+        "hartley-diagonal": 3 * k,
+        "hartley-4": 8 * k,
+        "cayley": k * (k - 1) // 2 + 2 * k,
+        "tied": TIED_PER_LAYER,
+    }
+    stored = math.prod(delta_shape(config.core, k, config.half_width))
+    return made.get(config.core_map, stored)
+
+
 @pytest.fixture(scope="module")
 def counts():
     """(parameters trained beside the head, all) of every spectral control and search, on MiniLM's shapes."""
@@ -103,10 +116,7 @@ def counts():
             continue
         spectral = config.spectral(head_modules(model, train_pooler=True))
         targets, _ = find_targets(model, spectral)
-        cores = sum(
-            math.prod(delta_shape(config.core, t.directions.rank, config.half_width))
-            for t in targets
-        )
+        cores = sum(trained_in_core(config, t.directions.rank) for t in targets)
         biases = config.train_bias * sum(t.module.bias.numel() for t in targets)
         adapter = cores + biases + config.train_layernorm * norms
         found[row.name] = adapter, plain + cores

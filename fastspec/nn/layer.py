@@ -326,7 +326,10 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         self._drop_merged()
         unchanged = self._made_from.unchanged(self.weight)
         same = readable(self.weight) and (given is None or same_values(given, self.weight))
-        plain = given is not None and prefix + "delta" not in state_dict
+        # a parametrisation of torch's has keys of its own
+        plain = (
+            given is not None and prefix + "delta" not in state_dict and "delta" in self._parameters
+        )
         self._made_from.forget()
         self._cast_copy = None
         super()._load_from_state_dict(

@@ -93,9 +93,10 @@ class FrozenFactors(nn.Module):
 def kept_in_float32(owner: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Around a cast of `owner`: its tensors of these names keep their float32 values (design section 1).
 
-    Parameters keep their gradients too; all of them move to another device as the cast asks.
+    Parameters keep their gradients too; all of them move to another device as the cast asks. What a
+    parametrisation of torch's owns is left to it.
     """
-    before = {name: _tensor(owner, name) for name in names}
+    before = {name: _tensor(owner, name) for name in names if name in _own(owner)}
     values = {
         name: (t.data, None if t.grad is None else t.grad.data)
         for name, t in before.items()
@@ -113,6 +114,10 @@ def kept_in_float32(owner: nn.Module, names: Iterable[str]) -> Iterator[None]:
         now.data = data.to(now.device)
         if grad is not None:
             now.grad = grad.to(now.device)
+
+
+def _own(owner: nn.Module) -> set[str]:
+    return owner._parameters.keys() | owner._buffers.keys()
 
 
 def _tensor(owner: nn.Module, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastspec import progress
 from fastspec.cores import CORES
-from fastspec.studies.glue.config import LABELS, METHODS, RATE_RULES, START, GlueConfig
+from fastspec.studies.glue.config import CORE_MAPS, LABELS, METHODS, RATE_RULES, START, GlueConfig
 from fastspec.studies.glue.presets import PRESETS
 from fastspec.studies.glue.result import compare, read_json, read_result, table
 from fastspec.studies.glue.table_rows import SUITES, TASK_SIZES
@@ -94,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--core", choices=CORES, default="diag", help="default: %(default)s")
     add("--half-width", type=int, default=1, help="of --core band (default: %(default)s)")
+    add("--core-map", choices=CORE_MAPS, help="what makes --core dense of fewer numbers")
     add("--select", type=parse_select, default="leading", help="leading, trailing or START:STOP")
     add("--basis", choices=("svd", "random"), default="svd", help="random is a control")
     add(

@@ -18,6 +18,7 @@ METHODS = ("spectral", "full", "head", "bitfit", "lora", "pissa")
 RATE_RULES = ("flat", "spectrum")
 START = ("pretrained", "random")
 LABELS = ("true", "random")
+CORE_MAPS = ("hartley", "hartley-diagonal", "hartley-4", "cayley", "left", "right", "tied")
 RANDOM_MODEL = "random"
 GRADIENT = "gradient"
 
@@ -35,6 +36,8 @@ class GlueConfig:
             for method="spectral", as in `fastspec.SpectralConfig`; `target_modules` may also be
             "attention", "values" (with the output projection) or "mlp", on any encoder
             (`fastspec.studies.glue.presets.TARGETS`).
+        core_map: for core="dense", what makes the core from fewer trained numbers
+            (`fastspec.studies.glue.core_maps.MAPS`).
         basis_model: for method="spectral", the model whose singular vectors are the basis in place of
             the adapted weights' own: "random" for an untrained one of the same architecture, or the
             folder of a finished run or a model (the controls); "gradient" for those of the task's
@@ -75,6 +78,7 @@ class GlueConfig:
     target_modules: str = "all-linear"
     train_bias: bool = False
     train_layernorm: bool = False
+    core_map: str | None = None
     basis_model: str | None = None
     start: Literal["pretrained", "random"] = "pretrained"
     labels: Literal["true", "random"] = "true"
@@ -112,6 +116,13 @@ class GlueConfig:
             raise ValueError(
                 "basis_model gives the singular vectors of method='spectral' with basis='svd', got "
                 f"method={self.method!r} and basis={self.basis!r}"
+            )
+        if self.core_map is not None and (
+            self.core_map not in CORE_MAPS or (self.method, self.core) != ("spectral", "dense")
+        ):
+            raise ValueError(
+                f"core_map, for method='spectral' with core='dense', must be one of {', '.join(CORE_MAPS)}, "
+                f"got {self.core_map!r} for method={self.method!r} with core={self.core!r}"
             )
         for name in ("lora_rank", "epochs", "batch_size", "max_length", "save_steps"):
             _check_count(name, getattr(self, name))
@@ -172,6 +183,7 @@ class GlueConfig:
         parts = [
             "spectral",
             self.core if self.core != "band" else f"band{self.half_width}",
+            self.core_map or "",
             "k-by-layer" if isinstance(self.rank, Mapping) else f"k{self.rank}",
             select if select != "leading" else "",
             self.basis if self.basis != "svd" else "",

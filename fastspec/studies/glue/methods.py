@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastspec.availability import install_advice
 from fastspec.model.parameter_groups import parameter_groups, parameter_kind
 from fastspec.model.targets import matcher
+from fastspec.studies.glue import core_maps
 from fastspec.studies.glue.config import GlueConfig
 
 
@@ -105,7 +106,8 @@ def apply(model: nn.Module, config: GlueConfig) -> nn.Module:
     if config.method == "spectral":
         import fastspec
 
-        return fastspec.spectralize(model, config.spectral(heads))
+        model = fastspec.spectralize(model, config.spectral(heads))
+        return model if config.core_map is None else core_maps.install(model, config.core_map)
     if config.method in ("lora", "pissa"):
         return _low_rank(model, config, heads)
     for name, parameter in model.named_parameters():
@@ -175,7 +177,8 @@ def optimizer_groups(
     """Optimiser groups with "name", "lr", "weight_decay", "params": those of `fastspec.parameter_groups`,
     where what another method trains beside the head is called "adapter"."""
     rate = rates(config)
-    rest = "extra" if config.method == "spectral" else "adapter"
+    coefficients = config.method == "spectral" and config.core_map is None
+    rest = "extra" if coefficients else "adapter"
     groups = parameter_groups(
         model,
         rate["coefficients"],
@@ -277,4 +280,4 @@ def restore(model: nn.Module, config: GlueConfig, folder: Path) -> None:
 
 def _own_basis(config: GlueConfig) -> bool:
     """Whether a fastspec adapter describes the run: its factors come from the adapted weights alone."""
-    return config.method == "spectral" and config.basis_model is None
+    return config.method == "spectral" and config.basis_model is None and config.core_map is None

@@ -74,7 +74,8 @@ DIAG, BAND, DENSE = (1e-2, 3e-2, 5e-2), (2e-3, 5e-3, 1e-2), (1e-3, 3e-3, 1e-2)
 LOW_RANK, FULL = (5e-4, 1e-3, 2e-3), (5e-5, 1e-4, 2e-4)
 
 _COEFFICIENTS, _BAND, _DENSE = (PRESETS[name] for name in ("coefficients", "band", "dense"))
-_VALUES = {**PRESETS["values"], "target_modules": VALUES}
+_IN_VALUES = {"target_modules": VALUES}
+_VALUES = {**PRESETS["values"], **_IN_VALUES}
 _SPECTRUM = {"rate_rule": "spectrum"}
 _COEFFICIENTS_ROW = Row("coefficients", _COEFFICIENTS, DIAG, SEEDS)
 _BAND_ROW = Row("band", _BAND, BAND, SEEDS)
@@ -160,6 +161,18 @@ SEARCH = (
         DENSE,
     ),
     Row("dense 61, MLP", {"core": "dense", "rank": 61, "target_modules": MLP}, DENSE),
+    *(
+        Row(name, {"core": "dense", "core_map": core_map, "rank": rank, **layers}, rates)
+        for name, core_map, rank, layers, rates in (
+            ("hartley", "hartley", "full", {}, (5e-3, 1e-2, 2e-2)),
+            ("hartley and diagonal", "hartley-diagonal", "full", {}, (5e-3, 1e-2, 2e-2)),
+            ("hartley 4, values and outputs", "hartley-4", "full", _IN_VALUES, (5e-3, 1e-2, 2e-2)),
+            ("cayley 48", "cayley", 48, {}, (1e-3, 3e-3, 1e-2)),
+            ("dense 32, rows by spectrum", "left", 32, {}, DENSE),
+            ("dense 32, columns by spectrum", "right", 32, {}, DENSE),
+            ("tied, values and outputs", "tied", "full", _IN_VALUES, (3e-4, 1e-3, 3e-3)),
+        )
+    ),
 )
 
 
