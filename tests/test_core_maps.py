@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastspec
+from fastspec.cores import core_matrix
 from fastspec.model.targets import spectral_layers
-from fastspec.studies.glue import core_maps
+from fastspec.studies import core_maps
 from fastspec.studies.glue.config import CORE_MAPS, GlueConfig
 
 K = 6
@@ -110,7 +111,27 @@ def test_a_layer_whose_coefficients_are_parametrised(move):
     assert parametrize.is_parametrized(model[0], "delta")
 
 
-@pytest.mark.parametrize("fields", [{"core_map": "hartley"}, {"core": "dense", "core_map": "x"}])
+def test_a_band_in_proportion_to_the_spectrum():
+    config = fastspec.SpectralConfig(rank=K, core="band", target_modules=["0"])
+    model = core_maps.install(fastspec.spectralize(nn.Sequential(nn.Linear(9, 8)), config), "left")
+    nn.init.ones_(model[0].parametrizations.delta.original)
+    scale = model[0].s / model[0].s.mean()
+    assert_close(core_matrix(model[0].delta, "band"), scale[:, None] * band_of_ones())
+
+
+def band_of_ones() -> torch.Tensor:
+    return torch.ones(K, K).triu(-1).tril(1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"core_map": "hartley"},
+        {"core": "dense", "core_map": "x"},
+        {"method": "full", "core_map": "left"},
+    ],
+)
 def test_what_a_map_belongs_to(fields):
-    with pytest.raises(ValueError, match="core_map, for method='spectral' with core='dense'"):
+    GlueConfig(task="rte", core_map="left")
+    with pytest.raises(ValueError, match="core_map must be one of"):
         GlueConfig(task="rte", **fields)

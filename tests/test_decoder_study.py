@@ -202,13 +202,13 @@ def test_the_page_holds_the_table_of_the_record():
 
 def test_the_page_is_brought_up_to_date(tmp_path, capsys):
     path, page = tmp_path / "record.csv", tmp_path / "page.md"
-    record.add(path, dataclasses.replace(RUN, row="dense 16"))
+    record.add(path, dataclasses.replace(RUN, row="dense 35"))
     page.write_text("above\n<!-- decoder -->\nold\n<!-- end -->\nbelow\n")
     command = ["decoder", "--report", "--record", str(path), "--page", str(page)]
     assert main(command) == 0
     table = record.table(ROWS, record.read(path))
     assert page.read_text() == f"above\n<!-- decoder -->\n{table}\n<!-- end -->\nbelow\n"
-    assert "| dense 16 |" in table
+    assert "| dense 35 |" in table
     page.write_text("above\n")
     assert main(command) == 2
     assert "no place for the table" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from fastspec.cli import main
 from fastspec.cores import delta_shape
 from fastspec.model.targets import find_targets, is_norm
 from fastspec.studies.commands.glue import add_arguments
+from fastspec.studies.core_maps import TIED_PER_LAYER
 from fastspec.studies.glue.config import GlueConfig
-from fastspec.studies.glue.core_maps import TIED_PER_LAYER
 from fastspec.studies.glue.methods import head_modules
 from fastspec.studies.glue.presets import PRESETS
 from fastspec.studies.glue.record import flags

@@ -16,7 +16,7 @@ ORDER = (
     ("nn",),
     ("model",),
     ("multitask", "peft"),
-    ("studies.csv_record", "studies.documentation", "studies.encoders"),
+    ("studies.core_maps", "studies.csv_record", "studies.documentation", "studies.encoders"),
     ("studies.glue",),
     ("studies.analyze", "studies.decoder"),
     ("studies.commands",),

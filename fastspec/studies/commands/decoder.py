@@ -110,7 +110,8 @@ def _run_all(rows: Sequence[Row], args: argparse.Namespace) -> None:
         row, rate, seed = job
         began = time.perf_counter()
         model, groups = adapt(load(name)[0], row, rate, seed)
-        default = None if row.method == "lora" else default_rate(model)
+        ours = row.method == "spectral" and row.core_map is None
+        default = default_rate(model) if ours else None
         trained = sum(p.numel() for group in groups for p in group["params"])
         order = text.blocks(training, tokenizer, args.steps * args.batch, args.length, seed)
         batches = order.reshape(args.steps, args.batch, args.length)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastspec
 from fastspec.availability import install_advice
 from fastspec.model.parameter_groups import parameter_groups
+from fastspec.studies import core_maps
 from fastspec.studies.decoder.rows import Row
 
 WARMUP = 0.1  # share of the steps
@@ -44,6 +45,8 @@ def adapt(model: nn.Module, row: Row, rate: float, seed: int) -> tuple[nn.Module
             modules_to_save=(),
         )
         fastspec.spectralize(model, config, progress=False)
+        if row.core_map is not None:
+            core_maps.install(model, row.core_map)
         return model, parameter_groups(model, rate)
     try:
         from peft import LoraConfig, get_peft_model

@@ -24,6 +24,7 @@ class Row:
         start: the learning rate that is tried first, one of `rate`'s.
         method: "spectral", or "lora" (alpha = 2 r, all linear layers, no dropout).
         rank, core, half_width, target_modules: as in `fastspec.SpectralConfig`; of LoRA the rank alone.
+        core_map: what makes the core from other trained numbers (`fastspec.studies.core_maps`).
         seeds: how many are run at the best rate.
     """
 
@@ -34,6 +35,7 @@ class Row:
     core: Core = "diag"
     half_width: int = 1
     target_modules: str = "all-linear"
+    core_map: str | None = None
     seeds: int = 1
 
 
@@ -54,11 +56,15 @@ ROWS = (
     ),
     Row("band 2, MLP", 3e-2, rank="full", core="band", half_width=2, target_modules=MLP, seeds=3),
     Row("dense 54, MLP", 3e-2, rank=54, core="dense", target_modules=MLP),
-    Row("dense 66, values and outputs", 3e-2, rank=66, core="dense", target_modules=VALUES),
     Row("LoRA r1", 3e-3, "lora", 1),
-    Row("dense 16", 3e-2, rank=16, core="dense"),
-    Row("dense 8", 1e-1, rank=8, core="dense"),
-    Row("coefficients, rank 64", 1e-1, rank=64),
+    Row(
+        "band 1, 0.9 of the directions, by the spectrum",
+        3e-2,
+        rank=0.9,
+        core="band",
+        core_map="left",
+    ),
+    Row("hartley, all directions", 3e-2, rank="full", core="dense", core_map="hartley"),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fastspec.config import Basis, Rank, Select, SpectralConfig
 from fastspec.config import Path as Arithmetic
-from fastspec.cores import Core
+from fastspec.cores import CORES, Core
 from fastspec.studies.glue.presets import TARGETS
 from fastspec.studies.glue.tasks import TASKS
 
@@ -18,7 +18,7 @@ METHODS = ("spectral", "full", "head", "bitfit", "lora", "pissa")
 RATE_RULES = ("flat", "spectrum")
 START = ("pretrained", "random")
 LABELS = ("true", "random")
-CORE_MAPS = ("hartley", "hartley-diagonal", "hartley-4", "cayley", "left", "right", "tied")
+CORE_MAPS = ("hartley", "hartley-diagonal", "hartley-4", "cayley", "tied", "left", "right")
 RANDOM_MODEL = "random"
 GRADIENT = "gradient"
 
@@ -37,7 +37,7 @@ class GlueConfig:
             "attention", "values" (with the output projection) or "mlp", on any encoder
             (`fastspec.studies.glue.presets.TARGETS`).
         core_map: for core="dense", what makes the core from fewer trained numbers
-            (`fastspec.studies.glue.core_maps.MAPS`).
+            (`fastspec.studies.core_maps.MAPS`).
         basis_model: for method="spectral", the model whose singular vectors are the basis in place of
             the adapted weights' own: "random" for an untrained one of the same architecture, or the
             folder of a finished run or a model (the controls); "gradient" for those of the task's
@@ -117,13 +117,15 @@ class GlueConfig:
                 "basis_model gives the singular vectors of method='spectral' with basis='svd', got "
                 f"method={self.method!r} and basis={self.basis!r}"
             )
-        if self.core_map is not None and (
-            self.core_map not in CORE_MAPS or (self.method, self.core) != ("spectral", "dense")
-        ):
-            raise ValueError(
-                f"core_map, for method='spectral' with core='dense', must be one of {', '.join(CORE_MAPS)}, "
-                f"got {self.core_map!r} for method={self.method!r} with core={self.core!r}"
-            )
+        if self.core_map is not None:
+            cores = CORES if self.core_map in ("left", "right") else ("dense",)
+            fits = self.method == "spectral" and self.core in cores
+            if self.core_map not in CORE_MAPS or not fits:
+                raise ValueError(
+                    f"core_map must be one of {', '.join(CORE_MAPS)}, for method='spectral' and, but "
+                    f"for left and right, core='dense', got {self.core_map!r} for "
+                    f"method={self.method!r} with core={self.core!r}"
+                )
         for name in ("lora_rank", "epochs", "batch_size", "max_length", "save_steps"):
             _check_count(name, getattr(self, name))
         if self.max_train_rows is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastspec.availability import install_advice
 from fastspec.model.parameter_groups import parameter_groups, parameter_kind
 from fastspec.model.targets import matcher
-from fastspec.studies.glue import core_maps
+from fastspec.studies import core_maps
 from fastspec.studies.glue.config import GlueConfig
 
 

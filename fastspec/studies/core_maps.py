@@ -1,4 +1,4 @@
-"""Cores under trial: dense cores that are made from fewer numbers, which are what is trained.
+"""Cores under trial: dense cores made from fewer numbers, and any core in proportion to the spectrum.
 
 A map stands before `layer.delta` as a parametrisation of torch's. A layer multiplies by the dense core
 it gives, so a step takes longer than it would with a path of its own.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastspec.cores import core_storage
 from fastspec.model.targets import spectral_layers
 from fastspec.nn.layer import SpectralLayer
 
@@ -79,12 +80,17 @@ class Cayley(CoreMap):
 
 
 class Scaled(CoreMap):
-    """A dense core whose rows or columns move in proportion to the singular values: U's side, or V's."""
+    """Any core, whose rows or columns move in proportion to the singular values: U's side, or V's."""
+
+    scale: Tensor
 
     def __init__(self, layer: SpectralLayer, side: str) -> None:
         super().__init__(layer)
-        scale = self.s / self.s.mean()
-        self.scale: Tensor = scale[:, None] if side == "left" else scale[None, :]
+        one, scale = torch.ones_like(self.s), self.s / self.s.mean()
+        outer = torch.outer(scale, one) if side == "left" else torch.outer(one, scale)
+        self.register_buffer(
+            "scale", core_storage(outer, layer.core, layer.half_width), persistent=False
+        )
 
     def right_inverse(self, delta: Tensor) -> Tensor:
         return delta
@@ -131,7 +137,7 @@ MAPS: Mapping[str, Callable[[SpectralLayer], CoreMap]] = {
 
 
 def install(model: nn.Module, name: str) -> nn.Module:
-    """Let a map make the dense cores of a spectralized model; `name` is one of `config.CORE_MAPS`."""
+    """Let a map make the cores of a spectralized model; all but "left" and "right" make dense ones alone."""
     layers = [layer for _, layer in spectral_layers(model)]
     if name == "tied":
         shared = nn.Parameter(torch.zeros(TIED_PER_LAYER * len(layers)))
