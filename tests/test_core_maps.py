@@ -22,6 +22,8 @@ TRAINED = {
     "hartley": 2 * K,
     "hartley-diagonal": 3 * K,
     "hartley-4": 8 * K,
+    "low-rank": 2 * K,
+    "low-rank-diagonal": 3 * K,
     "cayley": K * (K - 1) // 2 + 2 * K,
     "left": K * K,
     "right": K * K,

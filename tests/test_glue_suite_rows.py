@@ -93,6 +93,7 @@ def trained_in_core(config, k):
         "hartley": 2 * k,
         "hartley-diagonal": 3 * k,
         "hartley-4": 8 * k,
+        "low-rank": 2 * k,
         "cayley": k * (k - 1) // 2 + 2 * k,
         "tied": TIED_PER_LAYER,
     }

@@ -18,7 +18,10 @@ METHODS = ("spectral", "full", "head", "bitfit", "lora", "pissa")
 RATE_RULES = ("flat", "spectrum")
 START = ("pretrained", "random")
 LABELS = ("true", "random")
-CORE_MAPS = ("hartley", "hartley-diagonal", "hartley-4", "cayley", "tied", "left", "right")
+CORE_MAPS = (
+    *("hartley", "hartley-diagonal", "hartley-4"),
+    *("low-rank", "low-rank-diagonal", "cayley", "tied", "left", "right"),
+)
 RANDOM_MODEL = "random"
 GRADIENT = "gradient"
 

@@ -167,6 +167,7 @@ SEARCH = (
             ("hartley", "hartley", "full", {}, (5e-3, 1e-2, 2e-2)),
             ("hartley and diagonal", "hartley-diagonal", "full", {}, (5e-3, 1e-2, 2e-2)),
             ("hartley 4, values and outputs", "hartley-4", "full", _IN_VALUES, (5e-3, 1e-2, 2e-2)),
+            ("low-rank 1", "low-rank", "full", {}, (1e-3, 3e-3, 1e-2)),
             ("cayley 48", "cayley", 48, {}, (1e-3, 3e-3, 1e-2)),
             ("dense 32, rows by spectrum", "left", 32, {}, DENSE),
             ("dense 32, columns by spectrum", "right", 32, {}, DENSE),
