@@ -46,6 +46,7 @@ def adapt(model: nn.Module, row: Row, rate: float, seed: int) -> tuple[nn.Module
         )
         fastspec.spectralize(model, config, progress=False)
         if row.core_map is not None:
+            torch.manual_seed(seed)
             core_maps.install(model, row.core_map)
         return model, parameter_groups(model, rate)
     try:
