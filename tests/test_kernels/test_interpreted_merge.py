@@ -39,6 +39,7 @@ def model(monkeypatch):
     for _, layer in spectral_layers(found):
         nn.init.normal_(layer.delta)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return found
 
 
@@ -175,7 +176,6 @@ def test_a_model_kept_together_on_a_gpu(model, bias, monkeypatch):
     """By the tables, from the second forward on; one launch for each kind."""
     for at, layer in enumerate(model.half()):
         assert at or layer._matrix(layer.weight).shape == (40, 24)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     tables = []
     make = kept.Tables
     monkeypatch.setattr(
