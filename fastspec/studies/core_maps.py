@@ -65,7 +65,8 @@ class Hartley(CoreMap):
 class LowRank(CoreMap):
     """2 A B^T, and 10 diag(d): LoRA's two factors in the coordinates of the basis, and coefficients.
 
-    A starts at zero and B as LoRA's does; the factors are LoRA's with alpha = 2 r and the ratio of the rates.
+    A starts at zero and B is drawn, as LoRA's are, and 2 is LoRA's alpha / r. With 10, coefficients move as
+    fast as at a rate of their own.
     """
 
     def __init__(self, layer: SpectralLayer, r: int = 1, diagonal: bool = False) -> None:
@@ -92,10 +93,9 @@ class Cayley(CoreMap):
 
     def forward(self, angles: Tensor, left: Tensor, right: Tensor) -> Tensor:
         k = len(left)
-        upper = angles.new_zeros(k, k)
-        rows, columns = torch.triu_indices(k, k, 1)
-        upper = upper.index_put((rows, columns), angles)
-        skew, one = upper - upper.mT, torch.eye(k)
+        rows, columns = torch.triu_indices(k, k, 1, device=left.device)
+        upper = angles.new_zeros(k, k).index_put((rows, columns), angles)
+        skew, one = upper - upper.mT, torch.eye(k, dtype=left.dtype, device=left.device)
         rotation = torch.linalg.solve(one - skew, one + skew)
         return left[:, None] * rotation * (right * self.s) - torch.diag(self.s)
 

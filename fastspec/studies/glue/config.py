@@ -39,8 +39,7 @@ class GlueConfig:
             for method="spectral", as in `fastspec.SpectralConfig`; `target_modules` may also be
             "attention", "values" (with the output projection) or "mlp", on any encoder
             (`fastspec.studies.glue.presets.TARGETS`).
-        core_map: for core="dense", what makes the core from fewer trained numbers
-            (`fastspec.studies.core_maps.MAPS`).
+        core_map: what makes the core from other trained numbers (`fastspec.studies.core_maps`).
         basis_model: for method="spectral", the model whose singular vectors are the basis in place of
             the adapted weights' own: "random" for an untrained one of the same architecture, or the
             folder of a finished run or a model (the controls); "gradient" for those of the task's
