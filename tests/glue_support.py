@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastspec.studies.core_maps import TIED_PER_LAYER
 from fastspec.studies.glue.table_rows import Row
 
 # fmt: off
@@ -17,6 +18,21 @@ WORDS = [
     "here", "there", "and", "but", "house", "tree", "river", "stone",
 ]
 # fmt: on
+
+
+def trained_by_map(k: int) -> dict[str, int]:
+    """How many numbers a layer of rank k trains, by what makes its core; where they are tied, its share."""
+    return {
+        "hartley": 2 * k,
+        "hartley-diagonal": 3 * k,
+        "hartley-4": 8 * k,
+        "low-rank": 2 * k,
+        "low-rank-diagonal": 3 * k,
+        "cayley": k * (k - 1) // 2 + 2 * k,
+        "tied": TIED_PER_LAYER,
+        "left": k * k,
+        "right": k * k,
+    }
 
 
 def word_tokenizer(words: list[str]) -> Any:

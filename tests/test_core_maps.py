@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from glue_support import trained_by_map
 from support import assert_close
 from torch import nn
 from torch.nn.utils import parametrize
@@ -17,18 +18,6 @@ from fastspec.studies import core_maps
 from fastspec.studies.glue.config import CORE_MAPS, GlueConfig
 
 K = 6
-# numbers that a layer trains; a tied core has none of its own
-TRAINED = {
-    "hartley": 2 * K,
-    "hartley-diagonal": 3 * K,
-    "hartley-4": 8 * K,
-    "low-rank": 2 * K,
-    "low-rank-diagonal": 3 * K,
-    "cayley": K * (K - 1) // 2 + 2 * K,
-    "left": K * K,
-    "right": K * K,
-    "tied": 0,
-}
 
 
 def adapted(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -49,7 +38,7 @@ def shaken(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", CORE_MAPS)
 def test_a_map(name):
     """Zero at the start; then what the layer computes is the core that it makes."""
-    assert set(CORE_MAPS) == set(TRAINED) == {*core_maps.MAPS, "tied"}
+    assert set(CORE_MAPS) == set(trained_by_map(K)) == {*core_maps.MAPS, "tied"}
     model = adapted(name)
     layers = [layer for _, layer in spectral_layers(model)]
     for layer in layers:
@@ -63,8 +52,7 @@ def test_a_map(name):
     assert_close(want, x @ layers[0].effective_weight().T + layers[0].bias)
     y.square().sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
-    own = sum(p.numel() for p in trained if p.shape != (2 * core_maps.TIED_PER_LAYER,))
-    assert own == 2 * TRAINED[name]
+    assert sum(p.numel() for p in trained) == 2 * trained_by_map(K)[name]
     assert all(p.grad is not None and p.grad.any() for p in trained if p.numel())
 
 

@@ -5,13 +5,12 @@ import math
 import re
 
 import pytest
-from glue_support import ROWS
+from glue_support import ROWS, trained_by_map
 
 from fastspec.cli import main
 from fastspec.cores import delta_shape
 from fastspec.model.targets import find_targets, is_norm
 from fastspec.studies.commands.glue import add_arguments
-from fastspec.studies.core_maps import TIED_PER_LAYER
 from fastspec.studies.glue.config import GlueConfig
 from fastspec.studies.glue.methods import head_modules
 from fastspec.studies.glue.presets import PRESETS
@@ -89,16 +88,9 @@ def test_rows_bring_along_the_rows_they_need():
 
 
 def trained_in_core(config, k):
-    made = {
-        "hartley": 2 * k,
-        "hartley-diagonal": 3 * k,
-        "hartley-4": 8 * k,
-        "low-rank": 2 * k,
-        "cayley": k * (k - 1) // 2 + 2 * k,
-        "tied": TIED_PER_LAYER,
-    }
-    stored = math.prod(delta_shape(config.core, k, config.half_width))
-    return made.get(config.core_map, stored)
+    if config.core_map is not None:
+        return trained_by_map(k)[config.core_map]
+    return math.prod(delta_shape(config.core, k, config.half_width))
 
 
 @pytest.fixture(scope="module")

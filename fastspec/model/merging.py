@@ -32,15 +32,16 @@ def merge(model: nn.Module) -> nn.Module:
             weight. The message names the layer; nothing is merged.
         RuntimeError: a CUDA graph is being captured.
     """
-    if any(together.capturing(layer.delta) for _, layer in _layers(model)):
+    adapted = _layers(model)
+    if any(together.capturing(layer.delta) for _, layer in adapted):
         raise RuntimeError(
             "fastspec.merge looks at the weights that it made, which the capture of a CUDA graph does not "
             "allow: call it before, or fastspec.keep_merged(model), whose copies follow the coefficients "
             "in a graph too"
         )
-    refuse_read((name, layer) for name, layer in _layers(model) if bool(layer.delta.any()))
+    refuse_read((name, layer) for name, layer in adapted if bool(layer.delta.any()))
     done: list[SpectralLayer] = []
-    layers = {name: layer for name, layer in _layers(model) if not layer.merged}
+    layers = {name: layer for name, layer in adapted if not layer.merged}
     never_acted = [name for name, layer in layers.items() if layer.acted is False]
     if never_acted:  # W + U C Vh would change what reads the weight past the layer
         warn_passed_by(never_acted, "any call so far (so they stay unmerged)")

@@ -96,15 +96,17 @@ def kept_in_float32(owner: nn.Module, names: Iterable[str]) -> Iterator[None]:
     Parameters keep their gradients too; all of them move to another device as the cast asks. What a
     parametrisation of torch's owns is left to it.
     """
-    before = {name: _tensor(owner, name) for name in names if name in _own(owner)}
+    owned = _owned(owner)
+    before = {name: owned[name] for name in names if name in owned}
     values = {
         name: (t.data, None if t.grad is None else t.grad.data)
         for name, t in before.items()
         if isinstance(t, nn.Parameter)
     }
     yield
+    owned = _owned(owner)
     for name, former in before.items():
-        now = _tensor(owner, name)
+        now = owned[name]
         if now.dtype == torch.float32:
             continue
         if name not in values:
@@ -116,13 +118,9 @@ def kept_in_float32(owner: nn.Module, names: Iterable[str]) -> Iterator[None]:
             now.grad = grad.to(now.device)
 
 
-def _own(owner: nn.Module) -> set[str]:
-    return owner._parameters.keys() | owner._buffers.keys()
-
-
-def _tensor(owner: nn.Module, name: str) -> Tensor:
-    found = owner._parameters.get(name)
-    return owner._buffers[name] if found is None else found  # type: ignore[return-value]
+def _owned(owner: nn.Module) -> dict[str, Tensor]:
+    held = (*owner._buffers.items(), *owner._parameters.items())
+    return {name: t for name, t in held if t is not None}
 
 
 @torch.no_grad()
