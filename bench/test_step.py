@@ -4,7 +4,7 @@ import dataclasses
 
 import harness
 import pytest
-from models import PEERS, Step, Workload, build, floor, spectral
+from models import PEERS, Step, Workload, build, floor, peft_lora, spectral
 
 MINILM = Workload("minilm", 32, 64)
 BASE = Workload("bert-base", 32, 128)
@@ -23,12 +23,14 @@ BARS = {
     (MINILM, "band(1), all directions"): 1.45,
     (BASE, "band(1), all directions"): 1.45,
 }
-LOW_RANK = {"diag k=32": spectral(32), "dense k=32": spectral(32, "dense")}
+FEW = {"diag k=32": spectral(32), "dense k=32": spectral(32, "dense")}
 # A step of BERT-base takes seconds: beside it stand only those with times of their own (PiSSA's is LoRA's).
 MAIN_PEERS = ("eigentune 0.2 k=32", "PEFT LoRA r8", "full finetuning")
 ALL = {
     "diag, all directions": spectral("full"),
     "band(1), all directions": spectral("full", "band"),
+    "low_rank(1), all directions": spectral("full", "low_rank"),
+    "PEFT LoRA r1": peft_lora(True, 1),
 }
 
 
@@ -36,7 +38,7 @@ def measure(load, prepares, rounds, name, show):
     base = build(load.model)
     steps = {label: Step(base, prepare, load) for label, prepare in prepares.items()}
     base_step = floor(base, load)
-    check_losses(base_step, {k: s for k, s in steps.items() if k in LOW_RANK or k in ALL})
+    check_losses(base_step, {k: s for k, s in steps.items() if k in FEW or k in ALL})
     timing = harness.pairwise(base_step, steps, rounds, seldom=[*PEERS])
     show(harness.table(f"{load}: whole training step over the frozen floor's", timing))
     harness.store(f"step-{name}-{load}", dataclasses.asdict(timing))
@@ -61,13 +63,13 @@ def check_losses(reference, steps):
 
 
 def test_quick_minilm(rounds, show):
-    measure(MINILM, LOW_RANK, rounds(8), "quick", show)
+    measure(MINILM, FEW, rounds(8), "quick", show)
 
 
 @pytest.mark.parametrize(("load", "n"), [(MINILM, 30), (BASE_FEW_ROWS, 12), (BASE, 6)], ids=str)
-def test_low_rank(load, n, rounds, show):
+def test_few_directions(load, n, rounds, show):
     peers = {name: p for name, p in PEERS.items() if load == MINILM or name in MAIN_PEERS}
-    timing = measure(load, LOW_RANK | peers, rounds(n), "low-rank", show)
+    timing = measure(load, FEW | peers, rounds(n), "few-directions", show)
     ours = timing.ratios["diag k=32"].median
     for peer in peers:
         assert ours < timing.ratios[peer].median, f"{peer} is faster"

@@ -26,8 +26,10 @@ class SpectralConfig:
             from regular expressions over module names to any of these (first match wins; the key
             `"default"` serves the rest, and without it unmatched modules stay plain).
         core: `"diag"` trains a vector [k], `"band"` the `2 * half_width + 1` diagonals around the main
-            one, `"dense"` the whole k x k matrix between the frozen bases.
+            one, `"dense"` the whole k x k matrix between the frozen bases, `"low_rank"` two factors of it
+            [core_rank, k].
         half_width: band half-width, diagonals on each side (core="band" only).
+        core_rank: rank of the core (core="low_rank" only).
         select: which singular triplets: `"leading"`, `"trailing"` or a half-open range `(start, stop)`
             of their positions, 0 being the largest; a range overrides `rank`.
         basis: `"svd"`, or `"random"`: a random orthonormal basis of the same size, the control.
@@ -48,6 +50,7 @@ class SpectralConfig:
     rank: Rank | Mapping[str, Rank] = 32
     core: Core = "diag"
     half_width: int = 1
+    core_rank: int = 1
     select: Select = "leading"
     basis: Basis = "svd"
     target_modules: str | Sequence[str] = "all-linear"
@@ -60,7 +63,7 @@ class SpectralConfig:
     path: Path = "fast"
 
     def __post_init__(self) -> None:
-        for name in ("half_width", "tol", "seed"):
+        for name in ("half_width", "core_rank", "tol", "seed"):
             object.__setattr__(self, name, plain_number(getattr(self, name)))
         if isinstance(self.rank, Mapping):
             rank: Any = {pattern: plain_number(rank) for pattern, rank in self.rank.items()}
@@ -75,8 +78,10 @@ class SpectralConfig:
         _check_choice("core", self.core, CORES)
         _check_choice("basis", self.basis, ("svd", "random"))
         _check_choice("path", self.path, ("fast", "reference"))
-        if not isinstance(self.half_width, int) or self.half_width < 1:
-            raise ValueError(f"half_width must be an integer >= 1, got {self.half_width!r}")
+        for name in ("half_width", "core_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         # lists, as JSON has them, become tuples, so that equal configs compare equal
         for name in ("select", "target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)

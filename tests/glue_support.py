@@ -26,8 +26,6 @@ def trained_by_map(k: int) -> dict[str, int]:
         "hartley": 2 * k,
         "hartley-diagonal": 3 * k,
         "hartley-4": 8 * k,
-        "low-rank": 2 * k,
-        "low-rank-diagonal": 3 * k,
         "cayley": k * (k - 1) // 2 + 2 * k,
         "tied": TIED_PER_LAYER,
         "left": k * k,

@@ -19,7 +19,12 @@ from fastspec.peft import SpectralConfig
 from fastspec.peft.layer import SpectralLinear
 
 PREFIX = "base_model.model."
-CORES = [{"core": "diag"}, {"core": "band", "half_width": 2}, {"core": "dense"}]
+CORES = [
+    {"core": "diag"},
+    {"core": "band", "half_width": 2},
+    {"core": "dense"},
+    {"core": "low_rank", "core_rank": 2},
+]
 
 
 X = torch.randn(8, 10, generator=torch.Generator().manual_seed(1))

@@ -90,7 +90,7 @@ def test_rows_bring_along_the_rows_they_need():
 def trained_in_core(config, k):
     if config.core_map is not None:
         return trained_by_map(k)[config.core_map]
-    return math.prod(delta_shape(config.core, k, config.half_width))
+    return math.prod(delta_shape(config.core, k, config.half_width, config.core_rank))
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ class TestContract:
         layer = adapted(kind, core=core)
         assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["delta"]
         assert layer.delta.dtype == torch.float32
-        expected = {"diag": (6,), "band": (3, 6), "dense": (6, 6)}[core]
+        expected = {"diag": (6,), "band": (3, 6), "dense": (6, 6), "low_rank": (2, 6)}[core]
         assert layer.delta.shape == expected
         assert sorted(layer.state_dict()) == ["bias", "delta", "weight"]
 

@@ -71,7 +71,7 @@ def expected_tensors(
     """What `adapter_tensors` would be if the plain `model` were spectralized by `config`."""
     expected: Expected = {}
     for t in targets:
-        shape = delta_shape(config.core, t.directions.rank, config.half_width)
+        shape = delta_shape(config.core, t.directions.rank, config.half_width, config.core_rank)
         expected[f"{t.name}.delta"] = (shape, torch.float32)
         bias: Any = t.module.bias
         if config.train_bias and bias is not None:
@@ -109,7 +109,10 @@ def expected_state(
 
 def check_same_config(have: SpectralConfig, want: SpectralConfig, folder: Path) -> None:
     # how a model computes or how its targets were spelled does not matter: shapes are compared besides
-    fields = ("core", "half_width", "select", "basis", "seed", "train_bias", "train_layernorm")
+    fields = (
+        *("core", "half_width", "core_rank", "select", "basis", "seed"),
+        *("train_bias", "train_layernorm"),
+    )
     differing = [f for f in fields if getattr(have, f) != getattr(want, f)]
     if differing:
         details = "; ".join(

@@ -265,6 +265,7 @@ def _adapted(target: Target, factors: Factors, config: SpectralConfig) -> Spectr
         directions=target.directions,
         core=config.core,
         half_width=config.half_width,
+        core_rank=config.core_rank,
         path=config.path,
         train_bias=config.train_bias,
         factors=factors,

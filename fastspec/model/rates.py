@@ -14,7 +14,12 @@ from fastspec.model.targets import spectral_layers, unwrap
 
 # AdamW's step in units of the mean singular value: the rates that MiniLM wants on GLUE (docs/results.md)
 # over the mean singular value of what is adapted there
-PER_SINGULAR_VALUE: Mapping[str, float] = {"diag": 2.2e-2, "band": 5e-3, "dense": 1.5e-3}
+PER_SINGULAR_VALUE: Mapping[str, float] = {
+    "diag": 2.2e-2,
+    "band": 5e-3,
+    "dense": 1.5e-3,
+    "low_rank": 1e-3,
+}
 HEAD = 1e-3  # of heads, biases and normalisation layers
 FAR = 10.0  # times below the default is worth a warning
 

@@ -28,6 +28,7 @@ class SpectralConv1D(SpectralLayer, Conv1D):
         defaults: dict[str, Any] = {
             "core": "diag",
             "half_width": 1,
+            "core_rank": 1,
             "path": "fast",
             "train_bias": False,
             "factors": None,

@@ -41,7 +41,7 @@ class KeptCopy(FrozenFactors):
         (`fastspec.ops.kept`). A CUDA graph holds the comparison, so that its replays see new coefficients.
 
         It has no effect under autocast, while compiling, with a forced plan, and, in 16 bits or on a GPU,
-        with a band core. In float64 on a GPU every call makes the copy.
+        with a band or low-rank core. In float64 on a GPU every call makes the copy.
         """
         self.keeps_merged = keep
         self._kept = None

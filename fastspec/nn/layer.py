@@ -85,6 +85,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         directions: Directions,
         core: Core,
         half_width: int,
+        core_rank: int,
         path: Path,
         train_bias: bool,
         factors: Factors | None,
@@ -94,6 +95,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         self.directions = directions
         self.core: Core = core
         self.half_width = half_width
+        self.core_rank = core_rank
         self.path: Path = path
         self.forced_plan: Plan | None = None
         self.acted = None
@@ -108,7 +110,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
             min(matrix.shape) if factors is None else min(len(factors.u), factors.vh.shape[1])
         )
         self._follow(factors)
-        shape = delta_shape(core, k, half_width)
+        shape = delta_shape(core, k, half_width, core_rank)
         self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=matrix.device))
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -353,7 +355,8 @@ class SpectralLayer(KeptCopy, FollowsWeight):
 
     def extra_repr(self) -> str:
         out_features, in_features = self.u.shape[0], self.vh.shape[1]
-        core = f"band({self.half_width})" if self.core == "band" else self.core
+        sizes = {"band": self.half_width, "low_rank": self.core_rank}
+        core = f"{self.core}({sizes[self.core]})" if self.core in sizes else self.core
         parts = [
             f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}",
             f"rank={self.rank}, core={core}, basis={self.directions.basis}",

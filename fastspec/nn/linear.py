@@ -22,8 +22,10 @@ class SpectralLinear(SpectralLayer, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`.
         rank: directions kept, k <= min(in, out).
-        core: "diag" (delta [k]), "band" (delta [2 half_width + 1, k]) or "dense" (delta [k, k]).
+        core: "diag" (delta [k]), "band" (delta [2 half_width + 1, k]), "dense" (delta [k, k]) or
+            "low_rank" (delta [2 core_rank, k]: two factors, see `fastspec.cores`).
         half_width: diagonals on each side of the main one, for core="band".
+        core_rank: rank of C, for core="low_rank".
         select: "leading", "trailing" or a range (start, stop) of singular triplets.
         basis: "svd", or "random": a random orthonormal basis, the control.
         train_bias: whether the bias is trained too.
@@ -32,7 +34,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         path: "fast" or "reference".
 
     Source: arXiv 2605.07302; the band is SVFT's (arXiv 2405.19597), the dense core LoRA-XS's
-    (arXiv 2405.17604).
+    (arXiv 2405.17604), the low-rank one LoRA's (arXiv 2106.09685) in the coordinates of the basis.
 
     Raises:
         ValueError: rank or range beyond min(in, out), or a weight that is not finite.
@@ -51,6 +53,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         rank: int = 32,
         core: Core = "diag",
         half_width: int = 1,
+        core_rank: int = 1,
         select: Select = "leading",
         basis: Basis = "svd",
         train_bias: bool = False,
@@ -60,7 +63,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         directions = Directions(rank, select, basis, tol, seed)
-        self._attach(directions, core, half_width, path, train_bias, None)
+        self._attach(directions, core, half_width, core_rank, path, train_bias, None)
 
     @classmethod
     def from_linear(
@@ -70,6 +73,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
         *,
         core: Core = "diag",
         half_width: int = 1,
+        core_rank: int = 1,
         select: Select = "leading",
         basis: Basis = "svd",
         train_bias: bool = False,
@@ -88,6 +92,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
             directions=Directions(rank, select, basis, tol, seed),
             core=core,
             half_width=half_width,
+            core_rank=core_rank,
             path=path,
             train_bias=train_bias,
             factors=factors,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastspec.cores import Core
 from fastspec.ops import reference
+from fastspec.ops.low_rank import update_factors
 from fastspec.svd.factors import Factors
 
 
@@ -134,7 +135,11 @@ def merged_weight(w: Tensor, *adapters: tuple[Factors, Tensor, Core]) -> Tensor:
     wide = torch.promote_types(w.dtype, torch.float32)
     total = w.to(wide)
     for f, delta, core in adapters:
-        total = reference.effective_weight(total, f.u.to(wide), f.vh.to(wide), delta.to(wide), core)
+        u, vh = f.u.to(wide), f.vh.to(wide)
+        if core == "low_rank":
+            total = torch.addmm(total, *update_factors(u, vh, delta.to(wide)))
+        else:
+            total = reference.effective_weight(total, u, vh, delta.to(wide), core)
     return torch.empty_like(w).copy_(total)
 
 

@@ -47,8 +47,15 @@ class _Scratch(threading.local):
             self.buffers[like.dtype] = buffer
         return buffer[:size].view(rows, cols)
 
+    def like(self, weight: Tensor) -> Tensor:
+        """A buffer of the weight's shape, row-major or transposed as it is."""
+        rows, cols = weight.shape
+        if weight.stride(-1) == 1:
+            return self.take(rows, cols, weight)
+        return self.take(cols, rows, weight).mT
 
-_scratch = _Scratch()
+
+scratch = _Scratch()
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -97,11 +104,15 @@ def reduce_core(q: Tensor, p: Tensor, delta: Tensor, core: str) -> Tensor:
 
 def merge(weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str, out: Tensor) -> Tensor:
     """W + U C Vh into `out`, which has the weight's shape and row-major or transposed layout."""
-    left = apply_core(u, delta, core)
+    return add_product(weight, apply_core(u, delta, core), vh, out)
+
+
+def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """W + L R into `out`, as `merge`."""
     if out.stride(-1) == 1:
-        torch.addmm(weight, left, vh, out=out)
+        torch.addmm(weight, left, right, out=out)
     else:
-        torch.addmm(weight.mT, vh.mT, left.mT, out=out.mT)
+        torch.addmm(weight.mT, right.mT, left.mT, out=out.mT)
     return out
 
 
@@ -113,12 +124,7 @@ def _effective(
         return weight
     if weight.device.type == "cpu" and not delta.any():
         return weight  # the untouched weight: the first step is the pretrained model's bit for bit
-    rows, cols = weight.shape
-    if weight.stride(-1) == 1:
-        out = _scratch.take(rows, cols, weight)
-    else:
-        out = _scratch.take(cols, rows, weight).mT
-    return merge(weight, u, vh, delta, core, out)
+    return merge(weight, u, vh, delta, core, scratch.like(weight))
 
 
 def _sigma(s: Tensor, delta: Tensor, core: str) -> Tensor:
@@ -265,7 +271,7 @@ def _dense_gradient(
     g: Tensor, x: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str
 ) -> Tensor:
     """Entries of U^T (g^T x) V (F4): one weight gradient, in scratch, serves every diagonal."""
-    grad = _scratch.take(g.shape[1], x.shape[1], g)
+    grad = scratch.take(g.shape[1], x.shape[1], g)
     torch.mm(g.mT, x, out=grad)
     rows = u.to(g.dtype).mT @ grad  # [k, in]
     vh = vh.to(g.dtype)

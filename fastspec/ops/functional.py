@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastspec.ops import aten, reference
+from fastspec.ops import aten, low_rank, reference
 from fastspec.ops import spectral_linear as spectral_operator
 from fastspec.ops import task_linear as task_operator
 from fastspec.ops.operands import Sizes, cast, check_sizes, sizes_of
@@ -38,9 +38,10 @@ def spectral_linear(
         weight: [out, in], frozen.
         bias: [out] or None.
         u, s, vh: frozen factors [out, k], [k], [k, in].
-        delta: trained: [k] (core="diag"), [2h + 1, k] (core="band": C[i, i + o] = delta[h + o, i]) or
-            [k, k] (core="dense"); float32 as a rule, also under 16-bit weights.
-        core: "diag", "band" or "dense".
+        delta: trained: [k] (core="diag"), [2h + 1, k] (core="band": C[i, i + o] = delta[h + o, i]),
+            [k, k] (core="dense") or [2r, k] (core="low_rank", see `fastspec.cores`); float32 as a rule,
+            also under 16-bit weights.
+        core: "diag", "band", "dense" or "low_rank".
         singular_basis: promise that `W V = U S` holds to rounding, as `topk_svd` builds it and as long
             as nothing was cast since. Allows the short-side gradient (design section 2, F3).
         plan: forces a plan; None takes the cost model's. A plan that is not legal here (a short side
@@ -92,6 +93,9 @@ def spectral_linear(
     )
     gradient = plan.gradient if needs_delta else "none"
     forward = plan.forward
+    if core == "low_rank":
+        weight = weight if effective is None else effective
+        return low_rank.low_rank_linear(x, weight, bias, u, vh, delta, forward)
     if forward == "saved":
         with torch.no_grad():
             effective = aten.merge(weight, u, vh, delta, core, torch.empty_like(weight))
@@ -121,8 +125,8 @@ def task_linear(
     Args:
         x: [B, ..., in]; dimension 0 is the batch, all of x[b] is of one task.
         weight, bias, u, s, vh, core, singular_basis: as for `fastspec.spectral_linear`.
-        table: the cores of all tasks, [tasks, k] (core="diag"), [tasks, 2h + 1, k] ("band") or
-            [tasks, k, k] ("dense"); float32 as a rule.
+        table: the cores of all tasks, [tasks, k] (core="diag"), [tasks, 2h + 1, k] ("band"),
+            [tasks, k, k] ("dense") or [tasks, 2r, k] ("low_rank"); float32 as a rule.
         task: int64 [B]: the row of `table` that x[b] takes. A negative one leaves x[b] unadapted: it
             comes out as F.linear(x, weight, bias) has it, bit for bit.
 
@@ -158,6 +162,8 @@ def task_linear(
     ):
         return reference.task_linear(x, weight, bias, u, vh, table, task, core)
     x, bias = cast(x, weight, bias)
+    if core == "low_rank":
+        return low_rank.low_rank_task_linear(x, weight, bias, u, vh, table, task)
     # the identity needs y and dx in full precision, and its look at S would make a GPU wait
     short = singular_basis and x.is_cpu and x.dtype == weight.dtype and x.dtype in WIDE
     saves_p = table.requires_grad and torch.is_grad_enabled()

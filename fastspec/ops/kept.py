@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastspec.cores import hashed
 from fastspec.ops import aten, cuda
 
 torch.library.define(
@@ -30,14 +31,8 @@ BITS_BEYOND = {torch.bfloat16: 16, torch.float16: 13}  # of float32, that these 
 
 
 def thresholds(rows: int, columns: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
-    """The threshold of every entry: int64 [rows, columns], uniform in [0, 2**bits).
-
-    The hash is `lowbias32` of the entry's place (https://nullprogram.com/blog/2018/07/31/).
-    """
-    h = torch.arange(rows * columns, device=device) & 0xFFFFFFFF
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return ((h ^ (h >> 16)) & ((1 << bits) - 1)).view(rows, columns)
+    """The threshold of every entry: int64 [rows, columns], uniform in [0, 2**bits), hashed by its place."""
+    return (hashed(rows * columns, device) & ((1 << bits) - 1)).view(rows, columns)
 
 
 def round_by_threshold(value: Tensor, dtype: torch.dtype) -> Tensor:

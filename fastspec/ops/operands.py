@@ -73,6 +73,10 @@ def check_sizes(sizes: Sizes, core: str) -> None:
         raise ValueError(
             f"delta must be [2 * half_width + 1, {k}] for core='band', got {tuple(delta)}"
         )
+    if core == "low_rank" and (len(delta) != 2 or not delta[0] or delta[0] % 2 or delta[1] != k):
+        raise ValueError(
+            f"delta must be [2 * core_rank, {k}] for core='low_rank', got {tuple(delta)}"
+        )
     expected: list[tuple[str, torch.Size, tuple[int, ...]]] = [
         ("u", u, (out_features, k)),
         ("s", s, (k,)),
@@ -80,7 +84,7 @@ def check_sizes(sizes: Sizes, core: str) -> None:
     ]
     if bias is not None:
         expected.append(("bias", bias, (out_features,)))
-    if core != "band":
+    if core not in ("band", "low_rank"):
         expected.append(("delta", delta, delta_shape(core, k)))
     for name, given, wanted in expected:
         if given != wanted:

@@ -57,7 +57,7 @@ class LayerCall:
     Args:
         n: rows (tokens), counted after flattening leading dimensions.
         in_features, out_features, k: the layer's sizes.
-        core: "diag", "band" or "dense".
+        core: "diag", "band", "dense" or "low_rank".
         dtype: the dtype of the products.
         device: device type.
         needs_dx: whether the gradient of the input is wanted.
@@ -91,6 +91,13 @@ def why_not(plan: Plan, call: LayerCall) -> str | None:
         return "W + U C Vh is given in the weight's place: only forward='resident' takes it"
     if forward == "resident" and not call.resident:
         return "forward='resident' can't be forced: give `effective` instead"
+    if call.core == "low_rank" and (
+        forward in ("saved", "spectral") or gradient in ("short", "dense")
+    ):
+        return (
+            "a low-rank core has thin factors of its own: take 'merged' or 'factored' and 'two_sided', got "
+            f"{forward!r} and {gradient!r}"
+        )
     if forward == "saved" and gradient != "dense":
         return (
             "forward='saved' saves a matrix as large as the weight: only beside gradient='dense', "
@@ -208,6 +215,14 @@ def work_of(plan: Plan, call: LayerCall) -> Work:
     weight = in_features * out_features
     flops = thin = moved = 0
     one_product = forward in ("merged", "saved", "resident")
+    if call.core == "low_rank":
+        # passes over y and dx, or over the weight; the thin products are those of the gradient too
+        wide = out_features + (in_features if needs_dx else 0)
+        if forward == "merged":
+            moved = 2 * weight * itemsize * (2 if needs_dx else 1)
+        elif forward == "factored":
+            moved = 2 * n * wide * itemsize
+        return Work(0, 0, moved)
 
     # The factored correction and the complete basis share their first products, p and q, with the
     # gradient: only what the gradient would not compute anyway counts against them.

@@ -1,15 +1,9 @@
 """The formulas of the method, written to be read. Every other path is judged against these.
 
 Alphabet: x [..., in], weight W [out, in], u [out, k], vh [k, in], p = x Vh^T and q = g U [N, k],
-C the k x k core, `delta` its trainable storage:
-
-    core     delta         C
-    diag     [k]           diag(delta)
-    band     [2h + 1, k]   C[i, i + o] = delta[h + o, i] for |o| <= h; places outside C are ignored
-    dense    [k, k]        delta
+C the k x k core, `delta` its trainable storage (`fastspec.cores` says how, and where each is from).
 
 Plain torch, any floating dtype, differentiable in every argument; float64 passes `gradcheck`.
-Source: arXiv 2605.07302 (diag), SVFT arXiv 2405.19597 (band), LoRA-XS arXiv 2405.17604 (dense).
 """
 
 from __future__ import annotations
@@ -18,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastspec.cores import core_matrix, core_storage
+from fastspec.cores import core_gradient, core_matrix
 
 
 def effective_weight(
     weight: Tensor, u: Tensor, vh: Tensor, delta: Tensor, core: str = "diag"
 ) -> Tensor:
     """W_eff = W + U C Vh  [out, in]  (design section 1)."""
-    c = core_matrix(delta, core).to(weight.dtype)
+    wide = torch.promote_types(delta.dtype, weight.dtype)
+    c = core_matrix(delta.to(wide), core).to(weight.dtype)
     return weight + u @ c @ vh
 
 
@@ -55,8 +50,7 @@ def spectral_linear_backward(
     dx = g @ effective_weight(weight, u, vh, delta, core)
     p = x @ vh.mT
     q = g @ u
-    half_width = delta.shape[0] // 2 if core == "band" else 1
-    return dx, core_storage(q.mT @ p, core, half_width)
+    return dx, core_gradient(q.mT @ p, delta, core)
 
 
 def task_linear(

@@ -45,8 +45,9 @@ class SpectralConfig(PeftConfig):
         r: directions kept per matrix: a count, a fraction of `min(in, out)` in (0, 1], or `"full"`. Where
             `target_modules` lists no names, a matrix too small for a count that others serve keeps all.
         core: `"diag"` trains a vector [k], `"band"` the `2 * half_width + 1` diagonals around the main
-            one, `"dense"` the whole k x k matrix.
+            one, `"dense"` the whole k x k matrix, `"low_rank"` two factors of it [core_rank, k].
         half_width: band half-width, diagonals on each side.
+        core_rank: rank of a low-rank core.
         select: which singular triplets: `"leading"`, `"trailing"` or a half-open range `(start, stop)`
             of their positions, 0 being the largest; a range overrides `r`.
         basis: `"svd"`, or `"random"`: a random orthonormal basis, the control.
@@ -73,6 +74,7 @@ class SpectralConfig(PeftConfig):
     r: Rank = 32
     core: Core = "diag"
     half_width: int = 1
+    core_rank: int = 1
     select: Select = "leading"
     basis: Basis = "svd"
     target_modules: list[str] | set[str] | str | None = ALL_LINEAR
@@ -89,7 +91,7 @@ class SpectralConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.FASTSPEC  # type: ignore[assignment]
-        for name in ("r", "half_width", "tol", "seed"):
+        for name in ("r", "half_width", "core_rank", "tol", "seed"):
             setattr(self, name, spectral.plain_number(getattr(self, name)))
         if isinstance(self.select, (list, tuple)):  # a list, as JSON has it
             self.select = tuple(map(spectral.plain_number, self.select))  # type: ignore[assignment]
@@ -101,6 +103,7 @@ class SpectralConfig(PeftConfig):
         spectral.SpectralConfig(
             core=self.core,
             half_width=self.half_width,
+            core_rank=self.core_rank,
             select=self.select,
             basis=self.basis,
             tol=self.tol,

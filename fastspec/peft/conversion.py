@@ -1,4 +1,7 @@
-"""Adapters as LoRA, for engines that know nothing else: exact, of rank k, by B = U C and A = Vh."""
+"""Adapters as LoRA, for engines that know nothing else: exact, by B = U C and A = Vh of rank k.
+
+A low-rank core has its own rank: B = 2 U A^T and A = (B0 + B) Vh.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ PREFIX = "base_model.model."
 def convert_to_lora(
     model: nn.Module, adapter_name: str = "default"
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The adapter as a LoRA of the same rank, which computes the same up to rounding.
+    """The adapter as a LoRA of its rank, or of its core's, which computes the same up to rounding.
 
     Unlike `peft.convert_to_lora`, which approximates any method by an SVD per layer, no rank is asked
     for: U C Vh is a product of that form already.
@@ -33,8 +36,8 @@ def convert_to_lora(
         adapter_name: which adapter.
 
     Returns:
-        The `LoraConfig`, and the tensors as PEFT stores them: `lora_A.weight` [k, in] and `lora_B.weight`
-        [out, k] in float32, and the modules to save as they are.
+        The `LoraConfig`, and the tensors as PEFT stores them: `lora_A.weight` [r, in] and `lora_B.weight`
+        [out, r] in float32, and the modules to save as they are.
 
     Raises:
         ValueError: the model has no such spectral adapter, or it trains biases, which LoRA files of
@@ -60,12 +63,12 @@ def convert_to_lora(
     for name, layer in layers.items():
         for key in ("fastspec_delta", "fastspec_sketch"):
             tensors.pop(f"{PREFIX}{name}.{key}", None)
-        f, core = layer.factors(adapter_name), layer.core_matrix(adapter_name)
+        b, a = layer.update_factors(adapter_name)
         # a copy: layers may share a basis, tensors of one file may not
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = f.vh.to("cpu", core.dtype, copy=True)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = (f.u.to(core.dtype) @ core).cpu()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to("cpu", copy=True)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.cpu()
 
-    ranks = {name: layer.fastspec_delta[adapter_name].shape[-1] for name, layer in layers.items()}
+    ranks = {name: tensors[f"{PREFIX}{name}.lora_B.weight"].shape[1] for name in layers}
     r = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != r}
     return LoraConfig(

@@ -56,6 +56,7 @@ TEXTS = ("base_model_name_or_path", "revision")
 FIELDS = (
     "core",
     "half_width",
+    "core_rank",
     "select",
     "basis",
     "tol",
@@ -116,7 +117,7 @@ def load_adapter(
             raise AdapterError(
                 f"{folder}: {layer} has rank {rank} by its tensor and {layer_rank} by the config"
             )
-        shape = delta_shape(config.core, rank, config.half_width)
+        shape = delta_shape(config.core, rank, config.half_width, config.core_rank)
         expected[f"{PREFIX}{layer}{DELTA}"] = (shape, torch.float32)
         if f"{PREFIX}{layer}{SKETCH}" in tensors:
             expected[f"{PREFIX}{layer}{SKETCH}"] = ((PROBES,), torch.float32)

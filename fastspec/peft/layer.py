@@ -8,11 +8,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from fastspec.cores import Core, core_matrix, delta_shape
+from fastspec.cores import Core, core_matrix, summed
 from fastspec.model.passed_by import warn_passed_by
 from fastspec.nn.made_from import Seen, is_quantised
 from fastspec.nn.parts import merged_weight
 from fastspec.ops.functional import spectral_linear, task_linear
+from fastspec.ops.low_rank import update_factors
 from fastspec.ops.plan import LayerCall, make_plan
 from fastspec.peft.follow import FollowsBase
 from fastspec.peft.state import BaseWeights, Coefficients, Form, FrozenBasis
@@ -66,9 +67,9 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
         """From [out, in] to the layout of the base layer's weight, or back."""
         return matrix.mT if self._transposed else matrix
 
-    def add_coefficients(self, adapter: str, core: Core, k: int, half_width: int) -> None:
+    def add_coefficients(self, adapter: str, shape: tuple[int, ...]) -> None:
         """A new adapter at zero; `use_basis` has to follow before the first forward."""
-        zeros = torch.zeros(delta_shape(core, k, half_width), device=self.base_weight.device)
+        zeros = torch.zeros(shape, device=self.base_weight.device)
         self.fastspec_delta[adapter] = nn.Parameter(zeros)
 
     def shared_basis(self, wanted: Directions) -> FrozenBasis | None:
@@ -108,6 +109,14 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
         """The adapter's core C [k, k]."""
         return core_matrix(self.fastspec_delta[adapter], self.fastspec_form[adapter].core)
 
+    def update_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Thin factors [out, r] and [r, in] of the adapter's update U C Vh, in the coefficients' dtype."""
+        f, delta = self.factors(adapter), self.fastspec_delta[adapter]
+        u, vh = f.u.to(delta.dtype), f.vh.to(delta.dtype)
+        if self.fastspec_form[adapter].core == "low_rank":
+            return update_factors(u, vh, delta)
+        return u @ self.core_matrix(adapter), vh
+
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -135,8 +144,9 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
         """One adapter that does what the given ones do together: W + sum_a U_a C_a Vh_a."""
         first = adapters[0]
         if all(self._kind(a) == self._kind(first) for a in adapters):
-            delta = sum((self.fastspec_delta[a] for a in adapters[1:]), self.fastspec_delta[first])
-            return self.factors(first), delta, self.fastspec_form[first].core
+            core = self.fastspec_form[first].core
+            delta = summed([self.fastspec_delta[a] for a in adapters], [1.0] * len(adapters), core)
+            return self.factors(first), delta, core
         parts = [self.factors(a) for a in adapters]
         factors = Factors(
             torch.cat([f.u for f in parts], dim=1),
@@ -191,10 +201,8 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """U C Vh of an adapter, in the base weight's layout, float32 at least."""
-        f = self.factors(adapter)
-        wide = torch.promote_types(f.u.dtype, torch.float32)
-        delta_weight = f.u.to(wide) @ self.core_matrix(adapter).to(wide) @ f.vh.to(wide)
-        return self._stored(delta_weight)
+        left, right = self.update_factors(adapter)
+        return self._stored(left @ right)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

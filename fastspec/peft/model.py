@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from fastspec.cores import delta_shape
 from fastspec.files import excerpt
 from fastspec.fingerprint import tensor_fingerprint
 from fastspec.model.adapter_file import AdapterError
@@ -146,7 +147,8 @@ class SpectralModel(BaseTuner):
             layer = SpectralLinear(target)
         short_side = min(layer.base_matrix().shape)
         k = peft_config.directions(current_key, short_side).rank
-        layer.add_coefficients(adapter_name, peft_config.core, k, peft_config.half_width)
+        shape = delta_shape(peft_config.core, k, peft_config.half_width, peft_config.core_rank)
+        layer.add_coefficients(adapter_name, shape)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from fastspec.cores import summed
 from fastspec.peft.config import SpectralConfig
 from fastspec.peft.layer import SpectralLinear
 
@@ -48,6 +49,8 @@ def summed_config(
         if not isinstance(layer, SpectralLinear):
             continue
         shapes = {a: layer.fastspec_delta[a].shape for a in adapters if a in layer.fastspec_delta}
+        if first.core == "low_rank":  # factors are put side by side
+            shapes = {a: shape[1:] for a, shape in shapes.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(
                 f"{name}: coefficients add up only in one basis, but the shapes differ: "
@@ -71,6 +74,7 @@ def summed_config(
         layers_to_transform=None,
         layers_pattern=None,
         base_fingerprint=None,
+        core_rank=sum(configs[a].core_rank for a in adapters),
     )
     config.name_layers(ranks, saved)
     return config
@@ -82,12 +86,14 @@ def sum_into(
     """Give the new adapter `name` the sum of coefficients, and the heads that one of `adapters` has."""
     for module in model.modules():
         if isinstance(module, SpectralLinear) and name in module.fastspec_delta:
-            deltas = module.fastspec_delta
-            total = deltas[name].new_zeros(deltas[name].shape)
-            for adapter, weight in zip(adapters, weights, strict=True):
-                if adapter in deltas:
-                    total.add_(deltas[adapter].detach(), alpha=weight)
-            deltas[name].data.copy_(total)
+            deltas, core = module.fastspec_delta, module.fastspec_form[name].core
+            terms = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in deltas]
+            total = summed([deltas[a].detach() for a, _ in terms], [w for _, w in terms], core)
+            room = deltas[name].data.zero_()
+            # of a low-rank core, whose sum has fewer rows where the layer has fewer of the adapters
+            halves = (room.chunk(2), total.chunk(2)) if core == "low_rank" else ([room], [total])
+            for into, part in zip(*halves, strict=True):
+                into[: len(part)].copy_(part)
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             (source,) = {a for a in adapters if a in module.modules_to_save}
             state = module.modules_to_save[source].state_dict()

@@ -62,28 +62,6 @@ class Hartley(CoreMap):
         return core + torch.diag(diagonal[0]) if diagonal else core
 
 
-class LowRank(CoreMap):
-    """2 A B^T, and 10 diag(d): LoRA's two factors in the coordinates of the basis, and coefficients.
-
-    A starts at zero and B is drawn, as LoRA's are, and 2 is LoRA's alpha / r. With 10, coefficients move as
-    fast as at a rate of their own.
-    """
-
-    def __init__(self, layer: SpectralLayer, r: int = 1, diagonal: bool = False) -> None:
-        super().__init__(layer)
-        self.r, self.diagonal = r, diagonal
-
-    def right_inverse(self, delta: Tensor) -> tuple[Tensor, ...]:
-        k = len(delta)
-        right = torch.empty(k, self.r).uniform_(-1, 1) / k**0.5
-        left = torch.zeros(k, self.r)
-        return (left, right, torch.zeros(k)) if self.diagonal else (left, right)
-
-    def forward(self, left: Tensor, right: Tensor, *diagonal: Tensor) -> Tensor:
-        core = 2 * left @ right.mT
-        return core + torch.diag(10 * diagonal[0]) if diagonal else core
-
-
 class Cayley(CoreMap):
     """diag(a) R diag(b) S - S, R orthogonal: (1 - Q)^-1 (1 + Q) of a skew Q (PSOFT, arXiv 2505.11235)."""
 
@@ -151,8 +129,6 @@ MAPS: Mapping[str, Callable[[SpectralLayer], CoreMap]] = {
     "hartley": Hartley,
     "hartley-diagonal": functools.partial(Hartley, diagonal=True),
     "hartley-4": functools.partial(Hartley, terms=4),
-    "low-rank": LowRank,
-    "low-rank-diagonal": functools.partial(LowRank, diagonal=True),
     "cayley": Cayley,
     "left": functools.partial(Scaled, side="left"),
     "right": functools.partial(Scaled, side="right"),

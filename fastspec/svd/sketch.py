@@ -14,7 +14,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from fastspec.cores import Core, core_matrix
+from fastspec.cores import Core, core_matrix, low_rank_parts
 
 PROBES = 8  # signs of one row of probes fill a byte
 # measured: rounding below 2e-3 in 16 bits and 5e-5 in float32, vectors rotated among tied ones 0.2 to 1.4
@@ -44,16 +44,25 @@ def sketch(basis: tuple[Tensor, Tensor], delta: Tensor, core: Core) -> Tensor:
 def sketches(basis: tuple[Tensor, Tensor], deltas: Tensor, core: Core) -> Tensor:
     """Those [n, 8] of n updates in one basis: `deltas` [n, ...] are their coefficients."""
     left, right = basis
-    c = deltas.detach().to(left).flatten(1)
-    least = torch.finfo(c.dtype).tiny
-    c = c / c.abs().amax(1, keepdim=True).clamp_min(least)  # whose square stays within the range
-    if core == "diag":
+    c = deltas.detach().to(left)
+    if core == "low_rank":
+        a, b = map(_scaled, low_rank_parts(c))
+        t = (left * (a.mT @ (b @ right))).sum(1)
+        norm = ((a @ a.mT) * (b @ b.mT)).sum((1, 2)).clamp_min(0).sqrt()
+    elif core == "diag":
+        c = _scaled(c)
         t, norm = c @ (left * right), c.norm(dim=1)
     else:
-        matrices = [core_matrix(one.view(deltas.shape[1:]), core) for one in c]
+        matrices = [core_matrix(one, core) for one in _scaled(c)]
         t = torch.stack([(left * (matrix @ right)).sum(0) for matrix in matrices])
         norm = torch.stack([matrix.norm() for matrix in matrices])
-    return (t / norm.clamp_min(least)[:, None]).to("cpu", torch.float32)
+    return (t / norm.clamp_min(torch.finfo(c.dtype).tiny)[:, None]).to("cpu", torch.float32)
+
+
+def _scaled(c: Tensor) -> Tensor:
+    """Each of c [n, ...] over its largest entry: a square of it then stays within the range."""
+    largest = c.abs().flatten(1).amax(1).clamp_min(torch.finfo(c.dtype).tiny)
+    return c / largest.view(-1, *(1,) * (c.dim() - 1))
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

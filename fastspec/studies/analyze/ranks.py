@@ -68,4 +68,4 @@ def patterns(ranks: Mapping[str, int]) -> dict[str, int]:
 
 
 def _numbers(config: SpectralConfig, rank: int) -> int:
-    return math.prod(delta_shape(config.core, rank, config.half_width))
+    return math.prod(delta_shape(config.core, rank, config.half_width, config.core_rank))

@@ -94,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--core", choices=CORES, default="diag", help="default: %(default)s")
     add("--half-width", type=int, default=1, help="of --core band (default: %(default)s)")
+    add("--core-rank", type=int, default=1, help="of --core low_rank (default: %(default)s)")
     add("--core-map", choices=CORE_MAPS, help="what makes the core from other trained numbers")
     add("--select", type=parse_select, default="leading", help="leading, trailing or START:STOP")
     add("--basis", choices=("svd", "random"), default="svd", help="random is a control")

@@ -65,14 +65,7 @@ ROWS = (
         core_map="left",
     ),
     Row("hartley, all directions", 3e-2, rank="full", core="dense", core_map="hartley"),
-    Row(
-        "low-rank 1, all directions",
-        1e-2,
-        rank="full",
-        core="dense",
-        core_map="low-rank",
-        seeds=3,
-    ),
+    Row("low-rank 1, all directions", 1e-2, rank="full", core="low_rank", seeds=3),
 )
 
 

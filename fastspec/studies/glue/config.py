@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fastspec.config import Basis, Rank, Select, SpectralConfig
 from fastspec.config import Path as Arithmetic
-from fastspec.cores import CORES, Core
+from fastspec.cores import LINEAR, Core
 from fastspec.studies.glue.presets import TARGETS
 from fastspec.studies.glue.tasks import TASKS
 
@@ -18,10 +18,7 @@ METHODS = ("spectral", "full", "head", "bitfit", "lora", "pissa")
 RATE_RULES = ("flat", "spectrum")
 START = ("pretrained", "random")
 LABELS = ("true", "random")
-CORE_MAPS = (
-    *("hartley", "hartley-diagonal", "hartley-4"),
-    *("low-rank", "low-rank-diagonal", "cayley", "tied", "left", "right"),
-)
+CORE_MAPS = ("hartley", "hartley-diagonal", "hartley-4", "cayley", "tied", "left", "right")
 RANDOM_MODEL = "random"
 GRADIENT = "gradient"
 
@@ -35,7 +32,7 @@ class GlueConfig:
         method: what is trained beside the head.
         model: a folder or a hub name; None takes the MiniLM that the `demo` extra installs.
         data: a folder of GLUE files; None looks further (`fastspec.studies.glue.data.load`).
-        path, rank, core, half_width, select, basis, target_modules, train_bias, train_layernorm:
+        path, rank, core, half_width, core_rank, select, basis, target_modules, train_bias, train_layernorm:
             for method="spectral", as in `fastspec.SpectralConfig`; `target_modules` may also be
             "attention", "values" (with the output projection) or "mlp", on any encoder
             (`fastspec.studies.glue.presets.TARGETS`).
@@ -75,6 +72,7 @@ class GlueConfig:
     rank: Rank | Mapping[str, Rank] = 32
     core: Core = "diag"
     half_width: int = 1
+    core_rank: int = 1
     select: Select = "leading"
     basis: Basis = "svd"
     target_modules: str = "all-linear"
@@ -120,7 +118,7 @@ class GlueConfig:
                 f"method={self.method!r} and basis={self.basis!r}"
             )
         if self.core_map is not None:
-            cores = CORES if self.core_map in ("left", "right") else ("dense",)
+            cores = LINEAR if self.core_map in ("left", "right") else ("dense",)
             fits = self.method == "spectral" and self.core in cores
             if self.core_map not in CORE_MAPS or not fits:
                 raise ValueError(
@@ -128,6 +126,10 @@ class GlueConfig:
                     f"for left and right, core='dense', got {self.core_map!r} for "
                     f"method={self.method!r} with core={self.core!r}"
                 )
+        if self.rate_rule == "spectrum" and self.core not in LINEAR:
+            raise ValueError(
+                f"rate_rule='spectrum' is not for core={self.core!r}, whose rows are factors"
+            )
         for name in ("lora_rank", "epochs", "batch_size", "max_length", "save_steps"):
             _check_count(name, getattr(self, name))
         if self.max_train_rows is not None:
@@ -156,6 +158,7 @@ class GlueConfig:
             rank=self.rank,
             core=self.core,
             half_width=self.half_width,
+            core_rank=self.core_rank,
             select=self.select,
             # other weights' vectors replace these, and are no singular basis of the adapted ones either
             basis="random" if self.basis_model else self.basis,
@@ -186,7 +189,9 @@ class GlueConfig:
         select = self.select if isinstance(self.select, str) else "{}to{}".format(*self.select)
         parts = [
             "spectral",
-            self.core if self.core != "band" else f"band{self.half_width}",
+            {"band": f"band{self.half_width}", "low_rank": f"low-rank{self.core_rank}"}.get(
+                self.core, self.core
+            ),
             self.core_map or "",
             "k-by-layer" if isinstance(self.rank, Mapping) else f"k{self.rank}",
             select if select != "leading" else "",

@@ -74,6 +74,7 @@ DIAG, BAND, DENSE = (1e-2, 3e-2, 5e-2), (2e-3, 5e-3, 1e-2), (1e-3, 3e-3, 1e-2)
 LOW_RANK, FULL = (5e-4, 1e-3, 2e-3), (5e-5, 1e-4, 2e-4)
 
 _COEFFICIENTS, _BAND, _DENSE = (PRESETS[name] for name in ("coefficients", "band", "dense"))
+_LOW_RANK_CORE = {"core": "low_rank", "rank": "full"}
 _IN_VALUES = {"target_modules": VALUES}
 _VALUES = {**PRESETS["values"], **_IN_VALUES}
 _SPECTRUM = {"rate_rule": "spectrum"}
@@ -102,15 +103,16 @@ HEADLINE = (
     Row("lora-r8", {"method": "lora", "lora_rank": 8}, LOW_RANK, SEEDS),
     _FULL_ROW,
 )
-# on a base-size encoder, where runs are long: two rates
+# on a base-size encoder, where runs are long: few rates
 BASE = (
     Row("head", {"method": "head"}, (3e-3, 1e-2)),
     Row("coefficients", _COEFFICIENTS, (1e-2, 3e-2), SEEDS),
     Row("band", _BAND, (5e-3, 1e-2), SEEDS),
-    Row("band 4, values and outputs", PRESETS["values"], (5e-3, 1e-2), SEEDS),
+    Row("band 4, values and outputs", PRESETS["values"], (2e-3, 5e-3, 1e-2), SEEDS),
+    Row("low-rank 1", _LOW_RANK_CORE, (1e-3, 2e-3), SEEDS),
     Row("dense 32", _DENSE, (1e-3, 3e-3)),
     Row("lora-r1", {"method": "lora", "lora_rank": 1}, (1e-3, 2e-3), SEEDS),
-    Row("lora-r8", {"method": "lora", "lora_rank": 8}, (5e-4, 1e-3), SEEDS),
+    Row("lora-r8", {"method": "lora", "lora_rank": 8}, (2e-4, 5e-4, 1e-3), SEEDS),
     Row("full", {"method": "full"}, (2e-5, 5e-5), SEEDS),
 )
 SWEEP = (
@@ -161,13 +163,13 @@ SEARCH = (
         DENSE,
     ),
     Row("dense 61, MLP", {"core": "dense", "rank": 61, "target_modules": MLP}, DENSE),
+    Row("low-rank 1", _LOW_RANK_CORE, (5e-4, 1e-3, 2e-3)),
     *(
         Row(name, {"core": "dense", "core_map": core_map, "rank": rank, **layers}, rates)
         for name, core_map, rank, layers, rates in (
             ("hartley", "hartley", "full", {}, (5e-3, 1e-2, 2e-2)),
             ("hartley and diagonal", "hartley-diagonal", "full", {}, (5e-3, 1e-2, 2e-2)),
             ("hartley 4, values and outputs", "hartley-4", "full", _IN_VALUES, (5e-3, 1e-2, 2e-2)),
-            ("low-rank 1", "low-rank", "full", {}, (1e-3, 3e-3, 1e-2)),
             ("cayley 48", "cayley", 48, {}, (1e-3, 3e-3, 1e-2)),
             ("dense 32, rows by spectrum", "left", 32, {}, DENSE),
             ("dense 32, columns by spectrum", "right", 32, {}, DENSE),
