@@ -22,11 +22,8 @@ import torch
 from torch import Tensor
 
 Core = Literal["diag", "band", "dense", "low_rank"]
-LINEAR = (
-    "diag",
-    "band",
-    "dense",
-)  # C is linear in delta: those of the operator that multiplies by Vh
+# C is linear in delta: the cores of the operators that multiply by U and Vh
+LINEAR = ("diag", "band", "dense")
 CORES = (*LINEAR, "low_rank")
 
 LOW_RANK_SCALE = 2.0
@@ -76,8 +73,9 @@ _starts: dict[tuple[int, int, torch.device], Tensor] = {}
 def _start(like: Tensor) -> Tensor:
     """B0 for `like` [..., r, k], made once."""
     key = (*like.shape[-2:], like.device)
-    if torch.compiler.is_compiling() or type(like.data) is not Tensor or like.is_meta:
-        return low_rank_start(*key)  # traced: no tensor of theirs may stay
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or type(like.data) is not Tensor or like.is_meta:
+        return low_rank_start(*key)  # of a tracer, which may not outlive it
     if key not in _starts:
         with torch.inference_mode(False):  # used in training too
             _starts[key] = low_rank_start(*key)
@@ -123,15 +121,14 @@ def core_storage(c: Tensor, core: str, half_width: int = 1) -> Tensor:
 
 def summed(deltas: Sequence[Tensor], weights: Sequence[float], core: str) -> Tensor:
     """The storage of sum_i w_i C_i; that of a low-rank core has as many rows as all together."""
-    if len(deltas) == 1 and weights[0] == 1:
-        return deltas[0]
     if core == "low_rank":
         lefts, rights = zip(*map(low_rank_parts, deltas), strict=True)
         scaled = [w * left for w, left in zip(weights, lefts, strict=True)]
         return low_rank_storage(torch.cat(scaled), torch.cat(rights))
-    return sum(
-        (w * d for w, d in zip(weights[1:], deltas[1:], strict=True)), weights[0] * deltas[0]
-    )
+    total = weights[0] * deltas[0]
+    for w, d in zip(weights[1:], deltas[1:], strict=True):
+        total = torch.add(total, d, alpha=w)
+    return total
 
 
 def core_gradient(dc: Tensor, delta: Tensor, core: str) -> Tensor:

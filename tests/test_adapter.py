@@ -31,6 +31,7 @@ CONFIGS = [
     {"rank": 4},
     {"rank": {"up": 2, "default": 0.5}, "core": "dense"},
     {"rank": "full", "core": "band", "half_width": 2},
+    {"rank": 4, "core": "low_rank", "core_rank": 3},
     {"select": (3, 7), "basis": "random", "seed": 3},
     {"rank": 2, "train_bias": True, "train_layernorm": True},
     {"rank": 2, "modules_to_save": ["head", "blocks.0.norm"]},

@@ -73,6 +73,7 @@ CONFIGS = [
     {"rank": 64},
     {"rank": 8, "core": "band", "half_width": 2},
     {"rank": 8, "core": "dense"},
+    {"rank": 8, "core": "low_rank", "core_rank": 2},
 ]
 
 

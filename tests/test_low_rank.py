@@ -9,6 +9,7 @@ from support import assert_close, singular_problem
 from torch import nn
 
 import fastspec
+from fastspec import cores
 from fastspec.cores import (
     core_matrix,
     delta_shape,
@@ -48,6 +49,17 @@ def test_the_start_is_the_same_for_ever():
     assert start.mean().abs() < 0.1
     assert (start.square().mean() * 3 - 1).abs() < 0.1
     assert torch.equal(low_rank_start(1, 300), low_rank_start(2, 300)[:1])
+
+
+def test_a_transform_leaves_nothing_of_its_own_behind(monkeypatch):
+    """The start is made once and kept; a tensor of vmap's or of grad's is dead after them."""
+    kept: dict = {}
+    monkeypatch.setattr(cores, "_starts", kept)
+    delta = torch.randn(4, 5)
+    torch.func.vmap(torch.func.grad(lambda d: core_matrix(d, "low_rank").sum()))(delta[None])
+    assert not kept
+    core_matrix(delta, "low_rank")
+    assert list(kept) == [(2, 5, delta.device)]
 
 
 def test_a_zero_core_has_a_gradient():
@@ -93,7 +105,8 @@ def test_frozen_coefficients_keep_no_activations():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: sizes.append(t.numel()) or t, lambda t: t
     ):
-        low_rank.low_rank_linear(x, p["weight"], p["bias"], p["u"], p["vh"], p["delta"], "factored")
+        operands = (p["weight"], p["bias"], p["u"], p["vh"], p["delta"])
+        low_rank.low_rank_linear(x, *operands, "factored", False)
     assert max(sizes) == p["weight"].numel()
 
 
@@ -104,7 +117,11 @@ def test_opcheck(forward):
     weight = p["weight"] if forward != "resident" else p["weight"] + left @ right
     x, left, right = (t.detach().clone().requires_grad_() for t in (p["x"], left, right))
     ops = torch.ops.fastspec
-    torch.library.opcheck(ops.low_rank_linear.default, (x, weight, p["bias"], left, right, forward))
+    torch.library.opcheck(
+        ops.low_rank_linear.default, (x, weight, p["bias"], left, right, forward, True)
+    )
+    frozen = (left.detach(), right.detach(), forward, False)
+    torch.library.opcheck(ops.low_rank_linear.default, (x, weight, p["bias"], *frozen))
     back = (p["g"], p["x"], torch.randn(6, 2), weight, left.detach(), right.detach(), forward)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(ops.low_rank_linear_backward.default, (*back, *needs))

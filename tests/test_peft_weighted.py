@@ -52,14 +52,16 @@ def test_the_sum_is_exact_and_lives_on_its_own(tmp_path, core, weights):
     assert torch.equal(output(load_adapter(mlp(), tmp_path / "sum")), y)
 
 
-def test_layers_that_only_some_have():
-    model = several({"target_modules": ["lin0"]}, {"target_modules": ["lin1"], "r": 3})
+@pytest.mark.parametrize("core", [CORES[0], CORES[-1]], ids=lambda o: o["core"])
+def test_layers_that_only_some_have(core):
+    model = several({"target_modules": ["lin0"]}, {"target_modules": ["lin1"], "r": 3}, **core)
     model.add_weighted_adapter(["a", "b", "b"], [1.0, 2.0, -1.0], "sum")
     model.base_model.set_adapter(["a", "b"])
     y = output(model)
     model.set_adapter("sum")
     assert_close(output(model), y)
     assert [m.fastspec_delta["sum"].shape[-1] for m in layers(model)] == [4, 3]
+    assert model.peft_config["sum"].core_rank == (6 if core["core"] == "low_rank" else 1)
 
 
 def test_the_head_that_one_of_them_has_goes_along():

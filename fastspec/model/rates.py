@@ -13,7 +13,8 @@ from fastspec.model.fsdp import whole
 from fastspec.model.targets import spectral_layers, unwrap
 
 # AdamW's step in units of the mean singular value: the rates that MiniLM wants on GLUE (docs/results.md)
-# over the mean singular value of what is adapted there
+# over the mean singular value of what is adapted there; of a low-rank core, half of what a decoder wants
+# (docs/decoders.md)
 PER_SINGULAR_VALUE: Mapping[str, float] = {
     "diag": 2.2e-2,
     "band": 5e-3,

@@ -95,7 +95,7 @@ def spectral_linear(
     forward = plan.forward
     if core == "low_rank":
         weight = weight if effective is None else effective
-        return low_rank.low_rank_linear(x, weight, bias, u, vh, delta, forward)
+        return low_rank.low_rank_linear(x, weight, bias, u, vh, delta, forward, needs_delta)
     if forward == "saved":
         with torch.no_grad():
             effective = aten.merge(weight, u, vh, delta, core, torch.empty_like(weight))

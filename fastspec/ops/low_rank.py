@@ -22,7 +22,7 @@ from fastspec.ops import aten
 _FACTORS = "Tensor left, Tensor right, str forward"
 torch.library.define(
     "fastspec::low_rank_linear",
-    f"(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_FACTORS}, bool saves_t) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
@@ -60,22 +60,25 @@ def _low_rank_linear(
     left: Tensor,  # [out, r]
     right: Tensor,  # [r, in]
     forward: str,
+    saves_t: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y [..., out] and t = x R^T [N, r]."""
+    """y [..., out] and t = x R^T [N, r] (no rows where it is not saved)."""
     dtype, x2 = x.dtype, x.reshape(-1, x.shape[-1])
-    t = x2 @ right.to(dtype).mT
+    none = x.new_empty((0, len(right)))
+    t = x2 @ right.to(dtype).mT if saves_t or forward == "factored" else none
+    saved = t if saves_t else none
     if forward != "factored":
-        return F.linear(x, _effective(weight, left, right, forward, x), bias), t
+        return F.linear(x, _effective(weight, left, right, forward, x), bias), saved
     lt, w = left.to(dtype).mT, weight.to(dtype)
     if (
         x.is_cpu
     ):  # the product alone starts a layer, for a first step that is the pretrained model's
         y = F.linear(x, w, bias)
         y.view(-1, len(weight)).addmm_(t, lt)
-        return y, t
+        return y, saved
     # the small correction is rounded on its way, not y
     y2 = t @ lt if bias is None else torch.addmm(bias, t, lt)
-    return y2.addmm_(x2, w.mT).view(*x.shape[:-1], len(weight)), t
+    return y2.addmm_(x2, w.mT).view(*x.shape[:-1], len(weight)), saved
 
 
 def _low_rank_linear_backward(
@@ -92,15 +95,16 @@ def _low_rank_linear_backward(
     """dx [..., in], dL [out, r] and dR [r, in]; what is not needed comes back empty."""
     dtype, g2, in_features = g.dtype, g.reshape(-1, g.shape[-1]), weight.shape[1]
     dx, dleft, dright = g.new_empty(0), left.new_empty(0), right.new_empty(0)
-    s = g2 @ left.to(dtype)
+    s = g2 @ left.to(dtype) if needs_factors or forward == "factored" else None
     if needs_dx:
         dx2 = g2 @ _effective(weight, left, right, forward, g)
-        if forward == "factored":
+        if s is not None and forward == "factored":
             dx2.addmm_(s, right.to(dtype))
         dx = dx2.view(*g.shape[:-1], in_features)
     if needs_factors:
         assert x is not None
         assert t is not None
+        assert s is not None
         dleft = (g2.mT @ t).to(left.dtype)
         dright = (s.mT @ x.reshape(-1, in_features)).to(right.dtype)
     return dx, dleft, dright
@@ -115,10 +119,10 @@ _backward_op = torch.ops.fastspec.low_rank_linear_backward.default
 
 
 @torch.library.register_fake("fastspec::low_rank_linear")
-def _(x, weight, bias, left, right, forward):
+def _(x, weight, bias, left, right, forward, saves_t):
     torch._check(x.shape[-1] == right.shape[1])
     y = x.new_empty((*x.shape[:-1], left.shape[0]))
-    return y, x.new_empty((math.prod(x.shape[:-1]), left.shape[1]))
+    return y, x.new_empty((math.prod(x.shape[:-1]) if saves_t else 0, left.shape[1]))
 
 
 @torch.library.register_fake("fastspec::low_rank_linear_backward")
@@ -145,17 +149,17 @@ def _differentiable_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, bias, left, right, forward = inputs
+    x, weight, bias, left, right, forward, saves_t = inputs
     ctx.forward_plan = forward
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    trains = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    ctx.save_for_backward(x if trains else None, output[1] if trains else None, weight, left, right)
+    thin = (x, output[1]) if saves_t else (None, None)
+    ctx.save_for_backward(*thin, weight, left, right)
 
 
 def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    needs_dx, _weight, needs_bias, needs_left, needs_right, _plan = ctx.needs_input_grad
+    needs_dx, _weight, needs_bias, needs_left, needs_right, *_rest = ctx.needs_input_grad
     dx = dbias = dleft = dright = None
     if g is not None:
         x, t, weight, left, right = ctx.saved_tensors
@@ -174,6 +178,7 @@ def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         dleft if needs_left else None,
         dright if needs_right else None,
         None,
+        None,
     )
 
 
@@ -190,9 +195,12 @@ def low_rank_linear(
     vh: Tensor,  # [k, in]
     delta: Tensor,  # [2r, k]
     forward: str,
+    trains: bool,
 ) -> Tensor:  # [..., out]
-    """The layer. Arguments are taken as valid: `functional` checks."""
-    return _forward_op(x, weight, bias, *update_factors(u, vh, delta), forward)[0]
+    """The layer; `trains`: delta wants a gradient. Arguments are taken as valid: `functional` checks."""
+    if forward == "resident" and not trains:
+        return F.linear(x, weight.to(x.dtype), bias)  # holds all of it
+    return _forward_op(x, weight, bias, *update_factors(u, vh, delta), forward, trains)[0]
 
 
 def low_rank_task_linear(

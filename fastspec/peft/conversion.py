@@ -65,8 +65,8 @@ def convert_to_lora(
             tensors.pop(f"{PREFIX}{name}.{key}", None)
         b, a = layer.update_factors(adapter_name)
         # a copy: layers may share a basis, tensors of one file may not
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to("cpu", copy=True)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.cpu()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.to("cpu", torch.float32, copy=True)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.to("cpu", torch.float32)
 
     ranks = {name: tensors[f"{PREFIX}{name}.lora_B.weight"].shape[1] for name in layers}
     r = max(ranks.values())

@@ -110,12 +110,13 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
         return core_matrix(self.fastspec_delta[adapter], self.fastspec_form[adapter].core)
 
     def update_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Thin factors [out, r] and [r, in] of the adapter's update U C Vh, in the coefficients' dtype."""
+        """Thin factors [out, r] and [r, in] of the adapter's update U C Vh, in float32 at least."""
         f, delta = self.factors(adapter), self.fastspec_delta[adapter]
-        u, vh = f.u.to(delta.dtype), f.vh.to(delta.dtype)
+        wide = torch.promote_types(f.u.dtype, torch.float32)
+        u, vh = f.u.to(wide), f.vh.to(wide)
         if self.fastspec_form[adapter].core == "low_rank":
             return update_factors(u, vh, delta)
-        return u @ self.core_matrix(adapter), vh
+        return u @ self.core_matrix(adapter).to(wide), vh
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -143,10 +144,11 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
     def _combined(self, adapters: list[str]) -> tuple[Factors, Tensor, Core]:
         """One adapter that does what the given ones do together: W + sum_a U_a C_a Vh_a."""
         first = adapters[0]
+        core, deltas = self.fastspec_form[first].core, [self.fastspec_delta[a] for a in adapters]
+        if len(adapters) == 1:
+            return self.factors(first), deltas[0], core
         if all(self._kind(a) == self._kind(first) for a in adapters):
-            core = self.fastspec_form[first].core
-            delta = summed([self.fastspec_delta[a] for a in adapters], [1.0] * len(adapters), core)
-            return self.factors(first), delta, core
+            return self.factors(first), summed(deltas, [1.0] * len(deltas), core), core
         parts = [self.factors(a) for a in adapters]
         factors = Factors(
             torch.cat([f.u for f in parts], dim=1),

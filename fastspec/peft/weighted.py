@@ -68,13 +68,14 @@ def summed_config(
                     "whole do not add up: their outputs are not linear in what they hold"
                 )
             saved += [name] * len(having)
+    low_rank = first.core == "low_rank"
     config = dataclasses.replace(
         first,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         base_fingerprint=None,
-        core_rank=sum(configs[a].core_rank for a in adapters),
+        core_rank=sum(configs[a].core_rank for a in adapters) if low_rank else first.core_rank,
     )
     config.name_layers(ranks, saved)
     return config

@@ -37,7 +37,7 @@ RATES = {
     "spectral-dense": Rate(
         3e-3, f"docs/results.md: CoLA 22.5, 12.9 at 1e-2; {_FIRST_LOOK} 84.5 to 84.8 at 1e-2"
     ),
-    "spectral-low_rank": Rate(1e-3, "as LoRA, whose update it has; docs/results.md"),
+    "spectral-low_rank": Rate(1e-3, "as LoRA, whose update it has; not searched"),
     "lora": Rate(1e-3, f"{_FIRST_LOOK}: 85.9"),
     "pissa": Rate(1e-3, "as LoRA, whose budget and parametrisation it shares; not searched"),
     "bitfit": Rate(
