@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from fastspec.cores import CORES, Core
+from fastspec.cores import Core, check_core, is_integer
 
 Basis = Literal["svd", "random"]
 Path = Literal["fast", "reference"]
@@ -75,13 +75,9 @@ class SpectralConfig:
             where = f"rank[{pattern!r}]" if pattern else "rank"
             check_rank(where, rank)
             check_regex(where, pattern)
-        _check_choice("core", self.core, CORES)
+        check_core(self.core, self.half_width, self.core_rank)
         _check_choice("basis", self.basis, ("svd", "random"))
         _check_choice("path", self.path, ("fast", "reference"))
-        for name in ("half_width", "core_rank"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         # lists, as JSON has them, become tuples, so that equal configs compare equal
         for name in ("select", "target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
@@ -95,7 +91,7 @@ class SpectralConfig:
         for name in ("train_bias", "train_layernorm"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an integer in [0, 2**63), got {self.seed!r}")
         if not 0 < self.tol < 1:
             raise ValueError(f"tol must lie in (0, 1), got {self.tol!r}")
@@ -133,7 +129,7 @@ def check_select(select: Any) -> None:
     ok = (
         isinstance(select, tuple)
         and len(select) == 2
-        and all(isinstance(i, int) for i in select)
+        and all(map(is_integer, select))
         and 0 <= select[0] < select[1]
     )
     if not ok:

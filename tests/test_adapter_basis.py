@@ -21,7 +21,7 @@ from fastspec import (
     save_adapter,
     spectralize,
 )
-from fastspec.cores import core_matrix, delta_shape
+from fastspec.cores import CORES, core_matrix, delta_shape, low_rank_storage, summed
 from fastspec.files import ADAPTER_FILE as FILE
 from fastspec.model.adapter_file import AdapterError
 from fastspec.model.targets import spectral_layers
@@ -279,6 +279,33 @@ def test_a_sketch_does_not_mind_scales_nor_signs_nor_nothing():
     for scale in (1e-38, 1e38):
         assert distance(sketch(probed(u, v.mT), scale * delta, "diag"), plain) < 1e-5
     assert not sketch(probed(u, v.mT), torch.zeros(6), "diag").any()
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_autocast_leaves_a_sketch_as_it_is(core):
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(90, 16, generator=g))[0] for _ in range(2))
+    delta = torch.randn(delta_shape(core, 16), generator=g)
+    plain = sketch(probed(u, v.mT), delta, core)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sketch(probed(u, v.mT), delta, core), plain)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-7, 1e-6, 1e-4, 1e-2])
+def test_a_sketch_of_a_difference_has_digits(apart):
+    """The outer products of a low-rank core cancel, in a difference of adapters all but entirely."""
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(90, 16, generator=g))[0] for _ in range(2))
+    a, noise = torch.randn(2, 4, 16, generator=g) / 20
+    delta = summed([a * (1 + 20 * apart * noise), a], [1.0, -1.0], "low_rank")
+    here = sketch(probed(u, v.mT), delta, "low_rank")
+    c = core_matrix(delta.double(), "low_rank")
+    assert distance(here, sketch(probed(u.double(), v.double().mT), c, "dense")) < 1e-5
+    elsewhere = u + 1e-6 * torch.randn(u.shape, generator=g)
+    assert distance(here, sketch(probed(elsewhere, v.mT), delta, "low_rank")) < 1e-4
+    left, right = a.double().chunk(2)
+    nothing = low_rank_storage(torch.cat([left, -left]), torch.cat([right, right]))
+    assert sketch(probed(u, v.mT), nothing, "low_rank").abs().max() < TOLERANCE
 
 
 def test_the_probes_are_these():

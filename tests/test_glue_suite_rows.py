@@ -75,6 +75,30 @@ def test_presets_are_overridden_by_what_follows_them():
         GlueConfig(task="rte", **fields)
 
 
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--preset", "values", "--core", "dense"], None),
+        (["--core", "dense", "--preset", "values"], None),
+        (["--preset", "values", "--core", "dense", "--half-width", "2"], "half_width=2 is of"),
+        (["--core", "band", "--core-rank", "3"], "core_rank=3 is of core='low_rank'"),
+    ],
+)
+def test_a_size_that_the_core_has_not(tmp_path, monkeypatch, capsys, flags, error):
+    made = []
+    monkeypatch.setattr(
+        "fastspec.studies.glue.finetune.run", lambda config, *_, **__: made.append(config)
+    )
+    monkeypatch.setattr("fastspec.studies.commands.glue.summary", str)
+    status = main(["glue", "--task", "swap", "--output", str(tmp_path), *flags])
+    if error:
+        assert status
+        assert error in capsys.readouterr().err
+        return
+    dense = flags[0] == "--preset"
+    assert (made[0].core, made[0].half_width) == (("dense", 1) if dense else ("band", 4))
+
+
 def test_rows_bring_along_the_rows_they_need():
     names = [row.name for row in choose("full", ["band, reference path"])]
     assert names == ["band", "band, reference path"]

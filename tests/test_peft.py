@@ -266,3 +266,19 @@ def test_printing_says_what_runs():
     assert "FrozenBasis(rank=4, select=leading, basis=svd, dtype=float32)" in shown
     model.merge_adapter()
     assert "merged=['default']" in str(layers(model)[0])
+
+
+@pytest.mark.parametrize("core", CORES, ids=lambda o: o["core"])
+def test_merging_and_exporting_under_autocast_is_exact(core):
+    model = adapted("mlp", **core)
+    layer = layers(model)[0]
+    want = (layer.get_delta_weight("default"), *layer.update_factors("default"))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = (layer.get_delta_weight("default"), *layer.update_factors("default"))
+        model.merge_adapter()
+    merged = layer.base_layer.weight.detach().clone()
+    model.unmerge_adapter()
+    model.merge_adapter()
+    assert torch.equal(merged, layer.base_layer.weight)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)

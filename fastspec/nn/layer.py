@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastspec.config import Path
-from fastspec.cores import Core, delta_shape
+from fastspec.cores import Core, check_core, delta_shape, label
 from fastspec.nn import together
 from fastspec.nn.batch_rows import Layout, Rows
 from fastspec.nn.batch_tasks import tasks_of_batch
@@ -91,6 +91,7 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         factors: Factors | None,
     ) -> None:
         """Make an initialised plain layer an adapted one: factors, coefficients, what is trained."""
+        check_core(core, half_width, core_rank)
         before = set(self.__dict__)
         self.directions = directions
         self.core: Core = core
@@ -355,11 +356,9 @@ class SpectralLayer(KeptCopy, FollowsWeight):
 
     def extra_repr(self) -> str:
         out_features, in_features = self.u.shape[0], self.vh.shape[1]
-        sizes = {"band": self.half_width, "low_rank": self.core_rank}
-        core = f"{self.core}({sizes[self.core]})" if self.core in sizes else self.core
         parts = [
             f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}",
-            f"rank={self.rank}, core={core}, basis={self.directions.basis}",
+            f"rank={self.rank}, core={label(self.core, self.delta)}, basis={self.directions.basis}",
         ]
         if self.directions.select != "leading":
             parts.append(f"select={self.directions.select}")

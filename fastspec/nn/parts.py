@@ -134,12 +134,13 @@ def merged_weight(w: Tensor, *adapters: tuple[Factors, Tensor, Core]) -> Tensor:
     """
     wide = torch.promote_types(w.dtype, torch.float32)
     total = w.to(wide)
-    for f, delta, core in adapters:
-        u, vh = f.u.to(wide), f.vh.to(wide)
-        if core == "low_rank":
-            total = torch.addmm(total, *update_factors(u, vh, delta.to(wide)))
-        else:
-            total = reference.effective_weight(total, u, vh, delta.to(wide), core)
+    with torch.autocast(w.device.type, enabled=False):
+        for f, delta, core in adapters:
+            u, vh = f.u.to(wide), f.vh.to(wide)
+            if core == "low_rank":
+                total = torch.addmm(total, *update_factors(u, vh, delta.to(wide)))
+            else:
+                total = reference.effective_weight(total, u, vh, delta.to(wide), core)
     return torch.empty_like(w).copy_(total)
 
 

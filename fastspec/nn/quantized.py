@@ -16,7 +16,7 @@ from fastspec.fingerprint import tensor_fingerprint, tensors_fingerprint
 from fastspec.nn.batch_tasks import tasks_of_batch
 from fastspec.nn.linear import SpectralLinear
 from fastspec.nn.made_from import MadeFrom, Seen, is_quantised
-from fastspec.ops.low_rank import update_factors
+from fastspec.ops.low_rank import low_rank_linear
 from fastspec.ops.plan import Plan
 from fastspec.svd.factors import Factors
 
@@ -55,8 +55,9 @@ class QuantizedSpectralLinear(SpectralLinear):
             self._refuse("mixed batches of tasks")
         y = self._plain(x)
         if self.core == "low_rank":
-            left, right = update_factors(self.u.to(x.dtype), self.vh.to(x.dtype), self.delta)
-            return y + F.linear(F.linear(x, right), left)
+            trains = self.delta.requires_grad and torch.is_grad_enabled()
+            operands = (self.u, self.vh, self.delta, "factored", trains)
+            return y + low_rank_linear(x.to(y.dtype), None, None, *operands)
         # p [N, k] is all that autograd keeps of x here (F1)
         p = F.linear(x, self.vh.to(x.dtype))
         core = core_matrix(self.delta, self.core)

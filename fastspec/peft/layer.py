@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from fastspec.cores import Core, core_matrix, summed
+from fastspec.cores import Core, core_matrix, label, summed
 from fastspec.model.passed_by import warn_passed_by
 from fastspec.nn.made_from import Seen, is_quantised
 from fastspec.nn.parts import merged_weight
@@ -114,9 +114,10 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
         f, delta = self.factors(adapter), self.fastspec_delta[adapter]
         wide = torch.promote_types(f.u.dtype, torch.float32)
         u, vh = f.u.to(wide), f.vh.to(wide)
-        if self.fastspec_form[adapter].core == "low_rank":
-            return update_factors(u, vh, delta)
-        return u @ self.core_matrix(adapter).to(wide), vh
+        with torch.autocast(u.device.type, enabled=False):
+            if self.fastspec_form[adapter].core == "low_rank":
+                return update_factors(u, vh, delta)
+            return u @ self.core_matrix(adapter).to(wide), vh
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -204,7 +205,8 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """U C Vh of an adapter, in the base weight's layout, float32 at least."""
         left, right = self.update_factors(adapter)
-        return self._stored(left @ right)
+        with torch.autocast(left.device.type, enabled=False):
+            return self._stored(left @ right)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -329,7 +331,8 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
                 needs_delta=delta.requires_grad,
                 singular_basis=self.factors(name).singular,
             )
-            parts.append(f"{name}: {core} of rank {k}, plan={make_plan(call)} at 2048 rows")
+            kind = label(core, delta)
+            parts.append(f"{name}: {kind} of rank {k}, plan={make_plan(call)} at 2048 rows")
         if self.merged:
             parts.append(f"merged={self.merged_adapters}")
         return ", ".join(parts)

@@ -19,6 +19,9 @@ from fastspec.cores import Core, core_matrix, low_rank_parts
 PROBES = 8  # signs of one row of probes fill a byte
 # measured: rounding below 2e-3 in 16 bits and 5e-5 in float32, vectors rotated among tied ones 0.2 to 1.4
 TOLERANCE = 1e-2
+# a low-rank core below this share of its factors' norms is the rounding of float64; float32 factors that
+# cancel leave 1e-8 of them, or exactly nothing
+CANCELLED = 1e-12
 
 
 def probed(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +30,8 @@ def probed(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     y, x = (
         _signs(n, side).to(u.device, wide) for n, side in ((len(u), "out"), (vh.shape[1], "in"))
     )
-    return u.detach().to(wide).mT @ y, vh.detach().to(wide) @ x
+    with torch.autocast(u.device.type, enabled=False):
+        return u.detach().to(wide).mT @ y, vh.detach().to(wide) @ x
 
 
 def sketch(basis: tuple[Tensor, Tensor], delta: Tensor, core: Core) -> Tensor:
@@ -43,20 +47,29 @@ def sketch(basis: tuple[Tensor, Tensor], delta: Tensor, core: Core) -> Tensor:
 
 def sketches(basis: tuple[Tensor, Tensor], deltas: Tensor, core: Core) -> Tensor:
     """Those [n, 8] of n updates in one basis: `deltas` [n, ...] are their coefficients."""
-    left, right = basis
-    c = deltas.detach().to(left)
+    with torch.autocast(deltas.device.type, enabled=False):
+        t, norm = _probed_updates(*basis, deltas.detach(), core)
+    return (t / norm.clamp_min(torch.finfo(t.dtype).tiny)[:, None]).to("cpu", torch.float32)
+
+
+def _probed_updates(
+    left: Tensor, right: Tensor, deltas: Tensor, core: Core
+) -> tuple[Tensor, Tensor]:
+    """y_j^T (U C Vh) x_j [n, 8] and |C| [n], both over one number for each of the n."""
     if core == "low_rank":
-        a, b = map(_scaled, low_rank_parts(c))
-        t = (left * (a.mT @ (b @ right))).sum(1)
-        norm = ((a @ a.mT) * (b @ b.mT)).sum((1, 2)).clamp_min(0).sqrt()
-    elif core == "diag":
+        # the outer products of a sum may cancel to the rounding of its coefficients; what is less is zero
+        a, b = map(_scaled, low_rank_parts(deltas.double()))
+        t = (left.double() * (a.mT @ (b @ right.double()))).sum(1)
+        ra, rb = (torch.linalg.qr(f.mT, mode="r")[1] for f in (a, b))
+        floor = CANCELLED * a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
+        return t, torch.maximum((ra @ rb.mT).flatten(1).norm(dim=1), floor)
+    c = deltas.to(left)
+    if core == "diag":
         c = _scaled(c)
-        t, norm = c @ (left * right), c.norm(dim=1)
-    else:
-        matrices = [core_matrix(one, core) for one in _scaled(c)]
-        t = torch.stack([(left * (matrix @ right)).sum(0) for matrix in matrices])
-        norm = torch.stack([matrix.norm() for matrix in matrices])
-    return (t / norm.clamp_min(torch.finfo(c.dtype).tiny)[:, None]).to("cpu", torch.float32)
+        return c @ (left * right), c.norm(dim=1)
+    matrices = [core_matrix(one, core) for one in _scaled(c)]
+    t = torch.stack([(left * (matrix @ right)).sum(0) for matrix in matrices])
+    return t, torch.stack([matrix.norm() for matrix in matrices])
 
 
 def _scaled(c: Tensor) -> Tensor:
