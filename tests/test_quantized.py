@@ -11,6 +11,7 @@ from tiny_models import IDS, Net
 import fastspec
 from fastspec import SpectralConfig, load_adapter, save_adapter, spectralize
 from fastspec.cli import main
+from fastspec.cores import CORES
 from fastspec.model.adapter import AdapterError
 from fastspec.model.quantized import memory_table, quantize_base, stored_bytes
 from fastspec.model.targets import spectral_layers
@@ -26,7 +27,7 @@ def adapted(core="diag", shift=0.3):
     return model
 
 
-@pytest.mark.parametrize("core", fastspec.config.CORES)
+@pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("config", CASES)
 def test_a_layer_is_the_dequantised_weight_and_the_correction(config, core):
     model = adapted(core)
@@ -47,6 +48,24 @@ def test_a_layer_is_the_dequantised_weight_and_the_correction(config, core):
             assert_close(a, b)
         if core == "diag":
             assert not torch.allclose(y, layer._plain(x)), "the coefficients count"
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("config", CASES)
+def test_a_layer_under_autocast(config, core):
+    model = adapted(core)
+    quantize_base(model, config)
+    for _, layer in spectral_layers(model):
+        x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+        exact = torch.autograd.grad(layer(x).sum(), [x, layer.delta])
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+            assert y.dtype == layer._plain(x).dtype
+        assert_close(y, layer(x), torch.bfloat16)
+        got = torch.autograd.grad(y.float().sum(), [x, layer.delta])
+        for a, b in zip(got, exact, strict=True):
+            assert a.dtype == b.dtype
+            assert_close(a, b, torch.bfloat16)
 
 
 @torch.no_grad()

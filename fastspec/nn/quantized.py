@@ -55,9 +55,13 @@ class QuantizedSpectralLinear(SpectralLinear):
             self._refuse("mixed batches of tasks")
         y = self._plain(x)
         if self.core == "low_rank":
+            device = x.device.type
+            if torch.is_autocast_enabled(device):
+                x = x.to(torch.get_autocast_dtype(device))
             trains = self.delta.requires_grad and torch.is_grad_enabled()
-            operands = (self.u, self.vh, self.delta, "factored", trains)
-            return y + low_rank_linear(x.to(y.dtype), None, None, *operands)
+            return y + low_rank_linear(
+                x, None, None, self.u, self.vh, self.delta, "factored", trains
+            )
         # p [N, k] is all that autograd keeps of x here (F1)
         p = F.linear(x, self.vh.to(x.dtype))
         core = core_matrix(self.delta, self.core)
