@@ -82,6 +82,17 @@ def test_unrelated_matrices_are_aligned_by_chance():
     assert line["dW on the diagonal"] == pytest.approx(1 / 200, rel=0.4)
 
 
+def test_what_of_an_update_lies_beyond_the_span_of_a_rectangle():
+    """No core can represent it."""
+    w, u, _ = matrix([4.0, 2.0, 1.0], 12, 3)
+    inside, outside = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0)).double()
+    inside = u @ u.mT @ inside
+    outside = outside - u @ u.mT @ outside
+    (found,) = align([pair(w, w + 0.01 * (3 * inside / inside.norm() + outside / outside.norm()))])
+    assert found.summary()["dW in W's span"] == pytest.approx(0.9, abs=1e-4)
+    assert found.summary()["dW in it by chance"] == 0.25
+
+
 def test_an_update_of_zero_and_bad_arguments():
     w = torch.randn(6, 4)
     (a,) = align([pair(w, w.clone())])

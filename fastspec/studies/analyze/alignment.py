@@ -93,6 +93,8 @@ class Alignment:
             "W in leading tenth": float(self.explained()[tenth - 1]),
             "dW in leading tenth": float(self.update_captured[tenth - 1]),
             "dW there by chance": float(random_block(self.shape)[tenth - 1]),
+            "dW in W's span": float(self.update_captured[-1]),
+            "dW in it by chance": float(random_block(self.shape)[-1]),
             "dW on the diagonal": self._share_of_update(self.update_diagonal),
             "dW on it by chance": len(self.s) / (m * n),
             "dW in 8 directions of its own": self._share_of_update(self.s_update[:8]),

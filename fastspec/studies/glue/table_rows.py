@@ -109,9 +109,9 @@ BASE = (
     Row("coefficients", _COEFFICIENTS, (1e-2, 3e-2), SEEDS),
     Row("band", _BAND, (5e-3, 1e-2), SEEDS),
     Row("band 4, values and outputs", PRESETS["values"], (2e-3, 5e-3, 1e-2), SEEDS),
-    Row("low-rank 1", _LOW_RANK_CORE, (1e-3, 2e-3), SEEDS),
+    Row("low-rank 1", _LOW_RANK_CORE, (1e-3, 2e-3, 4e-3), SEEDS),
     Row("dense 32", _DENSE, (1e-3, 3e-3)),
-    Row("lora-r1", {"method": "lora", "lora_rank": 1}, (1e-3, 2e-3), SEEDS),
+    Row("lora-r1", {"method": "lora", "lora_rank": 1}, (1e-3, 2e-3, 4e-3), SEEDS),
     Row("lora-r8", {"method": "lora", "lora_rank": 8}, (2e-4, 5e-4, 1e-3), SEEDS),
     Row("full", {"method": "full"}, (2e-5, 5e-5), SEEDS),
 )
