@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from fastspec.cores import Core, check_core, is_integer
+from fastspec.cores import CORES, Core
 
 Basis = Literal["svd", "random"]
 Path = Literal["fast", "reference"]
@@ -76,8 +76,8 @@ class SpectralConfig:
             check_rank(where, rank)
             check_regex(where, pattern)
         check_core(self.core, self.half_width, self.core_rank)
-        _check_choice("basis", self.basis, ("svd", "random"))
-        _check_choice("path", self.path, ("fast", "reference"))
+        check_choice("basis", self.basis, ("svd", "random"))
+        check_choice("path", self.path, ("fast", "reference"))
         # lists, as JSON has them, become tuples, so that equal configs compare equal
         for name in ("select", "target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
@@ -123,6 +123,30 @@ def plain_number(value: Any) -> Any:
     return value
 
 
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_core(core: str, half_width: int, core_rank: int) -> None:
+    """Refuse a kind of core that there is not, and a size that is none or that this kind has not.
+
+    Raises:
+        ValueError: the message names the argument.
+    """
+    check_choice("core", core, CORES)
+    for name, size, of in (
+        ("half_width", half_width, "band"),
+        ("core_rank", core_rank, "low_rank"),
+    ):
+        if not is_integer(size) or size < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
+        if size != 1 and core != of:
+            raise ValueError(
+                f"{name}={size} is of core={of!r}, and core is {core!r}: leave {name} out, or give "
+                f"core={of!r}"
+            )
+
+
 def check_select(select: Any) -> None:
     if select in ("leading", "trailing"):
         return
@@ -150,7 +174,7 @@ def check_rank(where: str, rank: Any) -> None:
         raise ValueError(f"{where} as a fraction must lie in (0, 1], got {rank}")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 

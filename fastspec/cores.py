@@ -29,31 +29,6 @@ CORES = (*LINEAR, "low_rank")
 LOW_RANK_SCALE = 2.0
 
 
-def check_core(core: str, half_width: int, core_rank: int) -> None:
-    """Refuse a kind of core that there is not, and a size that is none or that this kind has not.
-
-    Raises:
-        ValueError: the message names the argument.
-    """
-    if core not in CORES:
-        raise ValueError(f"core must be one of {', '.join(map(repr, CORES))}, got {core!r}")
-    for name, size, of in (
-        ("half_width", half_width, "band"),
-        ("core_rank", core_rank, "low_rank"),
-    ):
-        if not is_integer(size) or size < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
-        if size != 1 and core != of:
-            raise ValueError(
-                f"{name}={size} is of core={of!r}, and core is {core!r}: leave {name} out, or give "
-                f"core={of!r}"
-            )
-
-
-def is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def delta_shape(core: str, k: int, half_width: int = 1, core_rank: int = 1) -> tuple[int, ...]:
     """The shape of the trained storage of a core of order k."""
     return {

@@ -54,6 +54,15 @@ def full_float32() -> Iterator[None]:
                 _restored = None
 
 
+@contextlib.contextmanager
+def full_precision(*devices: str) -> Iterator[None]:
+    """`full_float32`, and no autocast on devices of these types: float32 arithmetic, whatever is around."""
+    with full_float32(), contextlib.ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def _settings() -> tuple[str | None, list[str]] | None:
     """(the older interface's value, None where it can't be read; each backend's), None if all is full."""
     try:

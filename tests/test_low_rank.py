@@ -176,6 +176,25 @@ def test_coefficients_written_before_the_backward_raise(core):
 
 
 @pytest.mark.parametrize("core", cores.CORES)
+def test_merging_is_in_float32_whatever_products_may_be_in(core, monkeypatch):
+    layer = fastspec.SpectralLinear.from_linear(nn.Linear(8, 8), 4, core=core)
+    seen = []
+    real = torch.addmm
+    monkeypatch.setattr(
+        torch,
+        "addmm",
+        lambda *a, **kw: seen.append(torch.get_float32_matmul_precision()) or real(*a, **kw),
+    )
+    torch.set_float32_matmul_precision("medium")
+    try:
+        layer.effective_weight()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
+
+
+@pytest.mark.parametrize("core", cores.CORES)
 def test_merging_under_autocast_is_exact(core):
     torch.manual_seed(0)
     layer = fastspec.SpectralLinear.from_linear(nn.Linear(64, 64), 16, core=core)
@@ -347,5 +366,5 @@ def test_sizes_are_checked_in_layers_too():
 
 def test_a_layer_pickled_before_there_was_this_core():
     layer = fastspec.SpectralLinear.from_linear(nn.Linear(8, 8), 4, core="band")
-    del layer.__dict__["core_rank"]
+    layer.__dict__.pop("core_rank", None)
     assert "core=band(1)" in repr(layer)

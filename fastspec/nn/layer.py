@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastspec.config import Path
-from fastspec.cores import Core, check_core, delta_shape, label
+from fastspec.config import Path, check_core
+from fastspec.cores import Core, delta_shape, label
 from fastspec.nn import together
 from fastspec.nn.batch_rows import Layout, Rows
 from fastspec.nn.batch_tasks import tasks_of_batch
@@ -96,7 +96,6 @@ class SpectralLayer(KeptCopy, FollowsWeight):
         self.directions = directions
         self.core: Core = core
         self.half_width = half_width
-        self.core_rank = core_rank
         self.path: Path = path
         self.forced_plan: Plan | None = None
         self.acted = None

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastspec.cores import Core
-from fastspec.ops import reference
-from fastspec.ops.low_rank import update_factors
+from fastspec.cores import Core, core_matrix
+from fastspec.ops import low_rank
+from fastspec.precision import full_precision
 from fastspec.svd.factors import Factors
 
 
@@ -134,14 +134,29 @@ def merged_weight(w: Tensor, *adapters: tuple[Factors, Tensor, Core]) -> Tensor:
     """
     wide = torch.promote_types(w.dtype, torch.float32)
     total = w.to(wide)
-    with torch.autocast(w.device.type, enabled=False):
-        for f, delta, core in adapters:
-            u, vh = f.u.to(wide), f.vh.to(wide)
-            if core == "low_rank":
-                total = torch.addmm(total, *update_factors(u, vh, delta.to(wide)))
-            else:
-                total = reference.effective_weight(total, u, vh, delta.to(wide), core)
+    for adapter in adapters:
+        left, right = update_factors(*adapter, wide)
+        with full_precision(w.device.type):
+            total = torch.addmm(total, left, right)
     return torch.empty_like(w).copy_(total)
+
+
+def update_factors(
+    f: Factors, delta: Tensor, core: Core, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """L [out, r] and R [r, in] with U C Vh = L R, where r is k or a low-rank core's rank.
+
+    Args:
+        f: the factors of rank k.
+        delta: storage of the core.
+        core: its kind.
+        dtype: that of the result, float32 or float64.
+    """
+    u, vh = f.u.to(dtype), f.vh.to(dtype)
+    with full_precision(u.device.type):
+        if core == "low_rank":
+            return low_rank.update_factors(u, vh, delta)
+        return u @ core_matrix(delta.to(dtype), core), vh
 
 
 def same_values(given: Tensor, weight: Tensor) -> bool:

@@ -48,17 +48,16 @@ def update_factors(u: Tensor, vh: Tensor, delta: Tensor) -> tuple[Tensor, Tensor
         delta: storage of a low-rank core [2r, k], or of several [B, 2r, k]: then L is [B, out, r] and R
             [B, r, in].
     """
-    left, right = low_rank_parts(delta.to(aten.accumulation_dtype(u, delta)))
-    return u @ left.to(u.dtype).mT, right.to(vh.dtype) @ vh
+    return _scaled_factors(u, vh, delta, scaled=False)[:2]
 
 
 def _scaled_factors(
-    u: Tensor, vh: Tensor, delta: Tensor, dtype: torch.dtype
+    u: Tensor, vh: Tensor, delta: Tensor, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L over `scale` [..., r], R, and `scale`, which is empty where products of `dtype` need none."""
+    """L over `scale` [..., r], R, and `scale`, which is empty where there is none."""
     left, right = low_rank_parts(delta.to(aten.accumulation_dtype(u, delta)))
     scale = left.new_empty(0)
-    if dtype == torch.float16:
+    if scaled:
         scale = torch.ldexp(torch.ones_like(left[..., 0]), torch.frexp(left.abs().amax(-1))[1])
         left = left / scale[..., None]
     return u @ left.to(u.dtype).mT, right.to(vh.dtype) @ vh, scale
@@ -98,7 +97,7 @@ def _low_rank_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [..., out], t = x R^T (no rows where nothing is trained), L over `scale`, R and `scale`."""
     dtype = x.dtype
-    left, right, scale = _scaled_factors(u, vh, delta, dtype)
+    left, right, scale = _scaled_factors(u, vh, delta, scaled=dtype == torch.float16)
     none, rows = x.new_empty((0, right.shape[-2])), _rows(x, left)
     t = rows @ right.to(dtype).mT if trains or forward == "factored" else none
     saved = t if trains else none

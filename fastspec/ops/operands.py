@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fastspec.config import check_choice
 from fastspec.cores import CORES, delta_shape
 
 # Of x, weight, bias, u, s, vh and delta; with sizes that torch.compile traces where it does.
@@ -62,8 +63,7 @@ def sizes_of(
 def check_sizes(sizes: Sizes, core: str) -> None:
     """Refuse operands that are not one layer's, by the name of the argument."""
     x, weight, bias, u, s, vh, delta = sizes
-    if core not in CORES:
-        raise ValueError(f"core must be one of {CORES}, got {core!r}")
+    check_choice("core", core, CORES)
     if len(weight) != 2 or len(u) != 2 or len(vh) != 2:
         raise ValueError("weight, u and vh must be matrices")
     (out_features, in_features), k = weight, u[1]

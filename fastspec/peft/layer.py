@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from fastspec.cores import Core, core_matrix, label, summed
 from fastspec.model.passed_by import warn_passed_by
 from fastspec.nn.made_from import Seen, is_quantised
-from fastspec.nn.parts import merged_weight
+from fastspec.nn.parts import merged_weight, update_factors
 from fastspec.ops.functional import spectral_linear, task_linear
-from fastspec.ops.low_rank import update_factors
 from fastspec.ops.plan import LayerCall, make_plan
 from fastspec.peft.follow import FollowsBase
 from fastspec.peft.state import BaseWeights, Coefficients, Form, FrozenBasis
+from fastspec.precision import full_precision
 from fastspec.svd.factors import Directions, Factors
 
 BASE = "__base__"  # PEFT's name for "no adapter" among the `adapter_names` of a batch
@@ -111,13 +111,9 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
 
     def update_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Thin factors [out, r] and [r, in] of the adapter's update U C Vh, in float32 at least."""
-        f, delta = self.factors(adapter), self.fastspec_delta[adapter]
+        f, core = self.factors(adapter), self.fastspec_form[adapter].core
         wide = torch.promote_types(f.u.dtype, torch.float32)
-        u, vh = f.u.to(wide), f.vh.to(wide)
-        with torch.autocast(u.device.type, enabled=False):
-            if self.fastspec_form[adapter].core == "low_rank":
-                return update_factors(u, vh, delta)
-            return u @ self.core_matrix(adapter).to(wide), vh
+        return update_factors(f, self.fastspec_delta[adapter], core, wide)
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -205,7 +201,7 @@ class SpectralLinear(FollowsBase, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """U C Vh of an adapter, in the base weight's layout, float32 at least."""
         left, right = self.update_factors(adapter)
-        with torch.autocast(left.device.type, enabled=False):
+        with full_precision(left.device.type):
             return self._stored(left @ right)
 
     @torch.no_grad()

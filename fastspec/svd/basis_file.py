@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastspec.files import excerpt
 from fastspec.fingerprint import combined_fingerprint, tensor_fingerprint
-from fastspec.precision import full_float32
+from fastspec.precision import full_precision
 from fastspec.svd.scaling import exponents, times_power
 from fastspec.svd.triplets import residual
 
@@ -199,7 +199,7 @@ def quantisation_misfit(weight: Tensor, entry: BasisEntry) -> str | None:
     w, s, u, v = (
         t.to(weight.device).float()[None] for t in (weight, entry.s, entry.u, entry.vh.mT)
     )
-    with torch.no_grad(), full_float32(), torch.autocast(w.device.type, enabled=False):
+    with torch.no_grad(), full_precision(w.device.type):
         error = float(residual(w, u, s, v, floor=1.0)[0])
     if not error <= QUANTISED:
         return f"|W v - s u| is {error:.1e} s_1, and rounding leaves at most {QUANTISED:g} s_1"
@@ -211,7 +211,7 @@ def misfit(weight: Tensor, entry: BasisEntry) -> str | None:
     compute = torch.promote_types(weight.dtype, torch.float32)
     w = weight.detach().to(compute)[None]
     s = entry.s.to(w)[None]
-    with torch.no_grad(), full_float32(), torch.autocast(w.device.type, enabled=False):
+    with torch.no_grad(), full_precision(w.device.type):
         exponent = exponents(w, compute, ["the weight"])
         if exponent is not None:
             w, s = times_power(w, -exponent), times_power(s, -exponent)

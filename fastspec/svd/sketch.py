@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastspec.cores import Core, core_matrix, low_rank_parts
+from fastspec.precision import full_precision
 
 PROBES = 8  # signs of one row of probes fill a byte
 # measured: rounding below 2e-3 in 16 bits and 5e-5 in float32, vectors rotated among tied ones 0.2 to 1.4
@@ -30,7 +31,7 @@ def probed(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     y, x = (
         _signs(n, side).to(u.device, wide) for n, side in ((len(u), "out"), (vh.shape[1], "in"))
     )
-    with torch.autocast(u.device.type, enabled=False):
+    with full_precision(u.device.type):
         return u.detach().to(wide).mT @ y, vh.detach().to(wide) @ x
 
 
@@ -47,7 +48,7 @@ def sketch(basis: tuple[Tensor, Tensor], delta: Tensor, core: Core) -> Tensor:
 
 def sketches(basis: tuple[Tensor, Tensor], deltas: Tensor, core: Core) -> Tensor:
     """Those [n, 8] of n updates in one basis: `deltas` [n, ...] are their coefficients."""
-    with torch.autocast(deltas.device.type, enabled=False):
+    with full_precision(deltas.device.type):
         t, norm = _probed_updates(*basis, deltas.detach(), core)
     return (t / norm.clamp_min(torch.finfo(t.dtype).tiny)[:, None]).to("cpu", torch.float32)
 

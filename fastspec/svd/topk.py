@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastspec import _extension, progress
-from fastspec.precision import full_float32
+from fastspec.precision import full_precision
 from fastspec.svd import krylov
 from fastspec.svd.arguments import (
     check_matrix,
@@ -143,7 +143,8 @@ def topk_svd(
         groups.setdefault((tuple(w.shape), w.dtype, w.device, count), []).append(i)
     stacks: list[tuple[list[int], TopkSVD]] = []
     devices = {w.device.type for w in matrices}
-    with torch.no_grad(), _full_precision(devices), _progress(progress, len(matrices)) as advance:
+    # with fewer digits the iteration would stall at 1e-3
+    with torch.no_grad(), full_precision(*devices), _progress(progress, len(matrices)) as advance:
         for (shape, _, _, count), members in groups.items():
             size = chunk_size(shape, count, matrices[members[0]].dtype, workspace)
             for start in range(0, len(members), size):
@@ -337,15 +338,6 @@ def _warn_unconverged(
             ConvergenceWarning,
             stacklevel=3,
         )
-
-
-@contextlib.contextmanager
-def _full_precision(devices: set[str]) -> Iterator[None]:
-    """No autocast, TF32 or bf16 products: they would stall the iteration at 1e-3."""
-    with full_float32(), contextlib.ExitStack() as stack:
-        for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 @contextlib.contextmanager

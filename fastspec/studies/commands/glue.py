@@ -222,9 +222,8 @@ def main(args: argparse.Namespace) -> int:
     if args.task is None:
         raise ValueError(f"--task is missing, expected one of {', '.join(TASKS)}")
     if args.core != "band" and "half_width" not in given:
-        args.half_width = _DEFAULTS[
-            "half_width"
-        ]  # was a preset's, whose core another took the place of
+        # a preset's, whose core another took the place of
+        args.half_width = _DEFAULTS["half_width"]
     fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(GlueConfig)}
     config = GlueConfig(**fields)
     if args.threads is not None:
